@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values that pass between the command line's maker and the one who runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# Names inside a node's runtime folder, which is QEMU's working directory: argv names them
+# relatively, so that it is the same on every host and no socket path is too long.
+QMP_SOCKET = "qmp.sock"  # the harness's control channel
+QMP_USER_SOCKET = "qmp-user.sock"  # `testbed qmp`, while a suite holds the other one
+SSH_SOCKET = "ssh.sock"  # forwarded to the guest's port 22
+CONSOLE_SOCKET = "console.sock"  # the serial console, for a person
+LOG_LINK = "log"  # a link to the node's folder of logs, in the run folder
+CONSOLE_LOG = "console.log"  # in LOG_LINK: all that the serial console said
+QEMU_LOG = "qemu.log"  # in LOG_LINK: QEMU's own standard output and error
+
+
+@dataclass(frozen=True)
+class LaunchContext:
+    """What the command line must know of this host, as a value.
+
+    ``qemu``         the words that start QEMU (with the tool root: its loader and library path).
+    ``environment``  what those words need in their environment.
+    ``accelerator``  ``tcg`` or ``kvm``, as probed.
+    ``kernel``       bzImage, or an ELF vmlinux with a PVH note.
+    ``initrd``       the node's own initial RAM disk.
+    ``kernel_args``  words added to the guest kernel's command line after the testbed's own.
+    ``console_verbose``  the guest prints its whole log on the console while it boots.
+    """
+
+    qemu: tuple[str, ...]
+    environment: Mapping[str, str]
+    accelerator: str
+    kernel: Path
+    initrd: Path
+    kernel_args: tuple[str, ...] = ()
+    console_verbose: bool = False
+
+
+@dataclass(frozen=True)
+class MemoryFd:
+    """Shared memory that exists before QEMU does: ``fd`` in QEMU, named after its function."""
+
+    fd: int
+    name: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class NodeCommand:
+    """One QEMU, ready to be started in the node's runtime folder."""
+
+    node: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    memory: tuple[MemoryFd, ...] = ()

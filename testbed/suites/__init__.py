@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The conformance suites, as ordinary pytest modules over one plugin."""
