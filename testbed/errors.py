@@ -14,7 +14,7 @@
     ├── LostError                     3  the machine or the link died (LOST), with the console tail
     │   ├── GuestPanic                3
     │   ├── NoHello                   3  it runs, but the agent never answered
-    │   └── LinkLost                  3  QEMU's exit, a closed channel, a call past its deadline, garbage
+    │   └── LinkLost                  3  QEMU ended, a closed channel, a missed deadline, garbage
     ├── AgentError                  128  a call failed in the guest: remote type, errno, where
     ├── CapabilityMissing           125  cannot be shown here (SKIP), naming the capability
     └── Interrupted                 130  Ctrl-C
