@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JUnit XML, for what shows test results in a browser.
+
+FAIL is a ``failure``, SKIP is ``skipped``, LOST and ERROR are ``error`` with the word as the type.
+Evidence, details and the console's tail are the text inside. Characters that XML 1.0 has no place
+for (a guest's console is full of them) are shown as ``\\xNN``.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+from testbed.results.record import RunRecord, write_atomically
+from testbed.results.verdicts import Outcome, Verdict, count
+
+FILE_NAME = "junit.xml"
+
+# XML 1.0, section 2.2: everything that is not a Char.
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+_ELEMENTS = {
+    Verdict.FAIL: "failure",
+    Verdict.SKIP: "skipped",
+    Verdict.LOST: "error",
+    Verdict.ERROR: "error",
+}
+
+
+def write_junit(record: RunRecord, path: Path) -> None:
+    """Write the run as one test suite, whole or not at all (OSError)."""
+    write_atomically(path, to_junit(record))
+
+
+def to_junit(record: RunRecord) -> bytes:
+    """The XML document, UTF-8 with its declaration."""
+    counts = count(record.outcomes)
+    numbers = {
+        "tests": str(len(record.outcomes)),
+        "failures": str(counts[Verdict.FAIL]),
+        "errors": str(counts[Verdict.LOST] + counts[Verdict.ERROR]),
+        "skipped": str(counts[Verdict.SKIP]),
+        "time": f"{record.duration_s:.3f}",
+    }
+    root = ElementTree.Element("testsuites", numbers)
+    suite = ElementTree.SubElement(
+        root, "testsuite", {"name": "testbed", "timestamp": record.started, **numbers}
+    )
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, value in sorted(record.versions.items()):
+        _property(properties, name, str(value))
+    for outcome in record.outcomes:
+        _test_case(suite, outcome)
+    ElementTree.indent(root)
+    document: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return document + b"\n"
+
+
+def _test_case(suite: ElementTree.Element, outcome: Outcome) -> None:
+    case = ElementTree.SubElement(
+        suite,
+        "testcase",
+        {
+            "classname": ".".join(outcome.requirements) or "testbed",
+            "name": _clean(outcome.test),
+            "time": f"{outcome.duration_s:.3f}",
+        },
+    )
+    text = "\n".join([*map(str, outcome.evidence), outcome.details, outcome.console_tail]).strip()
+    element = _ELEMENTS.get(outcome.verdict)
+    if element is None:
+        if text:
+            ElementTree.SubElement(case, "system-out").text = _clean(text)
+        return
+    end = ElementTree.SubElement(
+        case, element, {"type": str(outcome.verdict), "message": _clean(outcome.reason)}
+    )
+    end.text = _clean(text) or None
+
+
+def _property(parent: ElementTree.Element, name: str, value: str) -> None:
+    ElementTree.SubElement(parent, "property", {"name": _clean(name), "value": _clean(value)})
+
+
+def _clean(text: str) -> str:
+    return _NOT_XML.sub(lambda match: f"\\x{ord(match[0]):02x}", text)

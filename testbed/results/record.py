@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a run: one versioned JSON file that says what ran, on what, and how it ended.
+
+The classes are the format: the JSON Schema is generated from them (:func:`json_schema`), and a
+record is read back into the same values. ``testbed.run/1`` only ever gains optional fields; a
+change that an old reader would misunderstand becomes ``/2``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from testbed import __version__
+from testbed.errors import Diagnostic, ExitCode, InputError
+from testbed.results.verdicts import Outcome, RequirementResult, by_requirement, exit_code
+
+SCHEMA = "testbed.run/1"
+FILE_NAME = "record.json"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run.
+
+    ``versions``   what was used: ``qemu``, ``kernel``, ``image`` … with their hashes.
+    ``host``       the machine it ran on: system, processor, memory, accelerator.
+    ``topology``   the rack as resolved (no templates left), as plain data.
+    ``command``    the words that started it, to be typed again.
+    ``mutation``   the deliberate break in force, or "" (see :mod:`testbed.suites.mutations`).
+    ``started``    UTC, ISO 8601.
+    ``exit_code``  what the process answered.
+    """
+
+    command: tuple[str, ...]
+    started: str
+    duration_s: float
+    versions: Mapping[str, Any]
+    host: Mapping[str, Any]
+    topology: Mapping[str, Any]
+    outcomes: tuple[Outcome, ...]
+    requirements: tuple[RequirementResult, ...]
+    exit_code: int
+    mutation: str = ""
+    tool_version: str = __version__
+    schema: str = SCHEMA
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
+@dataclass
+class RunInfo:
+    """What is known of a run before and beside its outcomes; the run fills it in as it learns."""
+
+    command: tuple[str, ...] = ()
+    started: str = ""
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    host: Mapping[str, Any] = field(default_factory=dict)
+    topology: Mapping[str, Any] = field(default_factory=dict)
+    mutation: str = ""
+
+
+def make_record(
+    info: RunInfo, outcomes: tuple[Outcome, ...], *, duration_s: float, code: ExitCode | None = None
+) -> RunRecord:
+    """The record of these outcomes; ``code`` where the run ended otherwise than they say."""
+    return RunRecord(
+        command=info.command,
+        started=info.started,
+        duration_s=round(duration_s, 3),
+        versions=info.versions,
+        host=info.host,
+        topology=info.topology,
+        mutation=info.mutation,
+        outcomes=outcomes,
+        requirements=by_requirement(outcomes),
+        exit_code=int(exit_code(outcomes) if code is None else code),
+    )
+
+
+def write_record(record: RunRecord, path: Path) -> None:
+    """Write it as JSON, whole or not at all.
+
+    Raises:
+        OSError: the folder is missing, or the disk full; nothing is left behind then.
+    """
+    write_atomically(path, _adapter().dump_json(record, indent=2) + b"\n")
+
+
+def load_record(path: Path) -> RunRecord:
+    """Read a record back.
+
+    Raises:
+        InputError: it cannot be read, is no JSON, of another version, or not of the format.
+    """
+
+    def refuse(message: str, hint: str = "") -> InputError:
+        return InputError(diagnostics=[Diagnostic(str(path), 0, 0, message)], hint=hint)
+
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise refuse(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise refuse(f"is no JSON: {error}") from error
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise refuse(
+            f"is not a record of this version: schema {schema!r}, expected {SCHEMA!r}",
+            "read it with the version of testbed that wrote it (field tool_version)",
+        )
+    try:
+        # As JSON, because only there do enumerations and tuples have their plain forms.
+        return _adapter().validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise InputError(
+            diagnostics=[
+                Diagnostic(str(path), 0, 0, f"{'.'.join(map(str, e['loc']))}: {e['msg']}")
+                for e in error.errors()
+            ]
+        ) from error
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of the record, generated from the classes."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **_adapter().json_schema(mode="serialization"),
+        "title": SCHEMA,
+    }
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` so that a reader sees the old file or the new one, never half of one.
+
+    Raises:
+        OSError: it could not be written; the old file, if any, is as it was.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@cache
+def _adapter() -> TypeAdapter[RunRecord]:
+    return TypeAdapter(RunRecord)
