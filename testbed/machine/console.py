@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a machine said on its serial console, read from its log while it grows."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from pathlib import Path
+
+READY_MARKER = "testbed: ready"  # the guest's init prints it when its SSH server listens
+
+TAIL_BYTES = 16 << 10
+MAX_LINES = 2000
+MAX_LINE_CHARACTERS = 2000
+CHUNK_BYTES = 1 << 18
+
+# kernel/panic.c vpanic(): "Kernel panic - not syncing: %s"
+_PANIC = re.compile(r"Kernel panic - not syncing: ?(.*)")
+# arch/x86/kernel/dumpstack.c, arch/x86/mm/fault.c, lib/bug.c, kernel/watchdog.c, mm/kasan/report.c
+_OOPS = re.compile(
+    r"(?:BUG: |Oops: |Oops\b|kernel BUG at |general protection fault|stack segment: ).*"
+)
+_NOT_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-_]|[^\t\x20-\x7e\u00a0-\U0010ffff]")
+
+
+def plain_text(data: bytes) -> str:
+    """A line for a person: no escape sequences, no control characters, no undecodable bytes."""
+    return _NOT_TEXT.sub("", data.decode("utf-8", errors="ignore")).rstrip()
+
+
+def read_tail(path: Path, max_bytes: int = TAIL_BYTES) -> str:
+    """The last lines of a log, as text; "" if it is not there."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(0, path.stat().st_size - max_bytes))
+            data = log.read(max_bytes)
+    except OSError:
+        return ""
+    return "\n".join(map(plain_text, data.splitlines()))
+
+
+class Console:
+    """Follows one console log.
+
+    :meth:`poll` reads what is new; then ``panic`` and ``oops`` hold the kernel's own words ("" if
+    there are none) and ``ready`` tells whether the guest's init said :data:`READY_MARKER`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.panic = ""
+        self.oops = ""
+        self.ready = False
+        self._lines: deque[str] = deque(maxlen=MAX_LINES)
+        self._partial = b""
+        self._position = 0
+
+    def poll(self) -> None:
+        """Take in what was written since the last time; a missing file is an empty one."""
+        try:
+            with self.path.open("rb") as log:
+                if self._position > self.path.stat().st_size:  # truncated: a new start
+                    self._position, self._partial = 0, b""
+                log.seek(self._position)
+                while data := log.read(CHUNK_BYTES):
+                    self._position += len(data)
+                    self._take(data)
+        except OSError:
+            return
+
+    def _take(self, data: bytes) -> None:
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        if len(self._partial) > MAX_LINE_CHARACTERS:
+            lines.append(self._partial)
+            self._partial = b""
+        for line in lines:
+            text = plain_text(line)[:MAX_LINE_CHARACTERS]
+            self._lines.append(text)
+            self._look(text)
+        self._look(plain_text(self._partial))  # a machine's last words may lack the newline
+
+    def _look(self, text: str) -> None:
+        if not self.panic and (match := _PANIC.search(text)):
+            self.panic = match[1].strip() or "no reason given"
+        if not self.oops and (match := _OOPS.search(text)):
+            self.oops = match[0].strip()
+        if READY_MARKER in text:
+            self.ready = True
+
+    def tail(self, lines: int = 40) -> str:
+        """The last lines so far, as text."""
+        last = plain_text(self._partial)
+        kept = [*self._lines, *([last] if last else [])]
+        return "\n".join(kept[-lines:])

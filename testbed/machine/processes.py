@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands as the keeper wants them: a folder, a log and a JSON value for each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from testbed.errors import HostError
+from testbed.machine.command import (
+    CONSOLE_SOCKET,
+    LOG_LINK,
+    QEMU_LOG,
+    QMP_SOCKET,
+    QMP_USER_SOCKET,
+    SSH_SOCKET,
+    MemoryFd,
+    NodeCommand,
+)
+
+
+@dataclass(frozen=True)
+class HelperCommand:
+    """A process that QEMU needs: it starts in ``node``'s runtime folder, in the order given.
+
+    ``ready_socket``  in that folder; the next process starts when it exists. The helper listens on
+    a socket of another name and then renames it to this, so that no connection is refused.
+    Its output goes to ``log/NAME.log``.
+    """
+
+    name: str
+    node: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    memory: tuple[MemoryFd, ...] = ()
+    ready_socket: str = ""
+    ready_timeout_s: float = 10.0
+
+
+Command = NodeCommand | HelperCommand
+
+
+def make_node_folder(folder: Path, command: Command, run_folder: Path) -> None:
+    """``NODE/`` in the rack's runtime ``folder``, with its link to ``run_folder/NODE``.
+
+    Sockets of a QEMU that died there are removed: a client would wait at a dead one.
+
+    :raises HostError: it cannot be made.
+    """
+    node = folder / command.node
+    logs = run_folder / command.node
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        node.mkdir(mode=0o700, exist_ok=True)
+        if not (node / LOG_LINK).is_symlink():
+            (node / LOG_LINK).symlink_to(logs)
+        if isinstance(command, NodeCommand):
+            for name in (QMP_SOCKET, QMP_USER_SOCKET, SSH_SOCKET, CONSOLE_SOCKET):
+                (node / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise HostError(f"cannot make {error.filename}: {error.strerror}") from error
+
+
+def _name(command: Command) -> str:
+    return command.name if isinstance(command, HelperCommand) else command.node
+
+
+def memory_name(command: Command, part: MemoryFd) -> str:
+    """The rack's name for a node's memory, ``NODE/FUNCTION``."""
+    return part.name if "/" in part.name else f"{command.node}/{part.name}"
+
+
+def process_value(folder: Path, command: Command, run_folder: Path) -> dict[str, Any]:
+    """The command as :mod:`testbed.machine.keeper` wants it."""
+    node = folder / command.node
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"}
+    log, ready, ready_timeout_s = QEMU_LOG, "", 0.0
+    if isinstance(command, HelperCommand):
+        log = f"{command.name}.log"
+        if command.ready_socket:
+            ready, ready_timeout_s = str(node / command.ready_socket), command.ready_timeout_s
+    return {
+        "name": _name(command),
+        "kind": "helper" if isinstance(command, HelperCommand) else "qemu",
+        "argv": list(command.argv),
+        "environment": environment | dict(command.environment),
+        "folder": str(node),
+        "log": str(run_folder / command.node / log),
+        "memory": [[part.fd, memory_name(command, part)] for part in command.memory],
+        "ready": ready,
+        "ready_timeout_s": ready_timeout_s,
+    }

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's side of a rack's processes: start them, find them again, end them.
+
+:func:`start_keeper` for a rack of this command, :func:`attach` for one of an earlier command,
+:func:`end_rack` for `down`. What they return is a :class:`~testbed.machine.client.Keeper`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from testbed.errors import HostError, NoSuchRack
+from testbed.machine import keeper as keeper_module
+from testbed.machine.client import (
+    CALL_TIMEOUT_S,
+    END_TIMEOUT_S,
+    KEEPER_LOG,
+    START_TIMEOUT_S,
+    Exit,
+    Keeper,
+)
+from testbed.machine.processes import (
+    Command,
+    HelperCommand,
+    make_node_folder,
+    memory_name,
+    process_value,
+)
+from testbed.machine.registry import Reservation, clean, find
+from testbed.machine.sockets import connect_unix, peer_pid
+
+__all__ = ["Command", "Exit", "HelperCommand", "Keeper", "attach", "end_rack", "start_keeper"]
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER = (
+    "import sys; sys.path.append(sys.argv[1]); from testbed.machine.keeper import main; main()"
+)
+
+
+def start_keeper(
+    reservation: Reservation, commands: Sequence[Command], *, run_folder: Path
+) -> Keeper:
+    """Start a keeper, and by it the ``commands`` in their order; the rack is then the keeper's.
+
+    Makes ``NODE/`` in the runtime folder and its ``log`` link to ``run_folder/NODE``. Shared memory
+    is the rack's: the same name (``NODE/FUNCTION``) given to two processes is the same memory.
+
+    :returns: when all processes run, and all helpers are ready.
+    :raises LaunchError: one could not be executed, or a helper was not ready in time.
+    :raises HostError: no folder, no memory, no keeper.
+    """
+    run_folder = run_folder.resolve()
+    memory: dict[str, int] = {}
+    processes = []
+    for command in commands:
+        make_node_folder(reservation.folder, command, run_folder)
+        processes.append(process_value(reservation.folder, command, run_folder))
+        memory |= {memory_name(command, part): part.size_bytes for part in command.memory}
+    timeout_s = START_TIMEOUT_S + sum(process["ready_timeout_s"] for process in processes)
+    keeper = _launch(reservation, run_folder)
+    try:
+        reservation.hand_over()
+        keeper.start_all(processes, memory, timeout_s)
+    except BaseException:
+        keeper.close()
+        raise
+    return keeper
+
+
+def attach(base: Path, name: str) -> Keeper:
+    """A rack that an earlier command started.
+
+    :raises NoSuchRack: no rack of that name runs.
+    :raises HostError: its keeper does not answer.
+    """
+    info = find(base, name)
+    run_folder = info.record.run_folder if info.record else info.folder
+    try:
+        wire = connect_unix(info.folder / keeper_module.SOCKET, CALL_TIMEOUT_S)
+    except OSError as error:
+        raise NoSuchRack(f"the rack '{name}' ended just now") from error
+    keeper = Keeper(name, info.folder, run_folder, wire, pid=peer_pid(wire))
+    try:
+        keeper.subscribe()
+    except BaseException:
+        keeper.close()
+        raise
+    return keeper
+
+
+def end_rack(base: Path, name: str, *, timeout_s: float = END_TIMEOUT_S) -> None:
+    """End a rack however its keeper feels, and remove its folder.
+
+    :raises NoSuchRack: no rack of that name runs.
+    :raises HostError: it is still there after ``timeout_s`` and SIGKILL.
+    """
+    folder = find(base, name).folder
+    with contextlib.suppress(OSError):  # it ended meanwhile
+        wire = connect_unix(folder / keeper_module.SOCKET, CALL_TIMEOUT_S)
+        keeper = Keeper(name, folder, folder, wire, pid=peer_pid(wire))
+        try:
+            keeper.shutdown(timeout_s)
+        finally:
+            keeper.close()
+    clean(base)
+
+
+def _launch(reservation: Reservation, run_folder: Path) -> Keeper:
+    """The keeper's process: a session of its own, our socket as its standard input."""
+    ours, theirs = socket.socketpair()
+    log = str(run_folder / KEEPER_LOG)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    argv = [sys.executable, "-I", "-S", "-c", LAUNCHER]
+    argv += [str(ROOT), reservation.name, str(reservation.folder)]
+    # A descriptor that is to be copied must not be one that is copied over.
+    lock = fcntl.fcntl(reservation.lock_fd, fcntl.F_DUPFD_CLOEXEC, 10)
+    end = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, 10)
+    try:
+        with theirs:
+            # Not subprocess: a keeper outlives us, which Popen calls a resource leak.
+            pid = os.posix_spawn(
+                argv[0],
+                argv,
+                {"PATH": os.environ.get("PATH", os.defpath)},
+                file_actions=[
+                    (os.POSIX_SPAWN_DUP2, lock, keeper_module.LOCK_FD),
+                    (os.POSIX_SPAWN_DUP2, end, 0),
+                    (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                    (os.POSIX_SPAWN_OPEN, 2, log, flags, 0o600),
+                ],
+                setsid=True,
+                setsigmask=[],
+                setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE],
+            )
+    except OSError as error:
+        ours.close()
+        raise HostError(
+            f"cannot start the rack's keeper: {error.strerror} ({log} must be writable)"
+        ) from error
+    finally:
+        os.close(lock)
+        os.close(end)
+    return Keeper(reservation.name, reservation.folder, run_folder, ours, pid=pid, child=True)
