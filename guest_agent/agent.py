@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent: its methods, and everything it holds on behalf of the host.
+
+Sizes are in bytes, addresses are integers, functions are named ``0000:05:00.0``. The parameters'
+annotations are what calls are checked against (:mod:`guest_agent.rpc`).
+"""
+
+from __future__ import annotations
+
+from guest_agent import rpc
+from guest_agent.rpc import ParameterError, Registry
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from guest_agent.hw.device import Device
+    from guest_agent.hw.engine import Engine
+    from guest_agent.hw.memory import Buffers
+    from guest_agent.hw.raw import RawContainer
+    from guest_agent.hw.region import Region
+    from guest_agent.hw.vfio import VfioContainer
+    from guest_agent.observe.kmsg import KernelLog
+
+# ruff: noqa: PLC0415  modules are loaded by the first method that needs them: each costs 10 ms or
+# more on an emulated CPU, and a rack whose suite never copies need not load a driver.
+
+MAX_TIMEOUT_S = 300.0
+
+registry = Registry()
+
+
+def _check_timeout(timeout_s: float) -> None:
+    if timeout_s > MAX_TIMEOUT_S:
+        raise ParameterError(f"timeout_s: at most {MAX_TIMEOUT_S:.0f}, not {timeout_s}")
+
+
+class Agent:
+    """State of one channel: buffers, containers, engines by number, and the kernel log's reader."""
+
+    def __init__(self) -> None:
+        self._containers: dict[int, VfioContainer | RawContainer] = {}
+        self._engines: dict[int, Engine] = {}
+        self._next = 1
+        self._buffers_made: Buffers | None = None
+        self._log_made: KernelLog | None = None
+
+    def serve(self, read_fd: int, write_fd: int) -> None:
+        """Answer calls until ``read_fd`` ends."""
+        rpc.serve(registry, self, read_fd, write_fd)
+
+    def release(self) -> list[str]:
+        """Give everything back, whatever fails on the way; returns what failed."""
+        problems: list[str] = []
+
+        def attempt(action: Callable[[], object]) -> None:
+            try:
+                action()
+            except Exception as error:  # the rest must still be given back
+                problems.append(f"{type(error).__name__}: {error}")
+
+        for engine in self._engines.values():
+            attempt(engine.close)
+        for container in self._containers.values():
+            attempt(container.close)
+        if self._buffers_made is not None:
+            attempt(self._buffers_made.close)
+        if self._log_made is not None:
+            attempt(self._log_made.close)
+        self._engines.clear()
+        self._containers.clear()
+        self._buffers_made = self._log_made = None
+        return problems
+
+    @property
+    def _buffers(self) -> Buffers:
+        if self._buffers_made is None:
+            from guest_agent.hw.memory import Buffers
+
+            self._buffers_made = Buffers()
+        return self._buffers_made
+
+    @property
+    def _log(self) -> KernelLog:
+        if self._log_made is None:
+            from guest_agent.observe.kmsg import KernelLog
+
+            self._log_made = KernelLog()
+        return self._log_made
+
+    def _number(self) -> int:
+        self._next += 1
+        return self._next - 1
+
+    def _device(self, name: str, bdf: str) -> Device:
+        for container in self._containers.values():
+            if bdf in container.devices:
+                return container.devices[bdf]
+        raise ParameterError(f"{name}: {bdf!r} is not open")
+
+    def _engine(self, number: int) -> Engine:
+        if number not in self._engines:
+            raise ParameterError(f"engine: there is no {number}")
+        return self._engines[number]
+
+    def _vfio(self, number: int) -> VfioContainer:
+        from guest_agent.hw.vfio import VfioContainer
+
+        container = self._containers.get(number)
+        if not isinstance(container, VfioContainer):
+            raise ParameterError(f"container: {number} is no VFIO container")
+        return container
+
+    def _region(self, name: str, target: Mapping[str, Any]) -> Region:
+        """``{"ram": name}`` or ``{"bar": bdf, "index": 2}``, perhaps with an ``offset`` beside."""
+        if "ram" in target:
+            rpc.check_parts(name, target, {"ram": "str"}, {"offset": "int"})
+            return self._buffers.get(target["ram"])
+        rpc.check_parts(name, target, {"bar": "str", "index": "int"}, {"offset": "int"})
+        return self._device(f"{name}.bar", target["bar"]).region(target["index"])
+
+    def _opened(self, container: VfioContainer | RawContainer) -> dict[str, Any]:
+        number = self._number()
+        self._containers[number] = container
+        return {
+            "container": number,
+            "devices": {bdf: device.describe() for bdf, device in container.devices.items()},
+            **container.info(),
+        }
+
+    # ---- observation
+
+    @registry.method("system.info")
+    def _system_info(self) -> dict[str, Any]:
+        from guest_agent.observe import system
+
+        return system.info()
+
+    @registry.method("pci.tree")
+    def _pci_tree(self) -> dict[str, Any]:
+        from guest_agent.observe import pci
+
+        return {"devices": pci.tree()}
+
+    @registry.method("iommu.groups")
+    def _iommu_groups(self) -> list[dict[str, Any]]:
+        from guest_agent.observe import iommu
+
+        return iommu.groups()
+
+    @registry.method("iommu.set_type")
+    def _iommu_set_type(self, *, group: int, type: str) -> dict[str, str]:  # noqa: A002  protocol
+        from guest_agent.observe import iommu
+
+        return iommu.set_type(group, type)
+
+    @registry.method("kmsg.mark")
+    def _kmsg_mark(self) -> dict[str, int]:
+        return {"sequence": self._log.mark()}
+
+    @registry.method("kmsg.since")
+    def _kmsg_since(self, *, sequence: int) -> dict[str, Any]:
+        records, lost = self._log.since(sequence)
+        return {"records": records, "lost": lost}
+
+    @registry.method("faults.since")
+    def _faults_since(self, *, sequence: int) -> dict[str, Any]:
+        from guest_agent.observe import dmar
+
+        records, lost = self._log.since(sequence)
+        return {**dmar.collect(records), "lost_lines": lost}
+
+    # ---- devices and their address spaces
+
+    @registry.method("vfio.open")
+    def _vfio_open(self, *, devices: list[str]) -> dict[str, Any]:
+        from guest_agent.hw.vfio import VfioContainer
+
+        return self._opened(VfioContainer(devices))
+
+    @registry.method("raw.open")
+    def _raw_open(self, *, devices: list[str]) -> dict[str, Any]:
+        from guest_agent.hw.raw import RawContainer
+
+        return self._opened(RawContainer(devices))
+
+    @registry.method("vfio.map")
+    def _vfio_map(
+        self,
+        *,
+        container: int,
+        iova: int,
+        size_bytes: int,
+        source: dict[str, Any],
+        read: bool = True,
+        write: bool = True,
+        page_bytes: int = 0,
+    ) -> dict[str, Any]:
+        self._vfio(container).map(
+            self._region("source", source),
+            source.get("offset", 0),
+            iova,
+            size_bytes,
+            read=read,
+            write=write,
+            page_bytes=page_bytes,
+        )
+        return {}
+
+    @registry.method("vfio.unmap")
+    def _vfio_unmap(self, *, container: int, iova: int, size_bytes: int) -> dict[str, int]:
+        return {"unmapped_bytes": self._vfio(container).unmap(iova, size_bytes)}
+
+    @registry.method("vfio.close")
+    def _vfio_close(self, *, container: int) -> dict[str, list[str]]:
+        return self._close_container(container)
+
+    @registry.method("raw.close")
+    def _raw_close(self, *, container: int) -> dict[str, list[str]]:
+        return self._close_container(container)
+
+    def _close_container(self, number: int) -> dict[str, list[str]]:
+        if number not in self._containers:
+            raise ParameterError(f"container: there is no {number}")
+        container = self._containers[number]
+        devices = set(container.devices.values())
+        for each in [n for n, engine in self._engines.items() if engine.device in devices]:
+            self._engines.pop(each).close()
+        del self._containers[number]
+        return {"restored": container.close()}
+
+    @registry.method("irq.arm")
+    def _irq_arm(self, *, device: str, kind: str, vector: int = 0) -> dict[str, Any]:
+        self._device("device", device).arm(kind, vector)
+        return {}
+
+    @registry.method("irq.wait")
+    def _irq_wait(self, *, device: str, timeout_s: float, vector: int = 0) -> dict[str, int]:
+        _check_timeout(timeout_s)
+        return {"count": self._device("device", device).wait(vector, timeout_s)}
+
+    # ---- memory
+
+    @registry.method("memory.alloc")
+    def _memory_alloc(self, *, name: str, size_bytes: int) -> dict[str, int | None]:
+        return {"physical": self._buffers.alloc(name, size_bytes)}
+
+    @registry.method("memory.free")
+    def _memory_free(self, *, name: str) -> dict[str, Any]:
+        self._buffers.free(name)
+        return {}
+
+    @registry.method("memory.fill")
+    def _memory_fill(
+        self, *, target: dict[str, Any], size_bytes: int, seed: int, offset: int = 0
+    ) -> dict[str, Any]:
+        from guest_agent.hw import memory
+
+        memory.fill(self._region("target", target), offset, size_bytes, seed)
+        return {}
+
+    @registry.method("memory.checksum")
+    def _memory_checksum(
+        self, *, target: dict[str, Any], size_bytes: int, offset: int = 0
+    ) -> dict[str, Any]:
+        from guest_agent.hw import memory
+
+        return memory.checksum(self._region("target", target), offset, size_bytes)
+
+    @registry.method("memory.read")
+    def _memory_read(
+        self, *, target: dict[str, Any], size_bytes: int, offset: int = 0
+    ) -> dict[str, str]:
+        from guest_agent.hw import memory
+
+        if size_bytes > memory.MAX_READ_BYTES:
+            raise ParameterError(f"size_bytes: at most {memory.MAX_READ_BYTES} at once")
+        return {"hex": self._region("target", target).read(offset, size_bytes).hex()}
+
+    @registry.method("memory.write")
+    def _memory_write(
+        self,
+        *,
+        target: dict[str, Any],
+        hex: str,  # noqa: A002  the protocol's word
+        offset: int = 0,
+    ) -> dict[str, Any]:
+        try:
+            data = bytes.fromhex(hex)
+        except ValueError:
+            raise ParameterError("hex: not pairs of hexadecimal digits") from None
+        self._region("target", target).write(offset, data)
+        return {}
+
+    # ---- engines
+
+    @registry.method("engine.open")
+    def _engine_open(
+        self, *, device: str, kind: str, scratch: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        from guest_agent.hw.engine import Scratch, engine_class
+
+        driver = engine_class(kind)
+        function = self._device("device", device)
+        if any(engine.device is function for engine in self._engines.values()):
+            raise ParameterError(f"device: {device} has an engine already")
+        memory = None
+        if scratch is not None:
+            rpc.check_parts(
+                "scratch",
+                scratch,
+                {"iova": "int", "target": "dict[str, Any]", "size_bytes": "int"},
+                {"offset": "int"},
+            )
+            region = self._region("scratch.target", scratch["target"])
+            memory = Scratch(
+                region, scratch.get("offset", 0), scratch["size_bytes"], scratch["iova"]
+            )
+        driver.probe(function)
+        engine = driver(function, memory)
+        engine.open()
+        number = self._number()
+        self._engines[number] = engine
+        return {
+            "engine": number,
+            "granule_bytes": engine.granule_bytes,
+            "max_copy_bytes": engine.max_copy_bytes,
+            "can": list(engine.can),
+        }
+
+    @registry.method("engine.copy")
+    def _engine_copy(
+        self,
+        *,
+        engine: int,
+        source_iova: int,
+        target_iova: int,
+        size_bytes: int,
+        timeout_s: float = 10.0,
+    ) -> dict[str, Any]:
+        _check_timeout(timeout_s)
+        return self._engine(engine).copy(source_iova, target_iova, size_bytes, timeout_s)
+
+    @registry.method("engine.write32")
+    def _engine_write32(
+        self, *, engine: int, iova: int, value: int, timeout_s: float = 10.0
+    ) -> dict[str, Any]:
+        _check_timeout(timeout_s)
+        return self._engine(engine).write32(iova, value, timeout_s)
+
+    @registry.method("engine.storm")
+    def _engine_storm(
+        self,
+        *,
+        engine: int,
+        iova: int,
+        count: int,
+        access: str = "read",
+        timeout_s: float = 10.0,
+    ) -> dict[str, Any]:
+        _check_timeout(timeout_s)
+        if access not in ("read", "write"):
+            raise ParameterError(f"access: {access!r} is neither read nor write")
+        return self._engine(engine).storm(iova, count, access, timeout_s)
+
+    @registry.method("engine.close")
+    def _engine_close(self, *, engine: int) -> dict[str, Any]:
+        self._engine(engine).close()
+        del self._engines[engine]
+        return {}

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which driver owns a PCI function: taken over through ``driver_override``, and given back."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from guest_agent import sysfs
+
+VFIO_DRIVER = "vfio-pci"
+
+
+class Binding:
+    """One function taken from its driver, until :meth:`restore`.
+
+    :param driver: who shall own it now; "" for nobody.
+    :raises OSError: ENODEV: there is no such function; EBUSY: it carries this machine's network;
+        ENOENT: the driver is not loaded, or it refused the function.
+    """
+
+    def __init__(self, bdf: str, driver: str, root: str = sysfs.ROOT) -> None:
+        self.bdf = bdf
+        self._bus = f"{root}/bus/pci"
+        self._folder = f"{self._bus}/devices/{bdf}"
+        if not sysfs.names(self._folder):
+            raise OSError(errno.ENODEV, f"there is no PCI function {bdf}")
+        self._previous = self.driver()
+        # The kernel shows an unset override as "(null)", and an empty write unsets it.
+        self._override = sysfs.read(f"{self._folder}/driver_override").replace("(null)", "")
+        self._changed = False
+        if self._previous == driver:
+            return
+        self._refuse_network()
+        self._changed = True
+        try:
+            self._own(driver, driver)
+        except OSError:
+            self.restore()
+            raise
+
+    def driver(self) -> str:
+        """The driver that owns the function now, or ""."""
+        return sysfs.link_name(f"{self._folder}/driver")
+
+    def restore(self) -> None:
+        """Give the function back to the driver that had it. Idempotent. :raises OSError: fails."""
+        if self._changed:
+            self._changed = False
+            self._own(self._previous, self._override)
+
+    def _own(self, driver: str, override: str) -> None:
+        sysfs.write(f"{self._folder}/driver_override", (driver or override) + "\n")
+        if self.driver():
+            sysfs.write(f"{self._folder}/driver/unbind", self.bdf)
+        if driver:
+            if not sysfs.names(f"{self._bus}/drivers/{driver}"):
+                raise OSError(errno.ENOENT, f"the driver {driver} is not loaded")
+            sysfs.write(f"{self._bus}/drivers_probe", self.bdf)
+            if self.driver() != driver:
+                raise OSError(errno.ENOENT, f"{driver} did not take {self.bdf}")
+        if driver and override != driver:
+            sysfs.write(f"{self._folder}/driver_override", override + "\n")
+
+    def _refuse_network(self) -> None:
+        folders = [self._folder]
+        folders += [
+            f"{self._folder}/{name}"
+            for name in sysfs.names(self._folder)
+            if name.startswith("virtio")
+        ]
+        for folder in folders:
+            for interface in sysfs.names(f"{folder}/net"):
+                if sysfs.read_or(f"{folder}/net/{interface}/operstate", "") == "up":
+                    raise OSError(
+                        errno.EBUSY, f"{self.bdf} is {interface}, which this machine is reached by"
+                    )
+
+
+def endpoints(group: str, root: str = sysfs.ROOT) -> list[str]:
+    """The functions of an IOMMU group that VFIO must own: all but the bridges."""
+    found = []
+    for bdf in sysfs.names(f"{root}/kernel/iommu_groups/{group}/devices"):
+        fd = os.open(f"{root}/bus/pci/devices/{bdf}/config", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            header_type = os.pread(fd, 1, 0x0E)[0] & 0x7F
+        finally:
+            os.close(fd)
+        if header_type == 0:
+            found.append(bdf)
+    return found

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PCI tree as the guest kernel sees it, from sysfs and the configuration space.
+
+Offsets and identifiers: PCI Express Base Specification 6.0, chapter 7, and
+include/uapi/linux/pci_regs.h.
+"""
+
+from __future__ import annotations
+
+from guest_agent import sysfs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+HEADER_TYPE = 0x0E
+CAPABILITY_LIST = 0x34
+PRIMARY_BUS = 0x18
+EXTENDED_START = 0x100
+
+_STATUS = 0x06
+_STATUS_CAPABILITIES = 0x10
+_ID_EXPRESS = 0x10
+_ID_ACS = 0x0D
+
+CAPABILITY_NAMES = {
+    0x01: "pm",
+    0x03: "vpd",
+    0x04: "slot_id",
+    0x05: "msi",
+    0x07: "pcix",
+    0x09: "vendor",
+    0x0C: "hotplug",
+    0x0D: "subsystem",
+    0x10: "express",
+    0x11: "msix",
+    0x12: "sata",
+    0x13: "af",
+    0x14: "ea",
+}
+EXTENDED_NAMES = {
+    0x01: "aer",
+    0x02: "vc",
+    0x03: "serial",
+    0x0B: "vendor",
+    0x0D: "acs",
+    0x0E: "ari",
+    0x0F: "ats",
+    0x10: "sriov",
+    0x13: "pri",
+    0x15: "rebar",
+    0x17: "tph",
+    0x18: "ltr",
+    0x19: "pcie2",
+    0x1B: "pasid",
+    0x1D: "dpc",
+    0x1F: "ptm",
+    0x23: "dvsec",
+    0x25: "dlf",
+    0x26: "16gt",
+    0x2E: "doe",
+}
+_PCIE_TYPES = {
+    0: "endpoint",
+    1: "endpoint",  # legacy endpoint
+    4: "root_port",
+    5: "upstream",
+    6: "downstream",
+    9: "rc_endpoint",
+}
+ACS_REDIRECT = 0x04 | 0x08 | 0x20  # request redirect, completion redirect, egress control
+
+# include/linux/ioport.h
+_RESOURCE_IO = 0x100
+_RESOURCE_MEM = 0x200
+_RESOURCE_PREFETCH = 0x2000
+_RESOURCE_MEM_64 = 0x100000
+
+
+def _u16(config: bytes, offset: int) -> int:
+    return int.from_bytes(config[offset : offset + 2], "little")
+
+
+def _u32(config: bytes, offset: int) -> int:
+    return int.from_bytes(config[offset : offset + 4], "little")
+
+
+def capabilities(config: bytes) -> Iterator[tuple[int, int]]:
+    """(identifier, offset) of each capability; ends at a loop or a pointer out of bounds."""
+    if not _u16(config, _STATUS) & _STATUS_CAPABILITIES:
+        return
+    seen = set()
+    offset = config[CAPABILITY_LIST] & 0xFC
+    while 0x40 <= offset < min(len(config), 0x100) and offset not in seen:
+        seen.add(offset)
+        yield config[offset], offset
+        offset = config[offset + 1] & 0xFC
+
+
+def extended_capabilities(config: bytes) -> Iterator[tuple[int, int]]:
+    """(identifier, offset) of each extended capability; none if only 256 bytes are there."""
+    seen = set()
+    offset = EXTENDED_START
+    while EXTENDED_START <= offset <= len(config) - 8 and offset not in seen:
+        seen.add(offset)
+        header = _u32(config, offset)
+        if header in (0, 0xFFFFFFFF):
+            return
+        yield header & 0xFFFF, offset
+        offset = header >> 20
+
+
+def _acs(config: bytes) -> dict[str, Any] | None:
+    for identifier, offset in extended_capabilities(config):
+        if identifier == _ID_ACS:
+            control = _u16(config, offset + 6)
+            return {
+                "capability": _u16(config, offset + 4),
+                "control": control,
+                "redirect": bool(control & ACS_REDIRECT),
+            }
+    return None
+
+
+def _pcie_type(config: bytes) -> str:
+    for identifier, offset in capabilities(config):
+        if identifier == _ID_EXPRESS:
+            return _PCIE_TYPES.get(_u16(config, offset + 2) >> 4 & 0xF, "")
+    return ""
+
+
+def bars(resource: str) -> list[dict[str, Any]]:
+    """The base address registers out of a device's ``resource`` file; unused ones are left out."""
+    found = []
+    for index, line in enumerate(resource.splitlines()[:6]):
+        start, end, flags = (int(word, 16) for word in line.split())
+        if flags & (_RESOURCE_IO | _RESOURCE_MEM):
+            found.append(
+                {
+                    "index": index,
+                    "address": start,
+                    "size_bytes": end - start + 1,
+                    "kind": "io" if flags & _RESOURCE_IO else "mem",
+                    "is_64bit": bool(flags & _RESOURCE_MEM_64),
+                    "prefetchable": bool(flags & _RESOURCE_PREFETCH),
+                }
+            )
+    return found
+
+
+def _named(identifiers: Iterator[tuple[int, int]], names: dict[int, str]) -> list[str]:
+    return [names.get(identifier, f"0x{identifier:02x}") for identifier, _ in identifiers]
+
+
+def device(bdf: str, root: str = sysfs.ROOT) -> dict[str, Any]:
+    """One function, as the protocol's ``pci.tree`` describes it. :raises OSError: there is none."""
+    folder = f"{root}/bus/pci/devices/{bdf}"
+    config = sysfs.read_bytes(f"{folder}/config")
+    is_bridge = config[HEADER_TYPE] & 0x7F == 1
+    path = sysfs.link(folder).split("/")
+    parent = path[-2] if len(path) > 1 and path[-2].count(":") == 2 else ""
+    group = sysfs.link_name(f"{folder}/iommu_group")
+    return {
+        "bdf": bdf,
+        "vendor": _u16(config, 0),
+        "device": _u16(config, 2),
+        "class": _u32(config, 8) >> 8,
+        "revision": config[8],
+        "subsystem_vendor": int(sysfs.read_or(f"{folder}/subsystem_vendor", "0"), 16),
+        "subsystem_device": int(sysfs.read_or(f"{folder}/subsystem_device", "0"), 16),
+        "header": "bridge" if is_bridge else "endpoint",
+        "multifunction": bool(config[HEADER_TYPE] & 0x80),
+        "pcie_type": _pcie_type(config),
+        "parent": parent,
+        "secondary_bus": config[PRIMARY_BUS + 1] if is_bridge else 0,
+        "subordinate_bus": config[PRIMARY_BUS + 2] if is_bridge else 0,
+        "bars": bars(sysfs.read(f"{folder}/resource")),
+        "capabilities": _named(capabilities(config), CAPABILITY_NAMES),
+        "extended": _named(extended_capabilities(config), EXTENDED_NAMES),
+        "acs": _acs(config),
+        "iommu_group": int(group) if group else None,
+        "driver": sysfs.link_name(f"{folder}/driver"),
+    }
+
+
+def tree(root: str = sysfs.ROOT) -> list[dict[str, Any]]:
+    """Every function of the machine, in order of address."""
+    return [device(bdf, root) for bdf in sysfs.names(f"{root}/bus/pci/devices")]
