@@ -16,6 +16,7 @@
     │   ├── NoHello                   3  it runs, but the agent never answered
     │   └── LinkLost                  3  QEMU ended, a closed channel, a missed deadline, garbage
     ├── AgentError                  128  a call failed in the guest: remote type, errno, where
+    ├── QmpError                    128  QEMU refused a command: its error class and description
     ├── CapabilityMissing           125  cannot be shown here (SKIP), naming the capability
     └── Interrupted                 130  Ctrl-C
 
@@ -196,6 +197,15 @@ class AgentError(TestbedError):
 
     def __str__(self) -> str:
         return f"{self.remote_type}: {self.message}" + (f" (at {self.where})" if self.where else "")
+
+
+class QmpError(TestbedError):
+    """QEMU refused a command; the machine is fine. ``error_class`` and ``description`` are its."""
+
+    def __init__(self, message: str, *, error_class: str, description: str) -> None:
+        super().__init__(message)
+        self.error_class = error_class
+        self.description = description
 
 
 class CapabilityMissing(TestbedError):

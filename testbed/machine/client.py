@@ -140,7 +140,7 @@ class Keeper:
     def _silent(self, method: str, timeout_s: float) -> HostError:
         return HostError(
             f"the keeper of rack '{self.name}' (pid {self.pid}) did not answer '{method}'"
-            f" within {timeout_s:.0f} s",
+            f" within {timeout_s:g} s",
             hint=f"see {self.run_folder / KEEPER_LOG}",
         )
 
