@@ -142,4 +142,8 @@ def engine_class(kind: str) -> type[Engine]:
         from guest_agent.hw.edu import Edu  # noqa: PLC0415  loaded when needed
 
         return Edu
-    raise ParameterError(f"kind: {kind!r} is none of edu")
+    if kind == "igb":
+        from guest_agent.hw.igb import Igb  # noqa: PLC0415  loaded when needed
+
+        return Igb
+    raise ParameterError(f"kind: {kind!r} is none of edu, igb")
