@@ -8,7 +8,7 @@ nothing again. A function is named ``node/device.role``, for example ``host0/gpu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from testbed.topology.model import Topology
@@ -34,7 +34,7 @@ class Function:
     """One PCI function.
 
     ``name``      ``gpu0.vram``; for ports and single-function devices the device's own name.
-    ``device``    the topology's name for the slot it belongs to (``gpu0``).
+    ``device``    the topology's entry that it stands for (``gpu0``; ``sw0`` for all of a switch).
     ``kind``      the QEMU-independent kind: ``ivshmem``, ``igb``, ``edu``, ``nvme``, ``port`` …
     ``qemu_id``   unique within the node; made of letters, digits, ``-`` and ``_``.
     ``parent``    the ``qemu_id`` of the bridge it is plugged into, or "" for the root bus.
@@ -50,15 +50,15 @@ class Function:
     bus: int
     slot: int
     number: int
-    multifunction: bool = False
+    multifunction: bool = False  # its slot has more than one function
     secondary_bus: int = 0  # bridges only
     subordinate_bus: int = 0  # bridges only
     acs: bool = False  # the QEMU function has an ACS capability
     chassis: int = 0  # ports with a slot only
     port: int = 0  # ports only: the port number in the link capabilities
     vram_size_bytes: int = 0  # vram only
-    memory_fd: int = 0  # vram only: the file descriptor that QEMU inherits
-    options: Mapping[str, str | int | bool] = ()  # type: ignore[assignment]  # kind-specific
+    memory_fd: int = 0  # vram and nvme: the file descriptor that QEMU inherits
+    options: Mapping[str, str | int | bool] = field(default_factory=dict)  # kind-specific
 
     @property
     def bdf(self) -> str:
@@ -72,8 +72,8 @@ class NodePlan:
 
     name: str
     functions: tuple[Function, ...]
-    pci_hole64_bytes: int
-    last_bus: int
+    pci_hole64_bytes: int  # the window above 4 GiB that the host bridge needs
+    last_bus: int  # buses 0 to this one exist
 
     def function(self, name: str) -> Function:
         """The function called ``gpu0.vram``; KeyError if there is none."""
@@ -83,7 +83,7 @@ class NodePlan:
         raise KeyError(name)
 
     def of_device(self, device: str) -> tuple[Function, ...]:
-        """All functions of one slot, in order of function number."""
+        """All functions of one entry, in tree order; within a slot by function number."""
         return tuple(f for f in self.functions if f.device == device)
 
     def by_role(self, *roles: Role) -> tuple[Function, ...]:

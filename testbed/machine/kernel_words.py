@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest kernel's command line.
+
+Source: Linux Documentation/admin-guide/kernel-parameters.txt.
+"""
+
+from __future__ import annotations
+
+from testbed.machine.command import LaunchContext
+from testbed.topology.model import Iommu, Node
+
+# A dead guest must end QEMU (which runs with -no-reboot) instead of standing still.
+PANIC_WORDS = ("panic=-1", "oops=panic")
+
+# An emulated processor has no speculation to guard against, and its clocks need no calibration.
+TCG_WORDS = ("mitigations=off", "tsc=reliable", "no_timer_check")
+
+_STRICTNESS = {"passthrough": "iommu=pt", "lazy": "iommu.strict=0", "strict": "iommu.strict=1"}
+
+
+def kernel_words(node: Node, context: LaunchContext) -> tuple[str, ...]:
+    """All words, the user's last, so that they win."""
+    return (
+        "console=ttyS0",
+        *PANIC_WORDS,
+        *(() if context.console_verbose else ("quiet",)),
+        *iommu_words(node.iommu),
+        *(TCG_WORDS if context.accelerator == "tcg" else ()),
+        *context.kernel_args,
+        *node.kernel_args,
+    )
+
+
+def iommu_words(iommu: Iommu) -> tuple[str, ...]:
+    """What makes the kernel use the IOMMU as the topology says.
+
+    Distributions differ in their defaults, so that each choice is spelt out. virtio-iommu has no
+    word of its own: it is in use if it is there.
+    """
+    if iommu.kind == "none":
+        return ()
+    if iommu.mode == "off":
+        return {"intel": ("intel_iommu=off",), "amd": ("amd_iommu=off",), "virtio": ()}[iommu.kind]
+    words: tuple[str, ...] = ()
+    if iommu.kind == "intel":
+        words = (f"intel_iommu=on,{'sm_on' if iommu.scalable else 'sm_off'}",)
+    if iommu.mode != "passthrough":
+        words += ("iommu.passthrough=0",)
+    return (*words, _STRICTNESS[iommu.mode])

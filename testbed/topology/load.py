@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A topology file to a Topology: the one way in, and the place where input errors get their lines.
+
+bytes → text (UTF-8) → ``vars:`` and ``-s`` settings → template → YAML with places → model → checks
+and a trial placement. Each stage reports all of its faults at once, with line and column of the
+user's own file, also where a template's loop has moved the lines.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from testbed.errors import Diagnostic, InputError
+from testbed.topology import variables
+from testbed.topology.model import Topology, from_data
+from testbed.topology.placement import attempt
+from testbed.topology.problem import DataPath, Problem, nearest
+from testbed.topology.source import Fault, decode
+from testbed.topology.template import Rendered, render
+from testbed.topology.validation import explain
+from testbed.topology.yaml_data import Place, parse
+
+STDIN = "-"
+MOST_FILE_BYTES = 1 << 20
+
+
+def load(path: str | Path, settings: Mapping[str, str]) -> Topology:
+    """The topology in a file, or on standard input for ``-``; ``settings`` are those of ``-s``.
+
+    InputError with every fault found.
+    """
+    if str(path) == STDIN:
+        return load_bytes(sys.stdin.buffer.read(MOST_FILE_BYTES + 1), "<stdin>", settings)
+    return load_bytes(_read(Path(path)), str(path), settings)
+
+
+def load_text(text: str, name: str, settings: Mapping[str, str]) -> Topology:
+    """The topology in ``text``, which errors call ``name``."""
+    return load_bytes(text.encode("utf-8", "surrogatepass"), name, settings)
+
+
+def load_bytes(content: bytes, name: str, settings: Mapping[str, str]) -> Topology:
+    """The topology in the bytes of a file called ``name``."""
+    if len(content) > MOST_FILE_BYTES:
+        raise InputError(f"{name}: larger than {MOST_FILE_BYTES} bytes")
+    source = decode(name, content)
+    values = variables.override(variables.read(source), settings, name)
+    rendered = render(source, values)
+    parsed = parse(rendered.text)
+    if parsed.faults:
+        raise source.error(*(_in_file(fault, rendered) for fault in parsed.faults))
+    data = parsed.data
+    if values and isinstance(data, dict):
+        data["vars"] = values
+    try:
+        topology = from_data(data)
+    except ValidationError as error:
+        found = explain(error, Topology)
+    else:
+        found = attempt(topology).problems
+    if found:
+        raise source.error(*(_located(problem, parsed.places, rendered) for problem in found))
+    return topology
+
+
+def _read(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(MOST_FILE_BYTES + 1)
+    except OSError as error:
+        close = ""
+        if isinstance(error, FileNotFoundError) and path.parent.is_dir():
+            close = nearest(path.name, (p.name for p in path.parent.glob("*.y*ml")))
+        message = (error.strerror or str(error)).lower()
+        raise InputError(
+            diagnostics=[Diagnostic(str(path), 0, 0, message, nearest=close)]
+        ) from None
+
+
+def _in_file(fault: Fault, rendered: Rendered) -> Fault:
+    """A fault in the rendered text, moved to where that text came from."""
+    index = rendered.source_index(fault.index)
+    return Fault(index, fault.message, fault.expected, fault.nearest)
+
+
+def _located(problem: Problem, places: Mapping[DataPath, Place], rendered: Rendered) -> Fault:
+    path = problem.path
+    while path not in places:
+        path = path[:-1]
+    place = places[path]
+    index = place.key if problem.at_key else place.value
+    return _in_file(Fault(index, problem.message, problem.expected, problem.nearest), rendered)

@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The topology: what a rack is made of, as frozen values.
+
+The models read the YAML as the user writes it (``gpu: gpu0``, ``vram: 64M``) through aliases, and
+hold what the rest of the program needs (``name``, ``vram_bytes``). Unknown keys are refused.
+Sources: PCI Express Base Specification 6.0 (what may stand below what); QEMU ``docs/pcie.txt``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from testbed.errors import Diagnostic, InputError
+from testbed.topology.fields import (
+    Address,
+    BarSize,
+    CpuModel,
+    DiskSize,
+    Flag,
+    GpuRef,
+    HostAddress,
+    KernelName,
+    KernelWord,
+    MemorySize,
+    Name,
+    VariableValue,
+    rule_error,
+)
+from testbed.topology.units import GIB, MIB
+from testbed.topology.validation import explain
+
+# The copy engine of a GPU or NIC that names none.
+DEFAULT_GPU_ENGINE: Literal["igb"] = "igb"
+DEFAULT_NIC_ENGINE: Literal["igb"] = "igb"
+
+# Names that the testbed gives to functions of its own.
+NETWORK_NAME = "net0"
+IOMMU_NAME = "iommu0"
+RESERVED_NAMES = (NETWORK_NAME, IOMMU_NAME)
+
+IommuKind = Literal["none", "intel", "amd", "virtio"]
+IommuMode = Literal["off", "passthrough", "lazy", "strict"]
+AcsMode = Literal["redirect", "none"]
+
+
+_T = TypeVar("_T")
+# A list; a key with nothing after it is an empty one, as a template may leave it.
+Entries = Annotated[tuple[_T, ...], BeforeValidator(lambda value: () if value is None else value)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Machine(_Model):
+    """The node's processor and memory."""
+
+    cpu: CpuModel = Field(
+        "max",
+        description="QEMU's name for the CPU model. Linux allows peer-to-peer DMA through the host "
+        "bridge of an AMD EPYC and not through that of `max`.",
+    )
+    vcpus: int = Field(1, strict=True, ge=1, le=64, description="Virtual CPUs.")
+    memory_bytes: MemorySize = Field(GIB, alias="memory", description="Main memory.")
+
+
+class Iommu(_Model):
+    """The virtual IOMMU, and how the guest's kernel uses it."""
+
+    kind: IommuKind = Field(
+        "intel", description="Which IOMMU QEMU emulates: `intel` (VT-d), `amd`, `virtio`, `none`."
+    )
+    mode: IommuMode = Field(
+        "strict",
+        description="What the guest's kernel is told. `off`: do not use it. `passthrough`: "
+        "identity domains. `lazy`: translate, invalidate in batches. `strict`: translate, "
+        "invalidate at once. The default is `strict`, and `off` for kind `none`.",
+    )
+    scalable: Flag = Field(
+        False,
+        description="VT-d scalable mode with first-stage tables (kind `intel` only); faults have "
+        "other reason codes.",
+    )
+    aw_bits: Literal[39, 48] = Field(
+        48, description="Width of an I/O virtual address (kinds `intel` and `virtio`)."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_mode(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "mode" not in data and data.get("kind") == "none":
+            return {**data, "mode": "off"}
+        return data
+
+    @field_validator("mode")
+    @classmethod
+    def _mode_needs_iommu(cls, mode: IommuMode, info: ValidationInfo) -> IommuMode:
+        if info.data.get("kind") == "none" and mode != "off":
+            raise rule_error(f"mode '{mode}' needs an IOMMU", expected="off, or another kind")
+        return mode
+
+    @field_validator("scalable")
+    @classmethod
+    def _scalable_is_intel(cls, scalable: bool, info: ValidationInfo) -> bool:
+        kind = info.data.get("kind", "intel")
+        if scalable and kind != "intel":
+            raise rule_error(f"kind '{kind}' has no scalable mode", expected="kind intel")
+        return scalable
+
+    @field_validator("aw_bits")
+    @classmethod
+    def _width_is_settable(cls, aw_bits: int, info: ValidationInfo) -> int:
+        kind = info.data.get("kind", "intel")
+        if aw_bits != 48 and kind not in ("intel", "virtio"):
+            raise rule_error(f"kind '{kind}' has a fixed width", expected="48")
+        return aw_bits
+
+
+class _Entry(_Model):
+    """What all PCIe entries have: a kind, given by the first key, whose value is the name."""
+
+    kind: ClassVar[str]
+    name: Name
+    address: Address | None = Field(
+        None,
+        description="Slot and function, `SS.F` in hexadecimal, on the bus the entry stands on "
+        "(below a switch: the address of its downstream port). Chosen by the testbed if left out.",
+    )
+
+    @property
+    def slot_and_function(self) -> tuple[int, int] | None:
+        """The explicit address as numbers, or None."""
+        if self.address is None:
+            return None
+        slot, function = self.address.split(".")
+        return int(slot, 16), int(function)
+
+    @property
+    def children(self) -> tuple[BelowEntry, ...]:
+        """The entries below this one; empty for devices."""
+        return ()
+
+
+class Gpu(_Entry):
+    """A GPU: one slot with its video memory, a copy engine and a doorbell page."""
+
+    kind = "gpu"
+    name: Name = Field(alias="gpu", description="The GPU's name.")
+    vram_bytes: BarSize = Field(alias="vram", description="Video memory: the size of its BAR.")
+    engine: Literal["model", "igb", "edu"] = Field(
+        DEFAULT_GPU_ENGINE,
+        description="The copy engine. `model`: the testbed's own, in Python. `igb`, `edu`: QEMU's, "
+        "fast and slow, as independent witnesses.",
+    )
+    doorbell: Flag = Field(
+        False, description="One page of registers that a peer rings by writing to it."
+    )
+
+
+class Nic(_Entry):
+    """A network card, seen as one more device that does DMA."""
+
+    kind = "nic"
+    name: Name = Field(alias="nic", description="The NIC's name.")
+    engine: Literal["igb", "edu"] = Field(DEFAULT_NIC_ENGINE, description="QEMU's device.")
+
+
+class Nvme(_Entry):
+    """An NVMe disk; it forgets its contents when the rack goes down."""
+
+    kind = "nvme"
+    name: Name = Field(alias="nvme", description="The disk's name.")
+    size_bytes: DiskSize = Field(64 * MIB, alias="size", description="Capacity of namespace 1.")
+    cmb_bytes: BarSize | None = Field(
+        None,
+        alias="cmb",
+        description="Controller memory buffer: Linux makes it peer-to-peer memory (`p2pmem`).",
+    )
+
+
+class Passthrough(_Entry):
+    """A real device of the host, handed to the guest with vfio-pci."""
+
+    kind = "passthrough"
+    name: Name = Field(alias="passthrough", description="The device's name in the rack.")
+    host: HostAddress = Field(description="The device's address on the host (`lspci -D`).")
+
+
+class Switch(_Entry):
+    """A PCIe switch; each entry below gets a downstream port of its own."""
+
+    kind = "switch"
+    name: Name = Field(alias="switch", description="The switch's name.")
+    acs: AcsMode = Field(
+        "none",
+        description="`redirect`: its downstream ports have ACS, and the kernel makes them send "
+        "peer traffic up to the IOMMU. `none`: peers reach one another inside the switch.",
+    )
+    below: Entries[BelowEntry] = Field((), description="What is plugged into it.")
+
+    @property
+    def children(self) -> tuple[BelowEntry, ...]:
+        """The entries below the switch."""
+        return self.below
+
+
+class RootPort(_Entry):
+    """A root port: one link out of the root complex."""
+
+    kind = "root_port"
+    name: Name = Field(alias="root_port", description="The port's name.")
+    acs: AcsMode = Field(
+        "redirect", description="`redirect`: the port has the ACS capability. `none`: it has not."
+    )
+    below: Entries[BelowEntry] = Field(
+        (), description="What is plugged into it: at most one entry."
+    )
+
+    @property
+    def children(self) -> tuple[BelowEntry, ...]:
+        """The entry below the port, if there is one."""
+        return self.below
+
+
+DEVICE_KINDS = ("gpu", "nic", "nvme", "passthrough")
+ROOT_KINDS = ("root_port", *DEVICE_KINDS)
+BELOW_KINDS = ("switch", *DEVICE_KINDS)
+ALL_KINDS = ("root_port", *BELOW_KINDS)
+
+
+def union_tag(kind: str) -> str:
+    """The union's tag of a kind; in an error's place it cannot be taken for a key."""
+    return f"({kind})"
+
+
+def _tag_of(value: object) -> str | None:
+    if isinstance(value, _Entry):
+        return union_tag(value.kind)
+    if isinstance(value, dict):
+        return next((union_tag(kind) for kind in ALL_KINDS if kind in value), None)
+    return None
+
+
+_Device = (
+    Annotated[Gpu, Tag("(gpu)")]
+    | Annotated[Nic, Tag("(nic)")]
+    | Annotated[Nvme, Tag("(nvme)")]
+    | Annotated[Passthrough, Tag("(passthrough)")]
+)
+RootEntry = Annotated[Annotated[RootPort, Tag("(root_port)")] | _Device, Discriminator(_tag_of)]
+BelowEntry = Annotated[Annotated[Switch, Tag("(switch)")] | _Device, Discriminator(_tag_of)]
+Entry = RootPort | Switch | Gpu | Nic | Nvme | Passthrough
+
+
+class Node(_Model):
+    """One machine of the rack: one QEMU, one guest kernel."""
+
+    machine: Machine = Field(default_factory=Machine, description="Processor and memory.")
+    kernel: KernelName = Field(
+        "default", description="The guest's kernel: `default`, a name from `images/`, or a path."
+    )
+    kernel_args: Entries[KernelWord] = Field(
+        (), description="Words added to the end of the kernel's command line."
+    )
+    iommu: Iommu = Field(default_factory=Iommu, description="The virtual IOMMU.")
+    pcie: Entries[RootEntry] = Field((), description="What stands on the root bus.")
+
+    def entries(self) -> Iterator[Entry]:
+        """Every entry, parents before children."""
+        stack: list[Entry] = list(reversed(self.pcie))
+        while stack:
+            entry = stack.pop()
+            yield entry
+            stack.extend(reversed(entry.children))
+
+
+class Link(_Model):
+    """A private link between two GPUs, beside PCIe."""
+
+    kind: Literal["xgmi", "nvlink", "xelink", "ual"] = Field(description="The link's technology.")
+    between: tuple[GpuRef, ...] = Field(
+        description="The two ends, each `node/gpu`.",
+        json_schema_extra={"minItems": 2, "maxItems": 2},
+    )
+    width: int = Field(16, strict=True, ge=1, le=64, description="Number of lanes.")
+
+
+class Topology(_Model):
+    """A rack: nodes, what stands in them, and private links between their GPUs."""
+
+    rack: Name = Field(description="The rack's name; `up --name` gives another.")
+    description: str = Field("", strict=True, description="One sentence for people.")
+    vars: Mapping[Name, VariableValue] = Field(
+        default_factory=dict,
+        description="Values for the template, each changed with `-s NAME=VALUE`. Plain YAML: read "
+        "before the template runs.",
+    )
+    nodes: Mapping[Name, Node] = Field(min_length=1, description="The machines, by name.")
+    links: Entries[Link] = Field((), description="Private links between GPUs.")
+
+
+def to_data(topology: Topology) -> dict[str, Any]:
+    """Plain data in the file's own shape, all defaults filled in; :func:`from_data` reads it."""
+    return topology.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def from_data(data: Mapping[str, Any]) -> Topology:
+    """The topology that :func:`to_data` wrote; pydantic.ValidationError if it is none.
+
+    Unlike the loader it runs no template and knows no line numbers: for stored records.
+    """
+    return Topology.model_validate(dict(data))
+
+
+def with_overrides(
+    topology: Topology,
+    *,
+    rack: str | None = None,
+    iommu_mode: str | None = None,
+    kernel: str | None = None,
+    cpu: str | None = None,
+) -> Topology:
+    """The topology with some values changed on all nodes, validated again.
+
+    InputError if a value cannot be, for example a mode for a node that has no IOMMU.
+    """
+    data = to_data(topology)
+    if rack is not None:
+        data["rack"] = rack
+    for node in data["nodes"].values():
+        if iommu_mode is not None:
+            node["iommu"]["mode"] = iommu_mode
+        if kernel is not None:
+            node["kernel"] = kernel
+        if cpu is not None:
+            node["machine"]["cpu"] = cpu
+    try:
+        return from_data(data)
+    except ValidationError as error:
+        raise InputError(
+            diagnostics=[
+                Diagnostic(f"rack {topology.rack}", 0, 0, p.message, p.expected, p.nearest)
+                for p in explain(error, Topology)
+            ]
+        ) from None

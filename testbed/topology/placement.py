@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where every PCI function of a rack stands, worked out before anything boots.
+
+Bus numbers are those that the guest will see: SeaBIOS numbers buses depth first, bridges of one
+bus in order of slot and function (``src/fw/pciinit.c``, ``pci_bios_init_bus_rec``), and Linux keeps
+what the firmware chose (``drivers/pci/probe.c``, ``pci_scan_bridge_extend``). Ports stay capable of
+hot-plug: neither of the two reserves bus numbers for it unless told to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from testbed.errors import Diagnostic, InputError
+from testbed.topology.checks import problems
+from testbed.topology.model import (
+    IOMMU_NAME,
+    NETWORK_NAME,
+    Entry,
+    Gpu,
+    Nic,
+    Node,
+    Nvme,
+    Passthrough,
+    RootPort,
+    Switch,
+    Topology,
+)
+from testbed.topology.plan import Function, NodePlan, RackPlan, Role
+from testbed.topology.problem import DataPath, Problem
+from testbed.topology.slots import Bus, Seat, assign
+from testbed.topology.units import GIB, format_size
+from testbed.topology.windows import hole64_bytes
+
+BUS_COUNT = 256
+FIRST_MEMORY_FD = 100
+
+# The root bus of QEMU's q35 (hw/pci-host/q35.c, hw/isa/lpc_ich9.c), and the testbed's own cards.
+IOMMU_SLOT = 0x01
+FIRST_FREE_SLOT = 0x02
+NETWORK_SLOT = 0x1E
+ROOT_BUS_RESERVED = {
+    0x00: "the host bridge",
+    NETWORK_SLOT: f"the control network's card '{NETWORK_NAME}'",
+    0x1F: "the chipset's ISA bridge",
+}
+
+# Under TCG a physical address has 40 bits (QEMU target/i386/cpu.h, TCG_PHYS_ADDR_BITS); half of
+# that space is left to memory and to the alignment of the window itself.
+MOST_HOLE64_BYTES = 512 * GIB
+
+
+@dataclass(frozen=True)
+class Placed:
+    """What placement yields: a plan, or everything that stands against it."""
+
+    plan: RackPlan | None
+    problems: tuple[Problem, ...]
+
+
+def place(topology: Topology) -> RackPlan:
+    """The rack's plan; InputError with all faults, by name, if there can be none."""
+    placed = attempt(topology)
+    if placed.plan is None:
+        raise InputError(diagnostics=[_by_name(topology, fault) for fault in placed.problems])
+    return placed.plan
+
+
+def attempt(topology: Topology) -> Placed:
+    """The rack's plan, or all faults with their places in the topology's data."""
+    found = list(problems(topology))
+    plans: dict[str, NodePlan] = {}
+    if not found:
+        for name, node in topology.nodes.items():
+            placer = _Placer(name, node)
+            plans[name] = placer.run()
+            found.extend(placer.problems)
+    return Placed(None if found else RackPlan(topology, plans), tuple(found))
+
+
+def _by_name(topology: Topology, fault: Problem) -> Diagnostic:
+    """A fault of a topology that has no file, or none any more."""
+    node = f", node {fault.path[1]}" if len(fault.path) > 1 and fault.path[0] == "nodes" else ""
+    place = f"rack {topology.rack}{node}"
+    return Diagnostic(place, 0, 0, fault.message, fault.expected, fault.nearest)
+
+
+@dataclass(frozen=True)
+class _Spot:
+    """An address on a bus, and the bridge (``qemu_id``, or "") that the bus belongs to."""
+
+    parent: str
+    bus: int
+    slot: int
+    number: int
+    shared: bool
+
+
+class _Placer:
+    """One node's placement; functions are appended parents first."""
+
+    def __init__(self, name: str, node: Node) -> None:
+        self.problems: list[Problem] = []
+        self._name = name
+        self._node = node
+        self._path: DataPath = ("nodes", name, "pcie")
+        self._functions: list[Function] = []
+        self._last_bus = 0
+        self._chassis = 0
+        self._root_ports = 0
+        self._memory_fd = FIRST_MEMORY_FD
+
+    def run(self) -> NodePlan:
+        """The plan; of use only if ``problems`` stays empty."""
+        reserved = dict(ROOT_BUS_RESERVED)
+        iommu = self._node.iommu
+        # Nothing on the kernel's command line turns virtio's off: mode off leaves the device out.
+        if iommu.kind == "amd" or (iommu.kind == "virtio" and iommu.mode != "off"):
+            reserved[IOMMU_SLOT] = f"the IOMMU '{IOMMU_NAME}'"
+            spot = _Spot("", 0, IOMMU_SLOT, 0, shared=False)
+            self._functions.append(_single(IOMMU_NAME, Role.IOMMU, f"{iommu.kind}-iommu", spot))
+        spot = _Spot("", 0, NETWORK_SLOT, 0, shared=False)
+        self._functions.append(_single(NETWORK_NAME, Role.NETWORK, "virtio-net", spot))
+
+        bus = Bus("the root bus", reserved, FIRST_FREE_SLOT)
+        for seat in self._seats(bus, self._node.pcie, self._path):
+            self._place(seat, _Spot("", 0, seat.slot, seat.number, seat.shared))
+
+        self._check_ids()
+        self._check_buses()
+        hole_bytes = hole64_bytes(self._functions)
+        if hole_bytes > MOST_HOLE64_BYTES:
+            message = f"the BARs need {format_size(hole_bytes)} of address space above 4 GiB"
+            expected = f"at most {format_size(MOST_HOLE64_BYTES)}"
+            self.problems.append(Problem(self._path, message, expected, at_key=True))
+        return NodePlan(self._name, tuple(self._functions), hole_bytes, self._last_bus)
+
+    def _seats(self, bus: Bus, entries: Sequence[Entry], path: DataPath) -> tuple[Seat, ...]:
+        seating = assign(bus, entries, path)
+        self.problems.extend(seating.problems)
+        return seating.seats
+
+    def _place(self, seat: Seat, spot: _Spot) -> None:
+        entry = seat.entry
+        match entry:
+            case RootPort():
+                self._place_root_port(entry, seat.path, spot)
+            case Switch():
+                self._place_switch(entry, seat.path, spot)
+            case Gpu():
+                self._place_gpu(entry, spot)
+            case Nic():
+                self._functions.append(_single(entry.name, Role.ENGINE, entry.engine, spot))
+            case Nvme():
+                options = {"size_bytes": entry.size_bytes, "cmb_bytes": entry.cmb_bytes or 0}
+                nvme = _single(entry.name, Role.NVME, "nvme", spot)
+                self._functions.append(
+                    replace(nvme, memory_fd=self._next_memory_fd(), options=options)
+                )
+            case Passthrough():
+                card = _single(entry.name, Role.PASSTHROUGH, "vfio", spot)
+                self._functions.append(replace(card, options={"host": entry.host}))
+            case _:
+                assert_never(entry)
+
+    def _place_root_port(self, entry: RootPort, path: DataPath, spot: _Spot) -> None:
+        port = replace(
+            _single(entry.name, Role.ROOT_PORT, "port", spot),
+            acs=entry.acs == "redirect",
+            chassis=self._next_chassis(),
+            port=self._root_ports,
+        )
+        self._root_ports += 1
+        for index, child in enumerate(entry.below):
+            if child.slot_and_function not in (None, (0, 0)):
+                message = f"{child.address}: below a port there is one address only"
+                place = (*path, "below", index, "address")
+                self.problems.append(Problem(place, message, expected="00.0"))
+        below = [(child, (*path, "below", index)) for index, child in enumerate(entry.below)]
+        self._place_port(port, below)
+
+    def _place_switch(self, entry: Switch, path: DataPath, spot: _Spot) -> None:
+        position = len(self._functions)
+        upstream = _single(entry.name, Role.SWITCH_UPSTREAM, "port", spot)
+        self._functions.append(upstream)
+        bus = self._next_bus()
+        rules = Bus(f"the switch '{entry.name}'", for_ports=True)
+        for number, seat in enumerate(self._seats(rules, entry.below, (*path, "below"))):
+            place = _Spot(upstream.qemu_id, bus, seat.slot, seat.number, seat.shared)
+            name = f"{entry.name}.port{number}"
+            port = replace(
+                _function(name, entry.name, Role.SWITCH_DOWNSTREAM, "port", place),
+                acs=entry.acs == "redirect",
+                chassis=self._next_chassis(),
+                port=number,
+            )
+            self._place_port(port, [(seat.entry, seat.path)])
+        self._functions[position] = replace(
+            upstream, secondary_bus=bus, subordinate_bus=self._last_bus
+        )
+
+    def _place_port(self, port: Function, below: Sequence[tuple[Entry, DataPath]]) -> None:
+        """A port and what its link leads to, which is always at slot 0 of its own bus."""
+        position = len(self._functions)
+        self._functions.append(port)
+        bus = self._next_bus()
+        for entry, path in below:
+            self._place(Seat(entry, path, 0, 0), _Spot(port.qemu_id, bus, 0, 0, shared=False))
+        self._functions[position] = replace(port, secondary_bus=bus, subordinate_bus=self._last_bus)
+
+    def _place_gpu(self, entry: Gpu, spot: _Spot) -> None:
+        """Function 0 is the VRAM, 1 the engine, 2 the doorbell where the engine is not its own."""
+        name = entry.name
+        spot = replace(spot, shared=True)
+        vram = _function(f"{name}.vram", name, Role.VRAM, "ivshmem", spot)
+        engine_spot = replace(spot, number=1)
+        engine = _function(f"{name}.engine", name, Role.ENGINE, entry.engine, engine_spot)
+        self._functions += [
+            replace(vram, vram_size_bytes=entry.vram_bytes, memory_fd=self._next_memory_fd()),
+            engine,
+        ]
+        if entry.doorbell and entry.engine != "edu":
+            doorbell_spot = replace(spot, number=2)
+            self._functions.append(
+                _function(f"{name}.doorbell", name, Role.DOORBELL, "edu", doorbell_spot)
+            )
+
+    def _next_bus(self) -> int:
+        self._last_bus += 1
+        return self._last_bus
+
+    def _next_chassis(self) -> int:
+        self._chassis += 1
+        return self._chassis
+
+    def _next_memory_fd(self) -> int:
+        self._memory_fd += 1
+        return self._memory_fd - 1
+
+    def _check_ids(self) -> None:
+        """``gpu0-vram`` as a name of its own would be the identifier of gpu0's VRAM."""
+        seen: dict[str, Function] = {}
+        for function in self._functions:
+            other = seen.setdefault(function.qemu_id, function)
+            if other is not function:
+                message = f"the names '{other.name}' and '{function.name}' are too much alike"
+                self.problems.append(Problem(self._path, message, at_key=True))
+
+    def _check_buses(self) -> None:
+        if self._last_bus >= BUS_COUNT:
+            message = f"node '{self._name}' needs {self._last_bus + 1} buses"
+            expected = f"at most {BUS_COUNT}: one for the root, one for each port and each switch"
+            self.problems.append(Problem(self._path, message, expected, at_key=True))
+
+
+def _single(name: str, role: Role, kind: str, spot: _Spot) -> Function:
+    """A function that is its entry's first or only one, and bears its name."""
+    return _function(name, name, role, kind, spot)
+
+
+def _function(name: str, device: str, role: Role, kind: str, spot: _Spot) -> Function:
+    return Function(
+        name=name,
+        device=device,
+        role=role,
+        kind=kind,
+        qemu_id=name.replace(".", "-"),
+        parent=spot.parent,
+        bus=spot.bus,
+        slot=spot.slot,
+        number=spot.number,
+        multifunction=spot.shared,
+    )

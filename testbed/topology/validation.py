@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pydantic's errors in the words of a topology file: found, expected, and perhaps meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from testbed.topology.fields import RULE_ERROR, Size, Text, shown
+from testbed.topology.problem import DataPath, Problem, listing, nearest
+
+Location = tuple[str | int, ...]
+
+# What pydantic puts at the end of a location to say that it means the key.
+_KEY_MARK = "[key]"
+
+_EXPECTED = {
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a mapping, 'key: value'",
+    "model_type": "a mapping, 'key: value'",
+}
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> tuple[Problem, ...]:
+    """Each of pydantic's errors about ``root`` as a Problem, in pydantic's order."""
+    return tuple(_explain(details, root) for details in error.errors(include_url=False))
+
+
+def _explain(details: ErrorDetails, root: type[BaseModel]) -> Problem:
+    kind, location, value = details["type"], details["loc"], details["input"]
+    context: dict[str, Any] = details.get("ctx", {})
+    path = tuple(part for part in location if part != _KEY_MARK and not _is_union_tag(part))
+    if kind == RULE_ERROR:
+        at_key = location[-1] == _KEY_MARK
+        return Problem(path, context["said"], context["expected"], context["nearest"], at_key)
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        return _no_entry(path, value, _union_kinds(_field_at(root, location)))
+    if kind == "missing":
+        field = _field_at(root, location)
+        owner = _owner(location, value)
+        return Problem(path[:-1], f"{owner} lacks '{path[-1]}'", _expected_of(field))
+    if kind == "extra_forbidden":
+        keys = _keys(_model_at(root, location[:-1]))
+        message = f"unknown key '{path[-1]}'"
+        return Problem(path, message, listing(keys), nearest(path[-1], keys), at_key=True)
+    return _wrong_value(path, details, root)
+
+
+def _wrong_value(path: DataPath, details: ErrorDetails, root: type[BaseModel]) -> Problem:
+    value = details["input"]
+    context: dict[str, Any] = details.get("ctx", {})
+    if details["type"] == "literal_error":
+        field = _field_at(root, details["loc"])
+        choices = [str(choice) for choice in get_args(field.annotation)]
+        return Problem(path, _is(path, value), listing(choices), nearest(value, choices))
+    if "min_length" in context:
+        return Problem(path, f"'{path[-1]}' is empty", f"at least {context['min_length']}")
+    bounds = {"ge": "at least", "le": "at most"}
+    limits = [f"{words} {context[name]}" for name, words in bounds.items() if name in context]
+    expected = limits[0] if limits else _EXPECTED.get(details["type"], details["msg"])
+    return Problem(path, _is(path, value), expected)
+
+
+def _is(path: DataPath, value: object) -> str:
+    if not path:
+        return f"the topology is {shown(value)}"
+    last = path[-1]
+    subject = f"'{last}'" if isinstance(last, str) else f"an entry of '{path[-2]}'"
+    return f"{subject} is {shown(value)}"
+
+
+def _owner(location: Location, value: object) -> str:
+    """What lacks something: ``gpu 'gpu0'``, ``'links'``, or the topology itself."""
+    if len(location) < 2:
+        return "the topology"
+    before = location[-2]
+    if _is_union_tag(before) and isinstance(value, dict):
+        kind = str(before).strip("()")
+        return f"{kind} {shown(value.get(kind))}"
+    return f"an entry of '{location[-3]}'" if isinstance(before, int) else f"'{before}'"
+
+
+def _no_entry(path: DataPath, value: object, kinds: list[str]) -> Problem:
+    """An entry of ``pcie`` or ``below`` that is none, or stands where its kind cannot."""
+    where = "on the root bus" if path[-2] == "pcie" else "below a port or switch"
+    if not isinstance(value, dict):
+        return Problem(path, _is(path, value), f"a mapping with one of {listing(kinds)}")
+    for kind in ("root_port", "switch"):
+        if kind in value:
+            message = f"{kind} {shown(value[kind])} cannot stand {where}"
+            return Problem((*path, kind), message, listing(kinds))
+    first = next(iter(value), "")
+    message = f"an entry without a kind ('{first}' is none)" if first else "an empty entry"
+    place = (*path, first) if first else path
+    return Problem(place, message, listing(kinds), nearest(first, kinds), at_key=True)
+
+
+def _is_union_tag(part: str | int) -> bool:
+    """Whether a part of a location is the tag of a union (``(gpu)``) and no key of the data."""
+    return isinstance(part, str) and part.startswith("(")
+
+
+def _model_at(root: type[BaseModel], location: Location) -> type[BaseModel]:
+    return _descend(root, location)[0]
+
+
+def _field_at(root: type[BaseModel], location: Location) -> FieldInfo:
+    field = _descend(root, location)[1]
+    if field is None:
+        raise LookupError(f"no field at {location}")
+    return field
+
+
+def _descend(root: type[BaseModel], location: Location) -> tuple[type[BaseModel], FieldInfo | None]:
+    """The model that a location leads into, and the last field on the way."""
+    model, field, is_mapping_key = root, None, False
+    for part in location:
+        if isinstance(part, int) or is_mapping_key:
+            is_mapping_key = False
+        elif _is_union_tag(part) and field is not None:
+            model = next(m for m in _models_in(field.annotation) if f"({m.kind})" == part)
+        elif part in (keys := _keys(model)):
+            field = keys[part]
+            nested = _models_in(field.annotation)
+            model = nested[0] if len(nested) == 1 else model
+            is_mapping_key = get_origin(field.annotation) is Mapping
+        else:
+            return model, None
+    return model, field
+
+
+def _keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """A model's fields by the keys that the file uses for them."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    """The models that an annotation is made of: ``tuple[A | B, ...]`` gives A and B."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _union_kinds(field: FieldInfo) -> list[str]:
+    return [model.kind for model in _models_in(field.annotation)]
+
+
+def _expected_of(field: FieldInfo) -> str:
+    """What a field wants, from the rule that guards it, its choices, or its description."""
+    for rule in field.metadata:
+        if isinstance(rule, Size | Text):
+            return rule.expected
+    if get_origin(field.annotation) is Literal:
+        return listing(str(choice) for choice in get_args(field.annotation))
+    return (field.description or "").rstrip(".")
