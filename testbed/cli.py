@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: which verbs there are, and what every verb shares.
+
+A verb is imported when it is used, so that `testbed --version` and shell completion stay quick.
+Results go to stdout and everything else to stderr; errors are one message, an optional hint and
+the exit code of :mod:`testbed.errors`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from testbed import __version__
+from testbed.errors import ExitCode, Interrupted, TestbedError
+
+# verb → (module of testbed.verbs, section of the help)
+VERBS = {
+    "run": ("run", "Judge"),
+    "up": ("racks", "Racks"),
+    "down": ("racks", "Racks"),
+    "ps": ("racks", "Racks"),
+    "inspect": ("racks", "Racks"),
+    "topo": ("racks", "Racks"),
+    "ssh": ("reach", "Reach into a rack"),
+    "console": ("reach", "Reach into a rack"),
+    "qmp": ("reach", "Reach into a rack"),
+    "logs": ("reach", "Reach into a rack"),
+    "validate": ("topology", "Topologies"),
+    "plan": ("topology", "Topologies"),
+    "schema": ("topology", "Topologies"),
+    "doctor": ("host", "This machine"),
+    "setup": ("host", "This machine"),
+    "completion": ("host", "This machine"),
+}
+
+
+class VerbGroup(click.Group):
+    """Verbs by name, imported on use, listed by section."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's interface)
+        """All verbs, in the order of the help."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The verb, or None; click then names the nearest."""
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"testbed.verbs.{VERBS[cmd_name][0]}")
+        command: click.Command = getattr(module, cmd_name)
+        for parameter in command.params:
+            if isinstance(parameter, click.Option):
+                parameter.show_envvar = True
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, with the nearest verb in the message."""
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            import difflib  # noqa: PLC0415  (only on this error path)
+
+            near = difflib.get_close_matches(args[0], VERBS, 1)
+            ctx.fail(
+                f"there is no verb '{args[0]}'" + (f"; did you mean '{near[0]}'?" if near else "")
+            )
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """One list a section."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for verb, (_, section) in VERBS.items():
+            command = self.get_command(ctx, verb)
+            if command is not None:
+                sections.setdefault(section, []).append((verb, command.get_short_help_str(70)))
+        for section, rows in sections.items():
+            with formatter.section(section):
+                formatter.write_dl(rows)
+
+
+@click.group(
+    cls=VerbGroup,
+    context_settings={
+        "auto_envvar_prefix": "TESTBED",
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+    },
+)
+@click.version_option(__version__, prog_name="testbed")
+@click.option("--debug", is_flag=True, help="Show the Python traceback of an error.")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool) -> None:
+    """One YAML file becomes a multi-GPU rack of QEMU machines in which peer-to-peer DMA
+    really happens, is really translated by a vIOMMU, and is really judged.
+
+    Exit codes: 0 PASS, 1 FAIL, 2 bad input, 3 LOST (a machine or link died), 125 nothing could
+    be judged (SKIP), 128 ERROR (the testbed's own fault), 130 Ctrl-C. They suit `git bisect run`.
+    """
+    ctx.obj = {"debug": debug}
+
+
+def _interrupt(_signal: int, _frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one verb and end the process with its exit code."""
+    # Asked to end, by whichever signal: unwind, so that racks and files go away.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    debug = "--debug" in (sys.argv if arguments is None else arguments) or bool(
+        os.environ.get("TESTBED_DEBUG")
+    )
+    sys.exit(_run(arguments, debug))
+
+
+def _run(arguments: Sequence[str] | None, debug: bool) -> int:
+    try:
+        answer: Any = cli.main(
+            args=None if arguments is None else list(arguments),
+            prog_name="testbed",
+            standalone_mode=False,
+        )
+    except BaseException as error:
+        if debug and not isinstance(error, click.exceptions.Exit | click.ClickException):
+            raise
+        return _answer(error)
+    return int(answer) if isinstance(answer, int) else ExitCode.PASS
+
+
+def _answer(error: BaseException) -> int:
+    """Say what ended the verb, and with which exit code the process ends."""
+    code: int = ExitCode.ERROR
+    match error:
+        case click.exceptions.Exit():
+            code = error.exit_code
+        case click.ClickException():
+            error.show()
+            code = ExitCode.BAD_INPUT
+        case KeyboardInterrupt() | click.Abort() | Interrupted():
+            click.echo("testbed: interrupted", err=True)
+            code = ExitCode.INTERRUPTED
+        case BrokenPipeError():
+            # The reader of our output went away; there is nobody to tell, and Python's own flush
+            # at exit must not complain either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = ExitCode.PASS
+        case TestbedError():
+            click.echo(f"testbed: {error}", err=True)
+            if error.hint:
+                click.echo(f"hint: {error.hint}", err=True)
+            code = error.exit_code
+        case _:
+            click.echo(
+                f"testbed: ERROR, the testbed's own fault: {type(error).__name__}: {error}\n"
+                "hint: run it again with `testbed --debug …` and send what it prints",
+                err=True,
+            )
+    return code
+
+
+if __name__ == "__main__":
+    main()

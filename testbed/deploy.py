@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a topology to a running rack: place, prepare, render, start, wait for every hello.
+
+Every stage leaves its product in the run folder before the next one begins, so that a run that
+ended anywhere can be read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from testbed.errors import HostError
+from testbed.host import paths, prepare, probe
+from testbed.host.keys import RackKeys
+from testbed.host.overlay import build_initrd
+from testbed.machine import argv, registry, spawn
+from testbed.machine.command import LaunchContext, NodeCommand
+from testbed.rack import KEYS_FILE, AccessKeys, Rack, RackNode, on_all, record_of
+from testbed.topology import model, placement
+from testbed.topology.model import Topology
+from testbed.topology.plan import RackPlan
+
+INITRD = "initrd.img"
+TOPOLOGY_JSON = "topology.json"
+PLAN_JSON = "plan.json"
+COMMANDS_JSON = "commands.json"
+VERSIONS_JSON = "versions.json"
+
+# Ten times what an emulated boot takes on two busy cores; a machine that is dead is noticed at
+# once, so only one that hangs is waited for that long.
+START_TIMEOUT_S = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class StartOptions:
+    """How a rack is started.
+
+    ``name``          as `ps` shows it; taken already: an error, unless ``unique``.
+    ``accelerator``   ``tcg`` or ``kvm``; None: what the probe found to work.
+    ``installation``  None: made or found now.
+    ``verbose_console``  the guest kernel prints its whole log while it boots.
+    """
+
+    name: str = ""
+    unique: bool = True
+    detach: bool = False
+    accelerator: str | None = None
+    installation: prepare.Installation | None = None
+    kernel_args: tuple[str, ...] = ()
+    verbose_console: bool = False
+    timeout_s: float = START_TIMEOUT_S
+
+
+def start(
+    topology: Topology,
+    *,
+    run_dir: Path | None = None,
+    options: StartOptions | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Rack:
+    """Start every node of ``topology`` and return when all agents have said hello.
+
+    :param run_dir: where logs and products go; made if missing.
+    :param say: is told of each stage, one short line.
+    :raises RackNameInUse: the name is taken. :raises InputError: it cannot be placed.
+    :raises HostError: set-up, launch. :raises LostError: a machine died or never answered.
+        In every case nothing is left running and no runtime file is left.
+    """
+    options = options or StartOptions()
+    began_s = time.monotonic()
+    plan = placement.place(topology)
+    base = paths.runtime_dir()
+    with registry.reserve(
+        base, options.name or topology.rack, unique=options.unique
+    ) as reservation:
+        run_dir = (run_dir or new_run_dir(reservation.name)).resolve()
+        _make_run_dir(run_dir)
+        _write(run_dir / TOPOLOGY_JSON, model.to_data(topology))
+        _write(run_dir / PLAN_JSON, plan_data(plan))
+        kernels = tuple(dict.fromkeys(node.kernel for node in topology.nodes.values()))
+        installation = options.installation or prepare.prepare(kernels)
+        accelerator = options.accelerator or probe.accelerator(installation)
+        say(
+            f"starting {len(plan.nodes)} machine(s) with QEMU {installation.qemu.version}"
+            f" under {accelerator}"
+        )
+        keys = RackKeys.generate()
+        commands: dict[str, NodeCommand] = {}
+        for name, node in plan.nodes.items():
+            spec = topology.nodes[name]
+            folder = reservation.folder / name
+            folder.mkdir(mode=0o700, exist_ok=True)
+            kernel = installation.kernel(spec.kernel)
+            initrd = folder / INITRD
+            build_initrd(
+                initrd,
+                installation.image,
+                kernel,
+                keys=keys,
+                node_name=name,
+                agent=installation.agent,
+            )
+            context = LaunchContext(
+                qemu=installation.qemu.words,
+                environment=installation.qemu.environment,
+                accelerator=accelerator,
+                kernel=kernel.image,
+                initrd=initrd,
+                kernel_args=options.kernel_args,
+                console_verbose=options.verbose_console,
+            )
+            commands[name] = argv.command(node, spec, context)
+        _write(run_dir / COMMANDS_JSON, {n: dataclasses.asdict(c) for n, c in commands.items()})
+        versions = versions_of(installation, accelerator)
+        _write(run_dir / VERSIONS_JSON, versions)
+        access = AccessKeys(keys.client_private, keys.host_public)
+        access.write(reservation.folder / KEYS_FILE)
+        keeper = spawn.start_keeper(reservation, list(commands.values()), run_folder=run_dir)
+        rack = Rack(keeper, plan, access, versions, owner=True, commands=commands)
+        try:
+            reservation.write_record(record_of(rack, time.time(), reservation.folder / KEYS_FILE))
+            on_all(rack, lambda node: _await_hello(node, reservation.folder, options.timeout_s))
+            if options.detach:
+                rack.detach()
+        except BaseException:
+            rack.close()
+            raise
+    say(f"{rack.name}: all agents answered after {time.monotonic() - began_s:.1f} s")
+    return rack
+
+
+def _await_hello(node: RackNode, folder: Path, timeout_s: float) -> None:
+    """The race of one machine's start: its end, a panic, the deadline, the agent's hello."""
+    _ = node.monitor  # QEMU is up, or the error says why not
+    node.watch.wait_ready(timeout_s)
+    _ = node.agent
+    # The kernel has unpacked it long ago; it holds the machine's private host key.
+    (folder / node.name / INITRD).unlink(missing_ok=True)
+
+
+def new_run_dir(name: str) -> Path:
+    """A fresh folder for a run's logs and products, in the user's state folder."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return paths.state_dir() / "runs" / f"{stamp}-{name}-{secrets.token_hex(2)}"
+
+
+def _make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
+
+
+def _write(path: Path, data: Any) -> None:
+    try:
+        path.write_text(json.dumps(data, indent=1, default=str) + "\n")
+    except OSError as error:
+        raise HostError(f"cannot write {path}: {error.strerror}") from error
+
+
+def plan_data(plan: RackPlan) -> dict[str, Any]:
+    """A placement as plain values, for JSON."""
+    return {
+        name: {
+            "pci_hole64_bytes": node.pci_hole64_bytes,
+            "last_bus": node.last_bus,
+            "functions": [
+                {
+                    **{k: _plain(v) for k, v in vars(function).items()},
+                    "bdf": function.bdf,
+                }
+                for function in node.functions
+            ],
+        }
+        for name, node in plan.nodes.items()
+    }
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+def versions_of(installation: prepare.Installation, accelerator: str) -> dict[str, Any]:
+    """What the rack runs on, down to package hashes; goes into every record."""
+    return {
+        "qemu": installation.qemu.version,
+        "qemu_package": installation.qemu.package,
+        "qemu_identity": installation.qemu.identity,
+        "accelerator": accelerator,
+        "agent": installation.agent.hash,
+        "kernels": {
+            name: {"release": kernel.release, "sha256": kernel.sha256, "pvh": kernel.pvh}
+            for name, kernel in installation.kernels.items()
+        },
+        "packages": {
+            name: [dataclasses.asdict(package) for package in locked]
+            for name, locked in installation.packages.items()
+        },
+    }

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A running rack: the one object that suites and users hold.
+
+:func:`testbed.deploy.start` makes one from a topology, :func:`attach` finds one that an earlier
+command left running. A rack has nodes; a node answers to its agent, to QMP, and shows the host its
+devices' memory, its console and QEMU's words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from mmap import mmap
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from testbed.errors import LaunchError, LinkLost, LostError, NoSuchRack, TestbedError
+from testbed.host import paths
+from testbed.machine import spawn
+from testbed.machine.command import (
+    CONSOLE_LOG,
+    CONSOLE_SOCKET,
+    QEMU_LOG,
+    QMP_SOCKET,
+    QMP_USER_SOCKET,
+    SSH_SOCKET,
+    NodeCommand,
+)
+from testbed.machine.console import Console, read_tail
+from testbed.machine.lifecycle import StopDeadlines, Watch, stop_machine
+from testbed.machine.registry import RackRecord, find
+
+if TYPE_CHECKING:
+    from testbed.guest.agent import AgentClient
+    from testbed.guest.link import GuestLink
+    from testbed.guest.ship import Agent
+    from testbed.machine.client import Keeper
+    from testbed.machine.qmp import Qmp
+    from testbed.topology.model import Node, Topology
+    from testbed.topology.plan import NodePlan, RackPlan
+
+OBSERVATIONS_LOG = "observations.jsonl"
+KEYS_FILE = "keys.json"
+QMP_LOG = "qmp.log"
+
+
+@dataclass(frozen=True)
+class AccessKeys:
+    """What it takes to enter a rack's machines: its client key and their host key."""
+
+    client_private: str
+    host_public: str
+
+    def write(self, path: Path) -> None:
+        """Keep them for later commands, readable by this user only."""
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(vars(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> AccessKeys:
+        """What :meth:`write` wrote."""
+        return cls(**json.loads(path.read_text()))
+
+
+class RackNode:
+    """One machine of a rack.
+
+    :param command: what started it; in a rack of an earlier command, only whose it is.
+    :param plan: its PCI functions and their addresses.
+    :param spec: its part of the topology.
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        command: NodeCommand,
+        plan: NodePlan,
+        spec: Node,
+        keys: AccessKeys,
+        *,
+        owner: bool,
+    ) -> None:
+        self.name = plan.name
+        self.plan = plan
+        self.spec = spec
+        self.folder = keeper.folder / plan.name
+        self.log_dir = keeper.run_folder / plan.name
+        self.console = Console(self.log_dir / CONSOLE_LOG)
+        self.watch = Watch(
+            command,
+            console=self.console,
+            qemu_log=self.log_dir / QEMU_LOG,
+            exit_of=lambda: keeper.exit_of(plan.name),
+        )
+        self._keeper = keeper
+        self._keys = keys
+        self._owner = owner
+        self._lock = threading.RLock()
+        self._link: GuestLink | None = None
+        self._agent: AgentClient | None = None
+        self._qmp: Qmp | None = None
+
+    # -- ways in ---------------------------------------------------------------------------------
+
+    @property
+    def link(self) -> GuestLink:
+        """The SSH connection, made on first use.
+
+        :raises LostError: the machine or the link died.
+        """
+        with self._lock:
+            if self._link is None or not self._link.alive:
+                from testbed.guest.link import GuestLink  # noqa: PLC0415  (slow to import)
+
+                try:
+                    self._link = GuestLink(
+                        self.name,
+                        self.folder / SSH_SOCKET,
+                        self._keys.client_private,
+                        self._keys.host_public,
+                    )
+                except LinkLost as error:
+                    raise self.blame(error) from error
+            return self._link
+
+    @property
+    def agent(self) -> AgentClient:
+        """The agent, started on first use and kept until :meth:`close`.
+
+        :raises LostError: the machine or the link died before its hello.
+        """
+        with self._lock:
+            if self._agent is None:
+                from testbed.guest import ship  # noqa: PLC0415  (slow to import)
+
+                self._agent = self.start_agent(ship.local_agent())
+            return self._agent
+
+    def start_agent(self, agent: Agent) -> AgentClient:
+        """Start one more agent process of this content, shipping it if the guest lacks it."""
+        from testbed.guest import ship  # noqa: PLC0415  (slow to import)
+
+        # This process made the initial RAM disk, with this agent in it.
+        aboard = self._owner and agent == ship.local_agent()
+        return ship.start(self.link, agent, blame=self.blame, record=self._record, aboard=aboard)
+
+    def restart_agent(self) -> None:
+        """Forget an agent that died; the next use starts another."""
+        with self._lock:
+            if self._agent is not None:
+                self._agent.close()
+                self._agent = None
+
+    def qmp(self, command: str, **arguments: Any) -> Any:
+        """One QMP command of this machine's QEMU.
+
+        :raises QmpError: QEMU refused it.
+        :raises LostError: QEMU is gone or does not answer.
+        """
+        return self.monitor.execute(command, arguments or None)
+
+    @property
+    def monitor(self) -> Qmp:
+        """The QMP connection, made on first use; the rack's owner and others have one each."""
+        with self._lock:
+            if self._qmp is None:
+                from testbed.machine.qmp import Qmp  # noqa: PLC0415  (asyncio, slow to import)
+
+                self._qmp = Qmp.connect(
+                    self.folder / (QMP_SOCKET if self._owner else QMP_USER_SOCKET),
+                    node=self.name,
+                    check=self.watch.check,
+                    transcript=self.log_dir / QMP_LOG,
+                )
+                self.watch.control_answered = True
+            return self._qmp
+
+    # -- what the host sees ----------------------------------------------------------------------
+
+    def host_memory(self, function: str) -> mmap:
+        """The VRAM called ``gpu0.vram``, as the host sees it: a witness beside the guest.
+
+        :raises HostError: there is no such memory.
+        """
+        return self._keeper.open_memory(f"{self.name}/{function}")
+
+    @property
+    def console_socket(self) -> Path:
+        """The serial console, for a person."""
+        return self.folder / CONSOLE_SOCKET
+
+    def console_tail(self, lines: int = 40) -> str:
+        """The last lines of the serial console."""
+        self.console.poll()
+        return self.console.tail(lines)
+
+    def qemu_log(self) -> str:
+        """The end of what QEMU itself said."""
+        return read_tail(self.log_dir / QEMU_LOG)
+
+    @property
+    def alive(self) -> bool:
+        """QEMU runs and the guest kernel has not panicked."""
+        try:
+            self.watch.check()
+        except (LostError, LaunchError):
+            return False
+        return True
+
+    def blame(self, error: LinkLost) -> TestbedError:
+        """Say why the link broke, as far as the console and QEMU's end tell."""
+        return self.watch.blame(error)
+
+    def _record(self, call: Mapping[str, Any]) -> None:
+        with (self.log_dir / OBSERVATIONS_LOG).open("a") as log:
+            log.write(json.dumps(call, separators=(",", ":")) + "\n")
+
+    def power_off(self, deadlines: StopDeadlines) -> str:
+        """Agent, ACPI, QMP, kill: the first that works, within its deadline; returns which."""
+
+        def ask_guest(timeout_s: float) -> None:
+            self.link.run("poweroff -f", timeout_s=timeout_s)
+
+        monitor = None
+        with contextlib.suppress(LostError, LaunchError):
+            monitor = self.monitor
+        return stop_machine(
+            self._keeper, self.name, agent=ask_guest, qmp=monitor, deadlines=deadlines
+        ).value
+
+    def close(self) -> None:
+        """Let go of agent, SSH and QMP; the machine runs on. Safe to call twice."""
+        with self._lock:
+            for part in (self._agent, self._link, self._qmp):
+                if part is not None:
+                    with contextlib.suppress(LostError):
+                        part.close()
+            self._agent = self._link = self._qmp = None
+
+
+class Rack:
+    """A running rack. As a context manager it ends, if this process owns it; else it is let go.
+
+    :ivar plan: where everything stands; :ivar topology: as resolved; :ivar run_dir: its logs.
+    :ivar versions: what it runs on (QEMU, kernel, image, their hashes).
+    """
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        plan: RackPlan,
+        keys: AccessKeys,
+        versions: Mapping[str, Any],
+        *,
+        owner: bool,
+        commands: Mapping[str, NodeCommand] | None = None,
+    ) -> None:
+        self.name = keeper.name
+        self.plan = plan
+        self.topology: Topology = plan.topology
+        self.run_dir = keeper.run_folder
+        self.versions = dict(versions)
+        self.owner = owner
+        self.keeper = keeper
+        self.nodes: dict[str, RackNode] = {
+            name: RackNode(
+                keeper,
+                (commands or {}).get(name) or NodeCommand(name, ()),
+                node,
+                plan.topology.nodes[name],
+                keys,
+                owner=owner,
+            )
+            for name, node in plan.nodes.items()
+        }
+
+    @property
+    def alive(self) -> bool:
+        """Every node runs."""
+        return all(node.alive for node in self.nodes.values())
+
+    def node(self, name: str = "") -> RackNode:
+        """The node of that name; the only one if ``name`` is empty.
+
+        :raises NoSuchRack: there is no such node, or several and none was named.
+        """
+        if not name and len(self.nodes) == 1:
+            return next(iter(self.nodes.values()))
+        if name in self.nodes:
+            return self.nodes[name]
+        raise NoSuchRack(
+            f"rack '{self.name}' has no node '{name}'"
+            if name
+            else f"rack '{self.name}' has several nodes",
+            hint="its nodes: " + ", ".join(f"{self.name}/{node}" for node in self.nodes),
+        )
+
+    def stop(self, deadlines: StopDeadlines | None = None) -> dict[str, str]:
+        """End the rack. Safe to call twice.
+
+        :param deadlines: ask every guest to power off first, then QEMU to quit, each that long;
+            without them QEMU is killed: nothing in a guest is worth waiting for.
+        :returns: by node, which step ended it.
+        """
+        how = dict.fromkeys(self.nodes, "kill")
+        try:
+            if deadlines is not None:
+                how |= on_all(self, lambda node: node.power_off(deadlines))
+        finally:
+            for node in self.nodes.values():
+                node.close()
+            self.keeper.shutdown()
+            self.keeper.close()
+        return how
+
+    def detach(self) -> None:
+        """Let the rack outlive this process; :func:`attach` finds it again."""
+        self.keeper.detach()
+        self.owner = False
+
+    def close(self) -> None:
+        """Let go; a rack that this process owns ends. Safe to call twice."""
+        if self.owner:
+            self.stop()
+            return
+        for node in self.nodes.values():
+            node.close()
+        self.keeper.close()
+
+    def __enter__(self) -> Rack:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def record_of(rack: Rack, created_s: float, keys_file: Path) -> RackRecord:
+    """What a later command must know to :func:`attach`."""
+    from testbed.topology import model  # noqa: PLC0415
+
+    return RackRecord(
+        name=rack.name,
+        run_folder=rack.run_dir,
+        nodes=tuple(rack.nodes),
+        created_s=created_s,
+        keys_file=keys_file,
+        topology=model.to_data(rack.topology),
+        versions=rack.versions,
+    )
+
+
+def attach(name: str) -> Rack:
+    """The rack that an earlier command started.
+
+    :raises NoSuchRack: none of that name runs, or its start has not finished.
+    """
+    from testbed.topology import model, placement  # noqa: PLC0415
+
+    base = paths.runtime_dir()
+    record = find(base, name).record
+    if record is None or record.keys_file is None:
+        raise NoSuchRack(f"the rack '{name}' is still being started")
+    keys = AccessKeys.read(record.keys_file)
+    # Placement is a pure function of the topology as resolved: nothing else need be kept.
+    plan = placement.place(model.from_data(record.topology))
+    keeper = spawn.attach(base, name)
+    return Rack(keeper, plan, keys, record.versions, owner=False)
+
+
+def split_name(word: str) -> tuple[str, str]:
+    """``rack/node`` or ``rack`` → (rack, node or "")."""
+    rack, _, node = word.partition("/")
+    return rack, node
+
+
+NodeCall = Callable[[RackNode], Any]
+
+
+def on_all(rack: Rack, call: NodeCall) -> dict[str, Any]:
+    """Do ``call`` on every node at once; the first error is raised after all have ended."""
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
+
+    with ThreadPoolExecutor(max_workers=max(1, len(rack.nodes))) as pool:
+        futures = {n: pool.submit(partial(call, node)) for n, node in rack.nodes.items()}
+        return {name: future.result() for name, future in futures.items()}

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several verbs share: options, topology loading, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from testbed.errors import Diagnostic, InputError
+
+if TYPE_CHECKING:
+    from testbed.topology.model import Topology
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+IOMMU_MODES = ("off", "passthrough", "lazy", "strict")
+
+
+def format_option(*choices: str, default: str = "text") -> Callable[[F], F]:
+    """`--format`, with what this verb can print."""
+    return click.option(
+        "--format",
+        "form",
+        type=click.Choice(choices),
+        default=default,
+        show_default=True,
+        help="What to print on stdout.",
+    )
+
+
+def settings_option(function: F) -> F:
+    """`-s name=value`, the topology's own variables."""
+    return click.option(
+        "-s",
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Set one of the topology's vars; may be given several times.",
+    )(function)
+
+
+def override_options(function: F) -> F:
+    """`--kernel` and `--iommu`, over what the topology says."""
+    function = click.option(
+        "--iommu",
+        "iommu_mode",
+        type=click.Choice(IOMMU_MODES),
+        help="The IOMMU's mode on every node, over the topology's.",
+    )(function)
+    return click.option(
+        "--kernel",
+        metavar="NAME|PATH",
+        help="The guest kernel of every node: a name from images/, a bzImage or a vmlinux.",
+    )(function)
+
+
+def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
+    """``["gpus=8"]`` → ``{"gpus": "8"}``.
+
+    :raises InputError: a word without ``=``.
+    """
+    settings: dict[str, str] = {}
+    wrong: list[Diagnostic] = []
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            wrong.append(Diagnostic("-s", 0, 0, f"'{pair}' has no '='", expected="NAME=VALUE"))
+        settings[name.strip()] = value
+    if wrong:
+        raise InputError(diagnostics=wrong)
+    return settings
+
+
+def shipped_topologies() -> dict[str, Path]:
+    """The topologies that come with the testbed, by name."""
+    from testbed.host import paths
+
+    return {path.stem: path for path in sorted(paths.data_dir("topologies").glob("*.yaml"))}
+
+
+def find_topology(word: str) -> str | Path:
+    """A file as given, ``-`` for stdin, or a shipped topology by its name."""
+    if word == "-" or Path(word).exists() or "/" in word or word.endswith((".yaml", ".yml")):
+        return word
+    return shipped_topologies().get(word, word)
+
+
+def load_topology(
+    word: str,
+    settings: Sequence[str],
+    *,
+    kernel: str | None = None,
+    iommu_mode: str | None = None,
+) -> Topology:
+    """The topology that the user named, with what the command line changes in it.
+
+    :raises InputError: all that is wrong with it.
+    """
+    from testbed.topology import load, model
+
+    topology = load.load(find_topology(word), parse_settings(settings))
+    if kernel is not None or iommu_mode is not None:
+        topology = model.with_overrides(topology, kernel=kernel, iommu_mode=iommu_mode)
+    return topology
+
+
+def print_json(kind: str, body: Mapping[str, Any]) -> None:
+    """A versioned JSON document on stdout; ``kind`` is like ``testbed.ps/1``."""
+    click.echo(json.dumps({"format": kind, **body}, indent=2, default=str))
+
+
+def say(text: str) -> None:
+    """One line of what is going on, on stderr."""
+    click.echo(f"testbed: {text}", err=True)
+
+
+def rack_argument(*, node: bool = False) -> Callable[[F], F]:
+    """`RACK` or `RACK[/NODE]`, completed from the racks that run."""
+
+    def complete(_ctx: click.Context, _parameter: click.Parameter, word: str) -> list[str]:
+        from testbed.host import paths
+        from testbed.machine import registry
+
+        words: list[str] = []
+        for info in registry.list_racks(paths.runtime_dir()):
+            words.append(info.name)
+            if node and info.record:
+                words += [f"{info.name}/{name}" for name in info.record.nodes]
+        return [each for each in words if each.startswith(word)]
+
+    return click.argument(
+        "rack", metavar="RACK[/NODE]" if node else "RACK", shell_complete=complete
+    )

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb that judges."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import click
+
+from testbed.errors import InputError
+from testbed.verbs.common import (
+    load_topology,
+    override_options,
+    say,
+    settings_option,
+)
+
+DEFAULT_TOPOLOGY = "quad-gpu"
+
+
+@click.command()
+@click.argument("suites", nargs=-1, metavar="[SUITE…]")
+@click.option(
+    "-t",
+    "--topology",
+    metavar="FILE",
+    help=f"Boot this rack; a file or a shipped name.  [default: {DEFAULT_TOPOLOGY}]",
+)
+@click.option("--rack", metavar="NAME", help="Use a rack that is up, and leave it running.")
+@click.option(
+    "-k",
+    "keyword",
+    default="",
+    metavar="EXPR",
+    help="Only tests whose name matches, as in pytest; their gates run too.",
+)
+@settings_option
+@override_options
+@click.option("--qemu", metavar="PATH", help="Another QEMU than the tool root's.")
+@click.option(
+    "--break",
+    "mutation",
+    default="none",
+    metavar="WHAT",
+    help="Break the mapping code on purpose, to see a FAIL: skip-unmap, bar-address, …",
+)
+@click.option(
+    "--output",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="The run folder; a fresh one in the state folder if not given.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["ktap", "json"]),
+    default="ktap",
+    show_default=True,
+    help="What to print on stdout.",
+)
+@click.option("--list", "only_list", is_flag=True, help="List the suites, and run none.")
+def run(
+    suites: tuple[str, ...],
+    topology: str | None,
+    rack: str | None,
+    keyword: str,
+    settings: tuple[str, ...],
+    kernel: str | None,
+    iommu_mode: str | None,
+    qemu: str | None,
+    mutation: str,
+    output: Path | None,
+    form: str,
+    only_list: bool,
+) -> int:
+    """Run conformance SUITEs (all of them if none is named) and say PASS, FAIL, SKIP, LOST, ERROR.
+
+    A SUITE is a shipped one by its name, or a pytest file of your own. KTAP goes to stdout, a
+    table to stderr, and the run folder keeps the record, JUnit XML, logs and every stage's product.
+    """
+    from testbed import deploy
+    from testbed.results import record
+    from testbed.suites import runner
+    from testbed.suites.mutations import parse_mutation
+    from testbed.suites.sources import RunningSource, TopologySource
+    from testbed.verbs.install import install_for
+
+    if only_list:
+        for name in runner.SUITES:
+            click.echo(name)
+        return 0
+    if rack and (topology or settings or kernel or iommu_mode):
+        raise InputError("--rack uses a rack as it is; -t, -s, --kernel and --iommu boot another")
+    chosen = parse_mutation(mutation)
+    wanted = None
+    if not rack:
+        wanted = load_topology(
+            topology or DEFAULT_TOPOLOGY, settings, kernel=kernel, iommu_mode=iommu_mode
+        )
+    run_dir = output or deploy.new_run_dir(rack or (wanted.rack if wanted else "run"))
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
+    source: TopologySource
+    if rack or wanted is None:
+        source = RunningSource(rack or "", run_dir)
+    else:
+        install_for([wanted], qemu=qemu)
+        source = TopologySource(wanted, run_dir)
+    say(f"run folder: {run_dir}")
+    result = runner.run_suites(
+        suites,
+        source,
+        run_dir,
+        keyword=keyword,
+        mutation=chosen,
+        stream=io.StringIO() if form == "json" else sys.stdout,
+    )
+    if form == "json":
+        click.echo((run_dir / record.FILE_NAME).read_text())
+    return result.code
