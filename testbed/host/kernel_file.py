@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kernel file is: bzImage or vmlinux, its release, and its PVH entry.
+
+QEMU starts an uncompressed ELF kernel that has a PVH note at its 32-bit entry, without firmware
+code, boot loader or decompressor; emulated, that saves seconds of each boot.
+
+Sources: the kernel's ``Documentation/arch/x86/boot.rst`` (bzImage header),
+``include/xen/interface/elfnote.h`` (XEN_ELFNOTE_PHYS32_ENTRY), ``lib/decompress.c`` (magics).
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import zstandard
+
+from testbed.errors import InputError
+
+_ELF_MAGIC = b"\x7fELF"
+_EM_X86_64 = 62
+_PT_NOTE = 4
+_PVH_NOTE_TYPE = 18
+_PVH_NOTE_NAME = b"Xen\0"
+_BOOT_FLAG = 0xAA55
+_HEADER_MAGIC = b"HdrS"
+_MIN_HEADER_BYTES = 0x268
+_MAX_WINDOW_BYTES = 1 << 31  # kernels are compressed with zstd's largest window
+
+
+@dataclass(frozen=True)
+class KernelFile:
+    """A kernel that QEMU can start.
+
+    ``release``  as ``uname -r`` will say, "" if the file does not tell.
+    ``pvh``      ``data`` is an ELF file with a PVH entry; otherwise it is the bzImage itself.
+    """
+
+    release: str
+    pvh: bool
+    data: bytes
+
+
+def read(path: Path) -> KernelFile:
+    """Read a bzImage (yielding the vmlinux in it where that is possible) or a vmlinux.
+
+    :raises InputError: it cannot be read, is no x86-64 Linux kernel, or is a vmlinux that QEMU
+        cannot start because it has no PVH entry.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"kernel {path}: {error.strerror}") from error
+    if data[:4] == _ELF_MAGIC:
+        if not _is_x86_64(data):
+            raise InputError(f"kernel {path}: an ELF file, but not for x86-64")
+        if not has_pvh_entry(data):
+            raise InputError(
+                f"kernel {path}: an ELF file without a PVH entry, which QEMU cannot start",
+                hint="give the bzImage, or build the kernel with CONFIG_PVH=y",
+            )
+        return KernelFile(_release_in_vmlinux(data), True, data)
+    if not is_bzimage(data):
+        raise InputError(
+            f"kernel {path}: neither a bzImage nor a vmlinux",
+            hint="arch/x86/boot/bzImage of a built kernel tree, or /boot/vmlinuz-…",
+        )
+    release = _release_in_bzimage(data)
+    vmlinux = extract_vmlinux(data)
+    if vmlinux is not None and has_pvh_entry(vmlinux):
+        return KernelFile(release, True, vmlinux)
+    return KernelFile(release, False, data)
+
+
+def is_bzimage(data: bytes) -> bool:
+    """It begins with the header that boot loaders look for."""
+    return (
+        len(data) >= _MIN_HEADER_BYTES
+        and struct.unpack_from("<H", data, 0x1FE)[0] == _BOOT_FLAG
+        and data[0x202:0x206] == _HEADER_MAGIC
+    )
+
+
+def extract_vmlinux(bzimage: bytes) -> bytes | None:
+    """The ELF file in a bzImage; None if it is compressed in a way that is not known here."""
+    setup_sectors = bzimage[0x1F1] or 4
+    offset, length = struct.unpack_from("<II", bzimage, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    payload = bzimage[start : start + length]
+    for magic, decompress in _DECOMPRESSORS.items():
+        if payload.startswith(magic):
+            try:
+                data = decompress(payload)
+            except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError):
+                return None
+            return data if data[:4] == _ELF_MAGIC and _is_x86_64(data) else None
+    return None
+
+
+def _unzstd(payload: bytes) -> bytes:
+    unpacker = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).decompressobj()
+    return unpacker.decompress(payload)
+
+
+# The payload ends with its own length, which each of these leaves alone.
+_DECOMPRESSORS: dict[bytes, Callable[[bytes], bytes]] = {
+    b"\x1f\x8b": lambda payload: zlib.decompressobj(wbits=31).decompress(payload),
+    b"\xfd7zXZ\0": lambda payload: lzma.LZMADecompressor().decompress(payload),
+    b"\x5d\x00\x00": lambda payload: lzma.LZMADecompressor().decompress(payload),
+    b"BZh": lambda payload: bz2.BZ2Decompressor().decompress(payload),
+    b"\x28\xb5\x2f\xfd": _unzstd,
+}
+
+
+def _is_x86_64(elf: bytes) -> bool:
+    return len(elf) >= 64 and elf[4] == 2 and struct.unpack_from("<H", elf, 18)[0] == _EM_X86_64
+
+
+def has_pvh_entry(elf: bytes) -> bool:
+    """A PT_NOTE segment holds XEN_ELFNOTE_PHYS32_ENTRY."""
+    table, size, count = (
+        struct.unpack_from("<Q", elf, 32)[0],
+        *struct.unpack_from("<HH", elf, 54),
+    )
+    if size < 56:
+        return False
+    for index in range(count):
+        header = elf[table + index * size : table + index * size + 56]
+        if len(header) < 56:
+            return False
+        if struct.unpack_from("<I", header)[0] == _PT_NOTE:
+            offset, file_size = (
+                struct.unpack_from("<Q", header, 8)[0],
+                struct.unpack_from("<Q", header, 32)[0],
+            )
+            if _note_in(elf[offset : offset + file_size]):
+                return True
+    return False
+
+
+def _note_in(notes: bytes) -> bool:
+    position = 0
+    while position + 12 <= len(notes):
+        name_size, description_size, kind = struct.unpack_from("<III", notes, position)
+        name = notes[position + 12 : position + 12 + name_size]
+        if kind == _PVH_NOTE_TYPE and name == _PVH_NOTE_NAME:
+            return True
+        position += 12 + (name_size + 3 & ~3) + (description_size + 3 & ~3)
+    return False
+
+
+def _release_in_bzimage(data: bytes) -> str:
+    pointer = struct.unpack_from("<H", data, 0x20E)[0]
+    if not pointer:
+        return ""
+    text = data[pointer + 0x200 : pointer + 0x200 + 256].split(b"\0", 1)[0]
+    return text.decode("ascii", "replace").split(" ", 1)[0]
+
+
+def _release_in_vmlinux(data: bytes) -> str:
+    found = re.search(rb"Linux version ([0-9][^ \0]{2,80}) ", data)
+    return found[1].decode("ascii", "replace") if found else ""

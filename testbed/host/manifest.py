@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``images/manifest.yaml``: what the tool root, the guest image and the kernels are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from testbed.errors import SetupError
+from testbed.host import paths
+
+_NAME = r"^[a-z0-9][a-z0-9+.-]*$"
+PackageName = Annotated[str, Field(pattern=_NAME)]
+ModuleName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PackageSet(_Strict):
+    """Some Debian packages with what they depend on, unpacked into one folder.
+
+    ``suites``       where they come from (component ``main``, amd64).
+    ``date_waived``  take an index past its validity date; its signature is checked all the same.
+    ``packages``     what is wanted; dependencies follow, recommendations do not.
+    ``assumed``      dependencies that are left out, as nothing here needs them.
+    """
+
+    suites: tuple[PackageName, ...] = Field(min_length=1)
+    date_waived: bool = False
+    packages: tuple[PackageName, ...] = Field(min_length=1)
+    assumed: tuple[PackageName, ...] = ()
+
+
+class ModuleLists(_Strict):
+    """Kernel modules that go into a guest; what they depend on follows.
+
+    ``boot``  loaded by init, in this order.
+    ``lazy``  there for the agent to load when it needs them.
+    """
+
+    boot: tuple[ModuleName, ...] = ()
+    lazy: tuple[ModuleName, ...] = ()
+
+
+class GuestFiles(_Strict):
+    """Which files of the guest's packages go into its image; libraries they link to follow.
+
+    ``programs``         paths of ELF files below the root, and shell globs.
+    ``links``            symbolic links to make: path → target.
+    ``python_modules``   standard library modules and packages, by name.
+    ``python_excluded``  globs below the standard library that are left out all the same.
+    """
+
+    programs: tuple[str, ...]
+    links: Mapping[str, str] = {}
+    python_modules: tuple[str, ...]
+    python_excluded: tuple[str, ...] = ()
+
+
+class Manifest(_Strict):
+    """The whole file."""
+
+    version: int = Field(ge=1, le=1)
+    toolroot: PackageSet
+    guest: PackageSet
+    image: GuestFiles
+    modules: ModuleLists
+    kernels: Mapping[str, PackageSet]
+
+
+def load(path: Path | None = None) -> Manifest:
+    """Read the manifest that comes with the testbed, or another one.
+
+    :raises SetupError: it cannot be read or says something that has no meaning.
+    """
+    path = path or paths.data_dir("images") / "manifest.yaml"
+    try:
+        return Manifest.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise SetupError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SetupError(f"{path}: {error}") from error
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()
+        )
+        raise SetupError(f"{path}: {faults}") from error
+
+
+def digest(*parts: Any) -> str:
+    """A short stable name for some values: models, paths' contents (bytes), strings, numbers."""
+    text = json.dumps(parts, default=_plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()
+    raise TypeError(type(value))

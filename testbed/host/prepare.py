@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The set-up as the rest sees it: ask for what is needed, get values that are ready to use.
+
+A finished part is found in milliseconds and asks no mirror; a missing one is made. The three
+package sets come from different indices and are fetched at the same time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from testbed.errors import InputError
+from testbed.host import agent, image, kernel, lock, manifest, packages, paths, toolroot
+from testbed.host.agent import AgentBundle
+from testbed.host.image import GuestImage
+from testbed.host.kernel import KernelImage
+from testbed.host.lock import Lock
+from testbed.host.manifest import Manifest
+from testbed.host.packages import PackageRoot, SetupOptions
+from testbed.host.progress import Progress, Silent
+from testbed.host.toolroot import Qemu
+
+DEFAULT_KERNEL = "default"
+TOOLROOT, GUEST = "toolroot", "guest"
+
+
+@dataclass(frozen=True)
+class Installation:
+    """All that starting a machine takes from this host.
+
+    ``kernels``   by the name or path that was asked for.
+    ``packages``  exactly which packages it consists of, by set; part of each run's record.
+    """
+
+    qemu: Qemu
+    image: GuestImage
+    agent: AgentBundle
+    kernels: Mapping[str, KernelImage]
+    packages: Mapping[str, Lock] = field(default_factory=dict)
+
+    def kernel(self, name: str = DEFAULT_KERNEL) -> KernelImage:
+        """The kernel that was asked for by this name.
+
+        :raises KeyError: :func:`prepare` was not asked for it.
+        """
+        return self.kernels[name]
+
+
+def lock_file() -> Path:
+    """Where the reviewed versions are recorded."""
+    return paths.data_dir("images") / "lock.json"
+
+
+def options(
+    *,
+    mirror: str | None = None,
+    locked: bool = False,
+    refresh: bool = False,
+    progress: Progress | None = None,
+) -> SetupOptions:
+    """The options of a set-up into this user's cache."""
+    return SetupOptions(
+        cache=paths.cache_dir().absolute(),
+        mirror=mirror,
+        locked=locked,
+        refresh=refresh,
+        reviewed=lock.read_reviewed(lock_file()),
+        progress=progress or Silent(),
+    )
+
+
+def prepare(
+    kernels: Sequence[str] = (DEFAULT_KERNEL,),
+    *,
+    qemu: str | None = None,
+    setup: SetupOptions | None = None,
+) -> Installation:
+    """Make or find everything.
+
+    :param kernels: names from the manifest, or paths of kernels of the user's own.
+    :param qemu: another QEMU than the tool root's; ``TESTBED_QEMU`` if None.
+    :raises InputError: a kernel that does not exist.
+    :raises MirrorError: something has to be downloaded and the mirror does not answer.
+    :raises SetupError: anything else that keeps it from being made.
+    """
+    setup = setup or options()
+    described = manifest.load()
+    named = {name: _source(name, described) for name in dict.fromkeys(kernels)}
+    sets = {GUEST: described.guest}
+    qemu = qemu or os.environ.get(toolroot.QEMU_VARIABLE) or None
+    if qemu is None:
+        sets[TOOLROOT] = described.toolroot
+    sets |= {_set(name): described.kernels[name] for name, path in named.items() if path is None}
+
+    def ensure(name: str) -> PackageRoot:
+        return packages.ensure(name, sets[name], setup)
+
+    def ready_image() -> tuple[PackageRoot, GuestImage]:
+        root = ensure(GUEST)
+        return root, image.prepare(root, described.image, setup)
+
+    def ready_kernel(name: str) -> tuple[PackageRoot | None, KernelImage]:
+        path = named[name]
+        if path is not None:
+            return None, kernel.prepare(name, path, described.modules, setup)
+        root = ensure(_set(name))
+        made = kernel.prepare(name, root.root, described.modules, setup, origin=root.key)
+        return root, made
+
+    with ThreadPoolExecutor(max_workers=len(sets) + len(named)) as pool:
+        guest = pool.submit(ready_image)
+        tools = pool.submit(ensure, TOOLROOT) if TOOLROOT in sets else None
+        each = {name: pool.submit(ready_kernel, name) for name in named}
+        try:
+            guest_root, guest_image = guest.result()
+            roots = [guest_root]
+            if tools:
+                roots.append(tools.result())
+            made = {name: future.result() for name, future in each.items()}
+        except BaseException:
+            setup.cancelled.set()
+            raise
+    roots += [root for root, _ in made.values() if root is not None]
+    return Installation(
+        qemu=toolroot.packaged_qemu(roots[1]) if tools else toolroot.named_qemu(qemu or ""),
+        image=guest_image,
+        agent=agent.bundle(paths.data_dir(agent.PACKAGE), guest_image.python, setup.cache),
+        kernels={name: image for name, (_, image) in made.items()},
+        packages={root.name: root.packages for root in roots},
+    )
+
+
+def update_lock(installation: Installation, file: Path | None = None) -> None:
+    """Record what this installation consists of as reviewed.
+
+    :raises SetupError: the file cannot be written.
+    """
+    lock.write_reviewed(file or lock_file(), installation.packages)
+
+
+def _set(kernel_name: str) -> str:
+    return f"kernel:{kernel_name}"
+
+
+def _source(name: str, described: Manifest) -> Path | None:
+    """None for a kernel of the manifest, else the path that the user means.
+
+    :raises InputError: neither.
+    """
+    if name in described.kernels:
+        return None
+    path = Path(name).expanduser()
+    if "/" not in name and not path.exists():
+        known = ", ".join(sorted(described.kernels))
+        raise InputError(f"kernel '{name}' is neither one of {known} nor a path")
+    return path
