@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from testbed.errors import Interrupted, MirrorError, SetupError
+from testbed.host import child
 from testbed.host.lock import Lock, LockedPackage
 from testbed.host.manifest import PackageSet
 from testbed.host.progress import Progress
@@ -32,8 +33,6 @@ ARCHITECTURE = "amd64"
 RESOLVE_TIMEOUT_S = 120.0
 FETCH_TIMEOUT_S = 1800.0  # all of it; a mirror that stops answering is noticed far earlier
 SILENCE_TIMEOUT_S = 60.0  # longer than apt's own timeout times its retries
-# A child that outlived a killed set-up would hold apt's lock against the next one (util-linux).
-DIE_WITH_US = ("setpriv", "--pdeathsig", "KILL", "--")
 _MIRROR_TIMEOUT_S = 8
 _POLL_S = 0.2
 _OWN_VARIABLES = ("APT_CONFIG", "LANGUAGE", "LANG")
@@ -152,7 +151,13 @@ class Apt:
             with output.open("w+", encoding="utf-8", errors="replace") as log:
                 try:
                     process = subprocess.Popen(
-                        [*DIE_WITH_US, "apt-get", "-o", f"APT::Status-Fd={status_write}", *words],
+                        [
+                            *child.DIE_WITH_US,
+                            "apt-get",
+                            "-o",
+                            f"APT::Status-Fd={status_write}",
+                            *words,
+                        ],
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -170,7 +175,7 @@ class Apt:
                 try:
                     self._follow(process, status_read, timeout_s, follow)
                 finally:
-                    _end(process)
+                    child.end(process)
                 log.seek(0)
                 said = log.read()
         finally:
@@ -217,16 +222,6 @@ class Apt:
                     task, size_bytes, progress = follow
                     done = int(size_bytes * min(99.9, float(fields[2])) / 100)
                     progress.update(task, done, size_bytes)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(5)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def _failure(mirror: str, verb: str, said: str) -> SetupError:
@@ -319,7 +314,7 @@ def unpack(archives: Sequence[Path], target: Path) -> None:
     """
     for archive in archives:
         done = subprocess.run(
-            [*DIE_WITH_US, "dpkg-deb", "--extract", str(archive), str(target)],
+            [*child.DIE_WITH_US, "dpkg-deb", "--extract", str(archive), str(target)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -31,6 +31,10 @@ _PRUNED = (
 )
 
 
+class NotSetUp(SetupError):
+    """A part is missing, and the caller did not want it to be made."""
+
+
 @dataclass(frozen=True)
 class SetupOptions:
     """How a set-up is done.
@@ -38,6 +42,7 @@ class SetupOptions:
     ``mirror``   the URL that the user named, or None.
     ``locked``   use exactly what ``reviewed`` says, or fail.
     ``refresh``  ask the mirror even if a finished product is there.
+    ``offline``  make nothing that has to be downloaded: say that it is missing.
     ``reviewed`` the sets of ``images/lock.json``.
     ``cancelled`` set from another thread, it ends downloads and waits.
     """
@@ -46,6 +51,7 @@ class SetupOptions:
     mirror: str | None = None
     locked: bool = False
     refresh: bool = False
+    offline: bool = False
     reviewed: Mapping[str, Lock] = field(default_factory=dict)
     progress: Progress = field(default_factory=Silent)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -83,6 +89,7 @@ def ensure(name: str, entry: PackageSet, options: SetupOptions) -> PackageRoot:
     """The set, from the cache or else from the mirror.
 
     :param name: ``toolroot``, ``guest`` or ``kernel:NAME``; names the set in locks and messages.
+    :raises NotSetUp: it would have to be downloaded, and ``options.offline``.
     :raises MirrorError: the mirror does not answer; the cache is as it was.
     :raises SetupError: drift that ``options.locked`` forbids, changed content, no space.
     """
@@ -90,6 +97,8 @@ def ensure(name: str, entry: PackageSet, options: SetupOptions) -> PackageRoot:
         found = cached(name, entry, options)
         if found:
             return found
+    if options.offline:
+        raise NotSetUp(f"{name} is not set up", hint="testbed setup")
     lock_file = options.cache / "locks" / f"{_file_name(name)}.lock"
     try:
         with product.exclusive(lock_file, options.waiting(name)):

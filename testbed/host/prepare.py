@@ -60,6 +60,7 @@ def options(
     mirror: str | None = None,
     locked: bool = False,
     refresh: bool = False,
+    offline: bool = False,
     progress: Progress | None = None,
 ) -> SetupOptions:
     """The options of a set-up into this user's cache."""
@@ -68,6 +69,7 @@ def options(
         mirror=mirror,
         locked=locked,
         refresh=refresh,
+        offline=offline,
         reviewed=lock.read_reviewed(lock_file()),
         progress=progress or Silent(),
     )
