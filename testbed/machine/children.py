@@ -109,7 +109,8 @@ def _become(
     try:
         os.setsid()
         if _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), "prctl(PR_SET_PDEATHSIG)")
         if os.getppid() != keeper:  # it died before the line above could take effect
             os._exit(1)
         signal.set_wakeup_fd(-1)
@@ -129,10 +130,13 @@ def _become(
         for fd, source in wanted.items():
             os.dup2(source, fd, inheritable=True)
         close_fds({*wanted, complaint})
-        os.execvpe(spec["argv"][0], spec["argv"], spec["environment"])  # noqa: S606 (as meant)
+        program = spec["argv"][0]
+        try:
+            os.execvpe(program, spec["argv"], spec["environment"])  # noqa: S606 (as meant)
+        except OSError as error:  # its own name is the last place on PATH
+            raise OSError(error.errno, error.strerror, program) from error
     except OSError as error:
-        place = f": {error.filename}" if error.filename else ""
-        os.write(complaint, f"{spec['argv'][0]}: {error.strerror}{place}".encode())
+        os.write(complaint, f"{error.filename}: {error.strerror}".encode())
     finally:
         os._exit(127)
 

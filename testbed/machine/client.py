@@ -199,9 +199,9 @@ class Keeper:
         self.subscribe()
         self.call("begin", timeout_s=timeout_s, memory=memory, processes=processes)
 
-    def subscribe(self) -> None:
+    def subscribe(self, timeout_s: float = CALL_TIMEOUT_S) -> None:
         """Be told of every exit from now on, and learn of those before."""
-        self.call("subscribe")
+        self.call("subscribe", timeout_s=timeout_s)
 
     def status(self) -> dict[str, Any]:
         """What the keeper knows: see `status` in :mod:`testbed.machine.keeper`."""

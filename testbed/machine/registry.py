@@ -35,7 +35,7 @@ from typing import Any
 from testbed.errors import HostError, InputError, NoSuchRack, RackNameInUse, TestbedError
 from testbed.machine.children import GONE_PREFIX, remove_runtime_folder, remove_tree
 from testbed.machine.keeper import SOCKET
-from testbed.machine.sockets import ask, connect_unix
+from testbed.machine.sockets import ask
 
 LOCK = "lock"
 RECORD = "rack.json"
@@ -237,7 +237,7 @@ def _take_name(fresh: Path, folder: Path) -> None:
         if clean_folder(folder):
             continue
         # The lock is held: by a rack, or for a moment by one that starts, ends or cleans.
-        if _listens(folder) or time.monotonic() > deadline_s:
+        if _answers(folder) or time.monotonic() > deadline_s:
             raise RackNameInUse(
                 f"a rack named '{folder.name}' runs already",
                 hint=f"take another name (--name), or end it: testbed down {folder.name}",
@@ -295,12 +295,21 @@ def _is_lock_of(fd: int, folder: Path) -> bool:
         return False
 
 
-def _listens(folder: Path) -> bool:
+def _answers(folder: Path) -> bool:
+    """A keeper lives there, if perhaps too busy to say so; one that dies closes its socket."""
     try:
-        connect_unix(folder / SOCKET, STATUS_TIMEOUT_S).close()
-    except OSError:
+        _ask_status(folder)
+    except TimeoutError:
+        return True
+    except (OSError, ValueError, KeyError):
         return False
     return True
+
+
+def _ask_status(folder: Path) -> dict[str, Any]:
+    question = {"id": 0, "call": "status"}
+    status: dict[str, Any] = ask(folder / SOCKET, question, STATUS_TIMEOUT_S)["result"]
+    return status
 
 
 def _folders(racks: Path) -> list[Path]:
@@ -346,8 +355,7 @@ def _inspect(folder: Path) -> RackInfo | None:
     deadline_s = time.monotonic() + STATUS_TIMEOUT_S
     while True:
         try:
-            question = {"id": 0, "call": "status"}
-            status = ask(folder / SOCKET, question, STATUS_TIMEOUT_S)["result"]
+            status = _ask_status(folder)
         except TimeoutError:
             return RackInfo(folder.name, folder, RackState.UNRESPONSIVE, record=record)
         except (OSError, ValueError, KeyError):

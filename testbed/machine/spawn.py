@@ -74,21 +74,21 @@ def start_keeper(
     return keeper
 
 
-def attach(base: Path, name: str) -> Keeper:
+def attach(base: Path, name: str, *, timeout_s: float = CALL_TIMEOUT_S) -> Keeper:
     """A rack that an earlier command started.
 
     :raises NoSuchRack: no rack of that name runs.
-    :raises HostError: its keeper does not answer.
+    :raises HostError: its keeper does not answer within ``timeout_s``.
     """
     info = find(base, name)
     run_folder = info.record.run_folder if info.record else info.folder
     try:
-        wire = connect_unix(info.folder / keeper_module.SOCKET, CALL_TIMEOUT_S)
+        wire = connect_unix(info.folder / keeper_module.SOCKET, timeout_s)
     except OSError as error:
         raise NoSuchRack(f"the rack '{name}' ended just now") from error
     keeper = Keeper(name, info.folder, run_folder, wire, pid=peer_pid(wire))
     try:
-        keeper.subscribe()
+        keeper.subscribe(timeout_s)
     except BaseException:
         keeper.close()
         raise
