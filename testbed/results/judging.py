@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from testbed.results.evidence import (
     Access,
     BytesChecked,
+    Counter,
     Evidence,
     FaultSeen,
     NoFaultSeen,
@@ -21,6 +22,7 @@ from testbed.results.evidence import (
 )
 
 PAGE_BYTES = 4096
+_SAMPLES = 8  # of a storm's records, kept as evidence
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,51 @@ def judge_fault(
         return Judgement(False, f"expected a {wanted}: saw {strangers[0]}", window.records)
     witnesses = sorted({record.witness for record in window.records})
     return Judgement(True, f"{wanted}; seen by {' and '.join(witnesses)}", window.records)
+
+
+def judge_storm(
+    window: FaultWindow,
+    *,
+    requester: str,
+    address: int,
+    access: Access,
+    reasons: Collection[int],
+    count: int,
+) -> Judgement:
+    """Were there ``count`` faults, one a page, more than were recorded, and is the loss known?
+
+    Known means counted, where the machine watched; else at least announced by the guest (an
+    overflow of the recording registers, or messages suppressed).
+    """
+    judgement = judge_fault(
+        window,
+        requester=requester,
+        address=address,
+        access=access,
+        reasons=reasons,
+        size_bytes=count * PAGE_BYTES,
+    )
+    guest = len(window.by(Witness.GUEST))
+    evidence = (
+        *judgement.evidence[:_SAMPLES],
+        Counter("faults provoked", count, "faults"),
+        Counter("faults seen by the machine", len(window.by(Witness.MACHINE)), "faults"),
+        Counter("faults recorded by the guest", guest, "faults"),
+        Counter("faults lost to the guest", window.unrecorded, "faults"),
+        Counter("messages suppressed, as the guest says", window.suppressed, "messages"),
+        Counter("recording registers overflowed", int(window.overflow)),
+    )
+    if not judgement.holds:
+        return Judgement(False, judgement.reason, evidence)
+    if window.machine_watched and window.count != count:
+        return Judgement(
+            False, f"{count} faults were provoked, and the machine saw {window.count}", evidence
+        )
+    if guest >= count:
+        return Judgement(False, f"no storm: all {count} faults were recorded", evidence)
+    if not (window.unrecorded or window.suppressed or window.overflow):
+        return Judgement(False, f"{count - guest} faults were lost, and nobody says so", evidence)
+    return Judgement(True, f"{count - guest} of {count} faults were lost and counted", evidence)
 
 
 def judge_no_fault(window: FaultWindow) -> Judgement:

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pair of peers made ready: what is copied from where to where, and what must stay untouched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from testbed.results.evidence import Access
+from testbed.results.judging import Judgement, judge_fault
+from testbed.suites.bench import Bench, Engine
+from testbed.suites.cases import Pair
+from testbed.suites.mapper import Mapper
+from testbed.suites.memory import Memory
+
+PROBE_BYTES = 64  # the smallest copy worth judging: one frame, hence one fault if refused
+LOCAL_OFFSET = 0
+LOCAL_BYTES = 64 << 10
+PEER_OFFSET = 256 << 10  # not the local one: a mix-up of the two must not go unseen
+
+
+@dataclass(frozen=True)
+class Ground:
+    """``engine`` copies between ``local`` (its own memory) and ``peer`` (another device's)."""
+
+    bench: Bench
+    engine: Engine
+    local: Memory
+    peer: Memory
+
+    @classmethod
+    def of(cls, bench: Bench, pair: Pair, *, local_bytes: int = LOCAL_BYTES) -> Ground:
+        """Start the requester's engine and find both memories; nothing is mapped yet.
+
+        A requester without video memory gets ``local_bytes`` of guest memory as its own.
+        """
+        peer = bench.vram(pair.peer)
+        engine = bench.engine(pair.requester, scratch=peer)
+        local = (
+            bench.vram(pair.local)
+            if pair.local is not None
+            else bench.buffer(f"local-{pair.requester.qemu_id}", local_bytes)
+        )
+        return cls(bench, engine, local, peer)
+
+    @property
+    def mapper(self) -> Mapper:
+        """The bench's."""
+        return self.bench.mapper
+
+    def map_local(self) -> int:
+        """Map the local bytes for the engine; returns their IOVA."""
+        return self.mapper.map(self.local, LOCAL_OFFSET, LOCAL_BYTES).iova
+
+    def fill_local(self, seed: int, size_bytes: int) -> bytes:
+        """Put a pattern into the local bytes."""
+        return self.local.fill(LOCAL_OFFSET, size_bytes, seed)
+
+    def fill_peer(self, seed: int, size_bytes: int) -> bytes:
+        """Put a pattern into the peer's bytes."""
+        return self.peer.fill(PEER_OFFSET, size_bytes, seed)
+
+    def deliver_to_peer(self, source_iova: int, target_iova: int, expected: bytes) -> Judgement:
+        """Copy, and judge what the peer then holds at the usual place."""
+        return self.bench.deliver(
+            self.engine,
+            source_iova,
+            target_iova,
+            into=self.peer,
+            offset=PEER_OFFSET,
+            expected=expected,
+        )
+
+    def deliver_to_local(self, source_iova: int, target_iova: int, expected: bytes) -> Judgement:
+        """Copy, and judge what the requester's own memory then holds."""
+        return self.bench.deliver(
+            self.engine,
+            source_iova,
+            target_iova,
+            into=self.local,
+            offset=LOCAL_OFFSET,
+            expected=expected,
+        )
+
+    def refused(
+        self,
+        source_iova: int,
+        target_iova: int,
+        *,
+        access: Access,
+        reasons: frozenset[int],
+        size_bytes: int = PROBE_BYTES,
+    ) -> Judgement:
+        """Copy the smallest piece, and judge that the IOMMU refused its read or its write."""
+        with self.bench.watch() as watch:
+            status = self.engine.copy(source_iova, target_iova, size_bytes)
+        judgement = judge_fault(
+            watch.window,
+            requester=self.engine.requester,
+            address=source_iova if access is Access.READ else target_iova,
+            access=access,
+            reasons=reasons,
+            size_bytes=size_bytes,
+        )
+        return Judgement(judgement.holds, judgement.reason, judgement.evidence + status.evidence)

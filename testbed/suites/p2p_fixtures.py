@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of suites about pairs of devices behind an IOMMU: ``pair``, ``ground``, ``doorbell`` ….
+
+A test module that wants them says ``pytest_plugins = ["testbed.suites.p2p_fixtures"]``. What they
+yield is taken from the topology before anything boots, so that tests are numbered at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import pytest
+
+from testbed.errors import CapabilityMissing
+from testbed.suites import cases
+from testbed.suites.bench import Bench
+from testbed.suites.cases import Doorbell, Pair
+from testbed.suites.ground import Ground
+from testbed.suites.interface import Rack
+from testbed.suites.mutations import Mutation
+from testbed.suites.racks import LiveRack
+from testbed.suites.reasons import Reasons, reasons_of
+from testbed.suites.session import SESSION
+
+T = TypeVar("T")
+
+Variant = Callable[[str], LiveRack]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Pairs, doorbells and nodes are those of the rack."""
+    session = metafunc.config.stash.get(SESSION, None)
+    if session is None:
+        return
+    source = session.pool.source
+    pairs = cases.pairs(source.plan)
+    choices: dict[str, list[Any]] = {
+        "pair": list({pair.node: pair for pair in reversed(pairs)}.values()),
+        "each_pair": list(pairs),
+        "doorbell": list(cases.doorbells(source.plan, source.topology)),
+        "node_name": list(source.plan.nodes),
+    }
+    several = len(source.plan.nodes) > 1
+    for name in set(choices) & set(metafunc.fixturenames):
+        values = choices[name]
+        ids = [
+            f"{value.node}/{value}" if several and not isinstance(value, str) else str(value)
+            for value in values
+        ]
+        metafunc.parametrize(name, values or [None], ids=ids or ["none"], indirect=True)
+
+
+@pytest.fixture
+def pair(request: pytest.FixtureRequest) -> Pair:
+    """The first pair of each node."""
+    return _given(request, Pair, "two devices, one of which has video memory")
+
+
+@pytest.fixture
+def each_pair(request: pytest.FixtureRequest) -> Pair:
+    """A pair for each kind of path of each node."""
+    return _given(request, Pair, "two devices, one of which has video memory")
+
+
+@pytest.fixture
+def doorbell(request: pytest.FixtureRequest) -> Doorbell:
+    """A doorbell page, and a device of another slot that rings it."""
+    return _given(request, Doorbell, "a GPU with `doorbell: true` and a second device")
+
+
+@pytest.fixture
+def node_name(request: pytest.FixtureRequest) -> str:
+    """Each node of the rack."""
+    return _given(request, str, "nodes")
+
+
+@pytest.fixture
+def ground(rack: LiveRack, pair: Pair, mutation: Mutation) -> Iterator[Ground]:
+    """The node's first pair, ready, on a bench that all tests share."""
+    bench = shared_bench(rack, pair.node, mutation)
+    yield Ground.of(bench, pair)
+    bench.clean()
+
+
+@pytest.fixture
+def each_ground(rack: LiveRack, each_pair: Pair, mutation: Mutation) -> Iterator[Ground]:
+    """As ``ground``, once for each kind of path."""
+    bench = shared_bench(rack, each_pair.node, mutation)
+    yield Ground.of(bench, each_pair)
+    bench.clean()
+
+
+@pytest.fixture
+def reasons(rack: LiveRack, request: pytest.FixtureRequest) -> Reasons:
+    """The reason codes of the IOMMU under test."""
+    chosen = "each_pair" if "each_pair" in request.fixturenames else "pair"
+    return reasons_of(rack.topology.nodes[request.getfixturevalue(chosen).node].iommu)
+
+
+def _given(request: pytest.FixtureRequest, kind: type[T], what: str) -> T:
+    if not isinstance(request.param, kind):
+        raise CapabilityMissing(f"this rack lacks {what}")
+    return request.param
+
+
+def bench_key(node: str) -> object:
+    """Under which :meth:`LiveRack.once` keeps the node's bench."""
+    return ("bench", node)
+
+
+def shared_bench(rack: LiveRack, node: str, mutation: Mutation) -> Bench:
+    """The node's bench, opened for all devices of its pairs and doorbells."""
+
+    def make(booted: Rack) -> Bench:
+        return _open_bench(booted, node, mutation)
+
+    return rack.once(bench_key(node), make, Bench.close)
+
+
+def _open_bench(rack: Rack, node: str, mutation: Mutation) -> Bench:
+    chosen: list[Pair | Doorbell] = [
+        *cases.pairs(rack.plan),
+        *cases.doorbells(rack.plan, rack.topology),
+    ]
+    used = [function for case in chosen if case.node == node for function in case.functions]
+    return Bench.open(rack.nodes[node], used, mutation)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pytest plugin: real racks for your own tests, judged by the same rules as the suites.
+
+Ten lines are a whole test::
+
+    # test_mine.py        pytest --testbed-topology quad-gpu.yaml test_mine.py
+    import pytest
+
+    @pytest.mark.requirement("MINE-01")
+    def test_four_gpus_are_there(rack, observe):
+        node = rack.nodes["host0"]
+        tree = node.agent.call("pci.tree")["devices"]
+        vram = [d for d in tree if d["vendor"] == 0x1AF4 and d["device"] == 0x1110]
+        assert len(vram) == 4
+        observe.conclude("the guest sees four video memories")
+
+Fixtures: ``rack`` is the running rack (:class:`testbed.suites.racks.LiveRack`; ``rack.once`` keeps
+what is dear to make); ``observe`` takes evidence and judgements
+(:class:`testbed.suites.observer.Observer`); ``variant("name")`` is another rack, which the module's
+function ``testbed_variants(topology)`` describes and which boots in the background; ``mutation`` is
+the deliberate break in force (:mod:`testbed.suites.mutations`).
+
+Markers: ``requirement("ID", …)`` names what a test shows; ``gated_by("ID")`` skips it unless the
+tests of ID have passed before.
+
+Ends: an AssertionError is a FAIL, :class:`~testbed.errors.LostError` is LOST (the next test gets a
+fresh machine), :class:`~testbed.errors.CapabilityMissing` is a SKIP, anything else is an ERROR.
+
+Without one of its options this plugin does nothing, and importing it costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from testbed.suites.mutations import Mutation
+    from testbed.suites.observer import Observer
+    from testbed.suites.racks import LiveRack
+    from testbed.suites.session import ConformanceSession
+
+_MARKERS = (
+    "requirement(id, ...): the requirements of the conformance catalogue that this test shows",
+    "gated_by(id, ...): skip unless the tests of these requirements passed before",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options; each also has a place in the environment of ``testbed run``."""
+    group = parser.getgroup("testbed", "virtual GPU racks")
+    group.addoption(
+        "--testbed-topology", metavar="FILE", help="boot this rack for the tests, and end it after"
+    )
+    group.addoption(
+        "--testbed-set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="set one of the topology's vars",
+    )
+    group.addoption("--testbed-rack", metavar="NAME", help="use this running rack")
+    group.addoption(
+        "--testbed-run-dir",
+        metavar="DIR",
+        type=Path,
+        help="keep logs, record.json and junit.xml there",
+    )
+    group.addoption(
+        "--testbed-break",
+        metavar="MUTATION",
+        default="",
+        help="break something on purpose, to see a FAIL",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers; start a session if a rack was asked for."""
+    for marker in _MARKERS:
+        config.addinivalue_line("markers", marker)
+    options = config.option
+    if options.testbed_topology or options.testbed_rack:
+        from testbed.errors import InputError  # noqa: PLC0415  nothing to import when unused
+        from testbed.suites.runner import session_from_options  # noqa: PLC0415
+
+        try:
+            session = session_from_options(
+                topology=options.testbed_topology,
+                settings=options.testbed_set,
+                rack=options.testbed_rack,
+                run_dir=options.testbed_run_dir,
+                mutation=options.testbed_break,
+            )
+        except InputError as error:
+            raise pytest.UsageError(str(error)) from error
+        config.pluginmanager.register(session, "testbed-session")
+
+
+@pytest.fixture(scope="session")
+def rack(request: pytest.FixtureRequest) -> LiveRack:
+    """The rack under test; the tests after its death get a fresh one under the same name."""
+    return _session(request).pool.main
+
+
+@pytest.fixture(scope="session")
+def variant(request: pytest.FixtureRequest) -> Callable[[str], LiveRack]:
+    """``variant("name")``: a rack that the module's ``testbed_variants(topology)`` describes."""
+    return _session(request).pool.variant
+
+
+@pytest.fixture(scope="session")
+def mutation(request: pytest.FixtureRequest) -> Mutation:
+    """What is broken on purpose in this session."""
+    return _session(request).mutation
+
+
+@pytest.fixture
+def observe(request: pytest.FixtureRequest) -> Observer:
+    """Takes the test's evidence and judgements."""
+    return _session(request).observer(request.node)
+
+
+def _session(request: pytest.FixtureRequest) -> ConformanceSession:
+    from testbed.suites.session import SESSION  # noqa: PLC0415  nothing to import when unused
+
+    session = request.config.stash.get(SESSION, None)
+    if session is None:
+        raise pytest.UsageError(
+            "which rack? give --testbed-topology FILE or --testbed-rack NAME, or use `testbed run`"
+        )
+    return session

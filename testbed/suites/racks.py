@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The racks of a test session: started in the background, replaced when they die, ended together.
+
+A :class:`LiveRack` stands for "the rack under test", whichever machine that is at the moment: when
+it died in a test, the next test gets a fresh one. Nothing is ever tried again for a test that has
+ended; replacing the machine only keeps one death from deciding all verdicts that follow.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from testbed.errors import CapabilityMissing, TestbedError
+from testbed.suites.interface import Rack, RackNode, RackSource
+from testbed.topology.model import Topology
+from testbed.topology.plan import RackPlan
+
+T = TypeVar("T")
+
+MAX_STARTS = 4
+
+
+class LiveRack:
+    """A rack that outlives its machines. It is a :class:`testbed.suites.interface.Rack`."""
+
+    def __init__(self, source: RackSource, topology: Topology, label: str) -> None:
+        self._source = source
+        self._topology = topology
+        self._label = label
+        self._starts = 0
+        self._future: Future[Rack] | None = None
+        self._why_gone = ""
+        self._kept: dict[object, tuple[object, Callable[[Any], None]]] = {}
+        self.waited_s = 0.0  # in all, for machines to boot
+        self.touched = False  # by the test that runs
+        self.last_versions: Mapping[str, Any] = {}
+
+    def start(self) -> None:
+        """Begin to boot in the background, if that has not been done."""
+        if self._future is None:
+            self._starts += 1
+            future: Future[Rack] = Future()
+            label = self._label if self._starts == 1 else f"{self._label}-{self._starts}"
+
+            def boot() -> None:
+                try:
+                    future.set_result(self._source.start(self._topology, label))
+                except BaseException as error:  # raised where it is waited for
+                    future.set_exception(error)
+
+            # A daemon: after Ctrl-C nobody waits for a boot. The rack's keeper ends the machines
+            # when this process does.
+            threading.Thread(target=boot, name=f"boot {label}", daemon=True).start()
+            self._future = future
+
+    def get(self) -> Rack:
+        """The running rack, booted if need be.
+
+        Raises:
+            LaunchError, LostError: it did not boot; said once, to the test that waited for it.
+            CapabilityMissing: it is gone, and there will be no other.
+        """
+        self.touched = True
+        if self._why_gone:
+            raise CapabilityMissing(f"not run: {self._why_gone}")
+        self.start()
+        assert self._future is not None
+        before = time.monotonic()
+        try:
+            rack = self._future.result()
+        except TestbedError as error:
+            self._why_gone = f"rack {self._label} did not start ({error.message})"
+            raise
+        finally:
+            self.waited_s += time.monotonic() - before
+        self.last_versions = rack.versions
+        return rack
+
+    def lost(self, test: str) -> None:
+        """The machine died in ``test``: end what is left of it; :meth:`get` boots another."""
+        self._kept.clear()
+        if not self._source.restartable:
+            self._why_gone = f"rack {self._label} died in {test}, and is not ours to start again"
+        elif self._starts >= MAX_STARTS:
+            self._why_gone = f"rack {self._label} died {self._starts} times, last in {test}"
+        self._end()
+
+    @property
+    def is_dead(self) -> bool:
+        """It was running, and one of its machines is not any more."""
+        future = self._future
+        if future is None or not future.done() or future.exception() is not None:
+            return False
+        return not all(node.alive for node in future.result().nodes.values())
+
+    def once(
+        self, key: object, make: Callable[[Rack], T], close: Callable[[T], None] = lambda _: None
+    ) -> T:
+        """A value made once for each machine, and kept under ``key`` until :meth:`drop`."""
+        rack = self.get()
+        if key not in self._kept:
+            self._kept[key] = (make(rack), close)
+        return self._kept[key][0]  # type: ignore[return-value]
+
+    def drop(self, key: object) -> None:
+        """Close the value kept under ``key``, if there is one."""
+        if key in self._kept:
+            value, close = self._kept.pop(key)
+            close(value)
+
+    def drop_all(self) -> None:
+        """Close all values kept."""
+        for key in list(self._kept):
+            self.drop(key)
+
+    def close(self, *, wait: bool = True) -> None:
+        """End the machine for good; without ``wait`` one that still boots is left to its keeper."""
+        self._kept.clear()
+        self._why_gone = self._why_gone or "the session is over"
+        self._end(wait=wait)
+
+    def _end(self, *, wait: bool = True) -> None:
+        future, self._future = self._future, None
+        if future is not None and (wait or future.done()) and future.exception() is None:
+            future.result().close()
+
+    @property
+    def name(self) -> str:
+        """The running rack's name."""
+        return self.get().name
+
+    @property
+    def plan(self) -> RackPlan:
+        """Where everything stands."""
+        return self.get().plan
+
+    @property
+    def topology(self) -> Topology:
+        """What it is made from."""
+        return self._topology
+
+    @property
+    def run_dir(self) -> Path:
+        """Where its logs are."""
+        return self.get().run_dir
+
+    @property
+    def versions(self) -> Mapping[str, Any]:
+        """What it was made with."""
+        return self.get().versions
+
+    @property
+    def nodes(self) -> Mapping[str, RackNode]:
+        """Its machines, by name."""
+        return self.get().nodes
+
+
+class RackPool:
+    """The rack under test and its variants."""
+
+    def __init__(self, source: RackSource) -> None:
+        self.source = source
+        self.main = LiveRack(source, source.topology, "rack")
+        self._variants: dict[str, LiveRack] = {}
+
+    def declare(self, name: str, topology: Topology) -> None:
+        """Let :meth:`variant` know a variant, and begin to boot it."""
+        if name not in self._variants:
+            self._variants[name] = LiveRack(self.source, topology, f"rack-{name}")
+        self._variants[name].start()
+
+    def variant(self, name: str) -> LiveRack:
+        """The variant called ``name``.
+
+        Raises:
+            CapabilityMissing: none was declared: it makes no sense for this rack.
+        """
+        if name not in self._variants:
+            raise CapabilityMissing(f"this rack has no variant '{name}'")
+        return self._variants[name]
+
+    def all(self) -> list[LiveRack]:
+        """The main rack first."""
+        return [self.main, *self._variants.values()]
+
+    def waited_s(self) -> float:
+        """What tests have waited for machines to boot, in all."""
+        return sum(rack.waited_s for rack in self.all())
+
+    def close(self, *, wait: bool = True) -> list[Exception]:
+        """End everything; what went wrong with that is returned, after all were tried.
+
+        :param wait: also for racks that are still booting.
+        """
+        failures: list[Exception] = []
+        for rack in self.all():
+            try:
+                rack.close(wait=wait)
+            except Exception as error:  # the others must end too
+                failures.append(error)
+        return failures

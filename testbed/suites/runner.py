@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running suites in this process: pytest inside, our results outside.
+
+KTAP goes to the given stream as tests end; pytest's own output goes to ``pytest.log`` in the run
+folder, beside ``record.json`` and ``junit.xml``. The user's pytest settings and plugins play no
+part, so that a suite does the same everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+from rich.console import Console
+
+from testbed.errors import Diagnostic, ExitCode, InputError
+from testbed.results import junit, record
+from testbed.results.ktap import KtapStream
+from testbed.results.table import print_table
+from testbed.results.verdicts import Outcome, Verdict
+from testbed.suites import pytest_plugin
+from testbed.suites.interface import RackSource
+from testbed.suites.mutations import Mutation, parse_mutation
+from testbed.suites.session import ConformanceSession
+from testbed.topology.model import to_data
+
+SUITES = {"p2p-iommu": "p2p_iommu.py"}
+PYTEST_LOG = "pytest.log"
+_PYTEST_INI = "pytest.ini"
+_TEST_TIMEOUT_S = 300
+
+_ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended, and its record."""
+
+    code: ExitCode
+    record: record.RunRecord
+
+
+def run_suites(
+    suites: Sequence[str],
+    source: RackSource,
+    run_dir: Path,
+    *,
+    keyword: str = "",
+    mutation: Mutation = Mutation.NONE,
+    stream: TextIO | None = None,
+    console: Console | None = None,
+    command: Sequence[str] = (),
+) -> RunResult:
+    """Run suites on one rack, write what they found, and say how it ended.
+
+    :param suites: names (``p2p-iommu``), or test files of the user's own (``path[::test]``);
+        none means all that there are.
+    :param run_dir: an existing folder for everything that is kept.
+    :param keyword: as pytest's ``-k``; the gates of what it chooses run too.
+    :param stream: for KTAP; standard output if None.
+    :param console: for the table; standard error if None.
+
+    Raises:
+        InputError: no such suite or file, or no test is left to run.
+    """
+    ktap = KtapStream(stream or sys.stdout)
+    paths = [_suite_path(word) for word in suites or SUITES]
+    writer = _Writer(run_dir, command or sys.argv)
+    session = ConformanceSession(
+        source, mutation=mutation, on_plan=ktap.plan, on_outcome=ktap.outcome
+    )
+    ini = run_dir / _PYTEST_INI
+    ini.write_text(f"[pytest]\ntimeout = {_TEST_TIMEOUT_S}\n")
+    arguments = [
+        f"--config-file={ini}",
+        "--capture=sys",  # KTAP goes to descriptor 1 while a test runs
+        *("-p", "no:cacheprovider", "-p", "pytest_timeout"),
+        *("-k", keyword),
+        "-rA",
+        *paths,
+    ]
+    with (
+        (run_dir / PYTEST_LOG).open("w") as log,
+        _environment(_ENVIRONMENT),
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        code = pytest.main(arguments, plugins=[pytest_plugin, session])
+    if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
+        raise InputError(
+            f"no test to run: {' '.join(suites) or 'all suites'}"
+            + (f" with -k '{keyword}'" if keyword else ""),
+            hint=f"pytest's own words are in {run_dir / PYTEST_LOG}",
+        )
+    if code == pytest.ExitCode.INTERNAL_ERROR:
+        reason = f"pytest's internal error, see {run_dir / PYTEST_LOG}"
+        session.outcomes.append(Outcome((), "pytest", Verdict.ERROR, reason))
+    ktap.end("interrupted" if session.interrupted else "")
+    written = writer.write(session)
+    print_table(written, run_dir, console or Console(stderr=True))
+    return RunResult(ExitCode(written.exit_code), written)
+
+
+def session_from_options(
+    *,
+    topology: str | None,
+    settings: Sequence[str],
+    rack: str | None,
+    run_dir: Path | None,
+    mutation: str,
+) -> ConformanceSession:
+    """The session of someone's own ``pytest --testbed-…``.
+
+    Raises:
+        InputError: the topology is wrong, no such rack runs, or both or no mutation was meant.
+    """
+    # The commands that boot are slow to import, and `testbed run` brings a source of its own.
+    from testbed.suites.sources import RunningSource, TopologySource  # noqa: PLC0415
+    from testbed.verbs.common import load_topology  # noqa: PLC0415
+
+    if topology and rack:
+        raise InputError("--testbed-topology boots a rack, --testbed-rack uses one: choose")
+    chosen = parse_mutation(mutation)
+    if run_dir is None:
+        run_dir = Path(tempfile.mkdtemp(prefix="testbed-run-"))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    source: RackSource = (
+        RunningSource(rack, run_dir)
+        if rack
+        else TopologySource(load_topology(topology or "", settings), run_dir)
+    )
+    writer = _Writer(run_dir, sys.argv)
+    return ConformanceSession(source, mutation=chosen, on_end=writer.write)
+
+
+class _Writer:
+    """Writes a session's record and JUnit file."""
+
+    def __init__(self, run_dir: Path, command: Sequence[str]) -> None:
+        self._run_dir = run_dir
+        self._command = tuple(command)
+        self._started = datetime.now(UTC)
+        self._clock_s = time.monotonic()
+
+    def write(self, session: ConformanceSession) -> record.RunRecord:
+        info = record.RunInfo(
+            command=self._command,
+            started=self._started.isoformat(timespec="seconds"),
+            versions=session.pool.main.last_versions,
+            host=_host(),
+            topology=to_data(session.pool.source.topology),
+            mutation=session.mutation,
+        )
+        written = record.make_record(
+            info,
+            tuple(session.outcomes),
+            duration_s=time.monotonic() - self._clock_s,
+            code=ExitCode.INTERRUPTED if session.interrupted else None,
+        )
+        record.write_record(written, self._run_dir / record.FILE_NAME)
+        junit.write_junit(written, self._run_dir / junit.FILE_NAME)
+        return written
+
+
+def _suite_path(word: str) -> str:
+    if word in SUITES:
+        return str(Path(__file__).with_name(SUITES[word]))
+    path = word.partition("::")[0]
+    if not Path(path).exists():
+        known = ", ".join(SUITES)
+        raise InputError(
+            diagnostics=[Diagnostic(word, 0, 0, "no such suite or file", f"{known}, or a path")]
+        )
+    return str(Path(path).resolve()) + word[len(path) :]
+
+
+def _host() -> dict[str, Any]:
+    return {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
+
+
+@contextlib.contextmanager
+def _environment(changes: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin's working half: turns what pytest sees into outcomes, and looks after the racks.
+
+Registered only when a rack was asked for. Verdicts: AssertionError (and ``pytest.fail``) is FAIL;
+LostError in any phase is LOST, with the console's tail; CapabilityMissing (and ``pytest.skip``) is
+SKIP; any other exception is ERROR. The phases of a test combine to the worst. Nothing is retried.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import pytest
+
+from testbed.errors import CapabilityMissing, LostError
+from testbed.results.verdicts import Outcome, Verdict, combine
+from testbed.suites.interface import RackSource
+from testbed.suites.mutations import Mutation
+from testbed.suites.observer import Observer
+from testbed.suites.racks import RackPool
+from testbed.topology.model import Topology
+
+REQUIREMENT = "requirement"
+GATED_BY = "gated_by"
+VARIANTS_HOOK = "testbed_variants"  # a module's function: topology → {name: topology}
+
+_DETAIL_FRAMES = 6
+_VERDICT = "testbed_verdict"  # pytest's reports carry it from the test to the terminal
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """How one phase of a test ended, if not well."""
+
+    verdict: Verdict
+    reason: str
+    details: str = ""
+    console_tail: str = ""
+
+
+_OBSERVER = pytest.StashKey[Observer]()
+_ENDINGS = pytest.StashKey[list[_Ending]]()
+_DURATION: pytest.StashKey[float] = pytest.StashKey()
+
+SESSION = pytest.StashKey["ConformanceSession"]()
+
+
+class ConformanceSession:
+    """One pytest session on one rack.
+
+    :param on_plan: is told how many tests there will be.
+    :param on_outcome: is told each outcome as soon as it is there.
+    :param on_end: is called last, when the racks have ended.
+    """
+
+    def __init__(
+        self,
+        source: RackSource,
+        *,
+        mutation: Mutation = Mutation.NONE,
+        on_plan: Callable[[int], None] = lambda _: None,
+        on_outcome: Callable[[Outcome], None] = lambda _: None,
+        on_end: Callable[[ConformanceSession], object] = lambda _: None,
+    ) -> None:
+        self.pool = RackPool(source)
+        self.mutation = mutation
+        self.outcomes: list[Outcome] = []
+        self.interrupted = False
+        self._planned = False
+        self._waited_s = 0.0
+        self._on_plan = on_plan
+        self._on_outcome = on_outcome
+        self._on_end = on_end
+
+    # What tests use, through the fixtures
+
+    def observer(self, item: pytest.Item) -> Observer:
+        """The test's own."""
+        return item.stash.setdefault(_OBSERVER, Observer())
+
+    # Collection
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        """Be found by the fixtures."""
+        config.stash[SESSION] = self
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_collection_modifyitems(
+        self, items: list[pytest.Item]
+    ) -> Generator[None, None, None]:
+        """Whatever else was deselected (``-k``), the gates of what is left run too."""
+        before = list(items)
+        yield
+        kept = set(items)
+        needed = {(item.path, gate) for item in items for gate in _marked(item, GATED_BY)}
+        if needed:
+            items[:] = [
+                item
+                for item in before
+                if item in kept
+                or any((item.path, name) in needed for name in _marked(item, REQUIREMENT))
+            ]
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Announce the plan, and let the racks boot while pytest gets going."""
+        self._announce(len(session.items))
+        if session.config.option.collectonly:
+            return
+        if any("rack" in _fixtures(item) for item in session.items):
+            self.pool.main.start()
+        for item in session.items:
+            if "variant" in _fixtures(item) and isinstance(item, pytest.Function):
+                hook = getattr(item.module, VARIANTS_HOOK, None)
+                variants: dict[str, Topology] = hook(self.pool.source.topology) if hook else {}
+                for name, topology in variants.items():
+                    self.pool.declare(name, topology)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A test file that cannot be imported is an ERROR of the run."""
+        if report.failed:
+            text = report.longreprtext
+            reason = text.strip().splitlines()[-1] if text.strip() else "cannot be collected"
+            self.outcomes.append(Outcome((), report.nodeid, Verdict.ERROR, reason, details=text))
+
+    # Running
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Hold back what a gate forbids. CapabilityMissing: SKIP."""
+        for gate in _marked(item, GATED_BY):
+            self._check_gate(gate)
+
+    def _check_gate(self, gate: str) -> None:
+        ends = [outcome for outcome in self.outcomes if gate in outcome.requirements]
+        if not ends:
+            raise CapabilityMissing(f"not shown: {gate} has to run first")
+        verdict = combine(outcome.verdict for outcome in ends)
+        reason = next(outcome.reason for outcome in ends if outcome.verdict is verdict)
+        if verdict is Verdict.FAIL:
+            raise CapabilityMissing(f"set-up invalid, {gate} failed: {reason}")
+        if verdict is Verdict.SKIP:
+            raise CapabilityMissing(reason)
+        if verdict is not Verdict.PASS:
+            raise CapabilityMissing(f"set-up not shown to be valid: {gate} ended {verdict}")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Note how the phase ended; after the last one, the outcome is there."""
+        report = yield
+        endings = item.stash.setdefault(_ENDINGS, [])
+        ending = _ending_of(report, call)
+        if ending is not None:
+            endings.append(ending)
+            setattr(report, _VERDICT, ending.verdict)
+            if ending.verdict is Verdict.SKIP:
+                report.outcome = "skipped"
+                path, line, _ = item.location
+                report.longrepr = (path, line or 0, f"Skipped: {ending.reason}")
+        # A rack's boot is not the test's time.
+        waited_s, self._waited_s = self.pool.waited_s() - self._waited_s, self.pool.waited_s()
+        spent_s = max(0.0, call.duration - waited_s)
+        item.stash[_DURATION] = item.stash.get(_DURATION, 0.0) + spent_s
+        if report.when == "teardown":
+            self._finish(item, endings)
+        return report
+
+    def _finish(self, item: pytest.Item, endings: list[_Ending]) -> None:
+        observer = self.observer(item)
+        verdict = combine([Verdict.PASS, *(e.verdict for e in endings if not _is_skip(e))])
+        if verdict is Verdict.PASS and endings:
+            verdict = Verdict.SKIP
+        ending = next((e for e in endings if e.verdict is verdict), None)
+        duration_s = item.stash[_DURATION]
+        self._emit(
+            Outcome(
+                requirements=_marked(item, REQUIREMENT),
+                test=_test_name(item),
+                verdict=verdict,
+                reason=ending.reason if ending else observer.conclusion,
+                evidence=observer.evidence,
+                duration_s=round(duration_s, 3),
+                details=ending.details if ending else "",
+                console_tail=ending.console_tail if ending else "",
+            )
+        )
+        lost = any(ending.verdict is Verdict.LOST for ending in endings)
+        for rack in self.pool.all():
+            if rack.is_dead or (lost and rack.touched):
+                rack.lost(_test_name(item))
+            rack.touched = False
+
+    def pytest_report_teststatus(
+        self, report: pytest.CollectReport | pytest.TestReport
+    ) -> tuple[str, str, str] | None:
+        """LOST and ERROR have words of their own in pytest's own output too."""
+        word = getattr(report, _VERDICT, None)
+        if word is Verdict.LOST:
+            return "lost", "L", "LOST"
+        if word is Verdict.ERROR:
+            return "error", "E", "ERROR"
+        return None
+
+    # The end
+
+    def pytest_keyboard_interrupt(self) -> None:
+        """Ctrl-C: the tests not yet run have no outcome."""
+        self.interrupted = True
+
+    def pytest_sessionfinish(self) -> None:
+        """End the racks; a rack that will not end is an ERROR of the run."""
+        self._announce(len(self.outcomes))
+        for failure in self.pool.close(wait=not self.interrupted):
+            self._emit(Outcome((), "end of the rack", Verdict.ERROR, _first_line(str(failure))))
+        self._on_end(self)
+
+    def _announce(self, tests: int) -> None:
+        if not self._planned:
+            self._planned = True
+            self._on_plan(tests + len(self.outcomes))
+            for outcome in self.outcomes:
+                self._on_outcome(outcome)
+
+    def _emit(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self._on_outcome(outcome)
+
+
+def _ending_of(report: pytest.TestReport, call: pytest.CallInfo[None]) -> _Ending | None:
+    if call.excinfo is None:
+        return _Ending(Verdict.FAIL, _first_line(report.longreprtext)) if report.failed else None
+    error = call.excinfo.value
+    reason = _first_line(str(error)) or type(error).__name__
+    details = "".join(traceback.format_exception(error, limit=-_DETAIL_FRAMES))
+    verdict = Verdict.ERROR
+    match error:
+        case LostError():
+            return _Ending(Verdict.LOST, error.message, console_tail=error.console_tail)
+        case CapabilityMissing() | pytest.skip.Exception():
+            verdict, details = Verdict.SKIP, ""
+        case _ if hasattr(report, "wasxfail"):
+            verdict, details = Verdict.SKIP, ""
+        case pytest.fail.Exception() if "from pytest-timeout" in reason:
+            reason = f"the test did not end: {reason}"
+        case AssertionError() | pytest.fail.Exception():
+            verdict = Verdict.FAIL
+        case _:
+            reason = f"{type(error).__name__}: {reason}"
+    return _Ending(verdict, reason, details)
+
+
+def _is_skip(ending: _Ending) -> bool:
+    return ending.verdict is Verdict.SKIP
+
+
+def _marked(item: pytest.Item, name: str) -> tuple[str, ...]:
+    """The identifiers given to the marker, nearest first, each once."""
+    words = (str(word) for marker in item.iter_markers(name) for word in marker.args)
+    return tuple(dict.fromkeys(words))
+
+
+def _fixtures(item: pytest.Item) -> list[str]:
+    return list(getattr(item, "fixturenames", ()))
+
+
+def _test_name(item: pytest.Item) -> str:
+    return item.name.removeprefix("test_")
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0]

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the racks of a run come from: a topology to boot, or a rack that runs already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from testbed import deploy, rack
+from testbed.suites.interface import Rack
+from testbed.topology.model import Topology
+from testbed.topology.placement import place
+from testbed.topology.plan import RackPlan
+
+
+class TopologySource:
+    """Boots racks of its own; each keeps its logs in a folder of ``run_dir``."""
+
+    restartable = True
+
+    def __init__(
+        self,
+        topology: Topology,
+        run_dir: Path,
+        *,
+        options: deploy.StartOptions | None = None,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.topology = topology
+        self.plan: RackPlan = place(topology)
+        self._run_dir = run_dir
+        self._options = options
+        self._say = say
+
+    def start(self, topology: Topology, label: str) -> Rack:
+        """Boot; LaunchError, LostError."""
+        return deploy.start(
+            topology, run_dir=self._run_dir / label, options=self._options, say=self._say
+        )
+
+
+class RunningSource(TopologySource):
+    """The rack that an earlier command started; it is left running. Variants are booted."""
+
+    restartable = False
+
+    def __init__(self, name: str, run_dir: Path) -> None:
+        self._rack = rack.attach(name)
+        super().__init__(self._rack.topology, run_dir)
+
+    def start(self, topology: Topology, label: str) -> Rack:
+        """The rack itself, or a variant of it."""
+        if topology is self.topology:
+            return self._rack
+        return super().start(topology, label)
