@@ -56,6 +56,9 @@ class VerbGroup(click.Group):
         command: click.Command = getattr(module, cmd_name)
         for parameter in command.params:
             if isinstance(parameter, click.Option):
+                # Named after the option as the user knows it, not after our variable.
+                longest = max(parameter.opts, key=len).lstrip("-").replace("-", "_")
+                parameter.envvar = f"TESTBED_{cmd_name}_{longest}".upper()
                 parameter.show_envvar = True
         return command
 
@@ -87,13 +90,18 @@ class VerbGroup(click.Group):
 @click.group(
     cls=VerbGroup,
     context_settings={
-        "auto_envvar_prefix": "TESTBED",
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
     },
 )
 @click.version_option(__version__, prog_name="testbed")
-@click.option("--debug", is_flag=True, help="Show the Python traceback of an error.")
+@click.option(
+    "--debug",
+    is_flag=True,
+    envvar="TESTBED_DEBUG",
+    show_envvar=True,
+    help="Show the Python traceback of an error.",
+)
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
     """One YAML file becomes a multi-GPU rack of QEMU machines in which peer-to-peer DMA

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line as a user meets it: help, errors, exit codes, the generated page."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from testbed.cli import VERBS
+from testbed.verbs.reference import cli_markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def testbed(*words: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "testbed.cli", *words],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+testbed.__test__ = False  # type: ignore[attr-defined]
+
+
+def test_the_page_is_in_step() -> None:
+    page = ROOT / "docs" / "cli.md"
+    assert page.read_text() == cli_markdown(), (
+        "run: python -m testbed.verbs.reference > docs/cli.md"
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_and_every_option_an_environment_variable(verb: str) -> None:
+    done = testbed(verb, "--help")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    options = [line for line in done.stdout.splitlines() if line.startswith("  -")]
+    assert done.stdout.count(f"TESTBED_{verb.upper()}_") == len(options) - 1  # all but --help
+
+
+def test_an_unknown_verb_names_the_nearest() -> None:
+    done = testbed("valdate")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean 'validate'?" in done.stderr
+
+
+def test_wrong_input_is_one_message_and_exit_2(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("rack: x\nnodes:\n  host0:\n    pcie:\n      - gpuu: gpu0\n        vram: 3M\n")
+    done = testbed("plan", str(wrong))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{wrong}:5:9: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_validate_judges_every_file_and_prints_json(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text("rack: [")
+    good = ROOT / "topologies" / "quad-gpu.yaml"
+    done = testbed("validate", "--format", "json", str(good), str(wrong))
+    assert done.returncode == 2
+    answer = json.loads(done.stdout)
+    assert answer["format"] == "testbed.validate/1"
+    assert [file["valid"] for file in answer["files"]] == [True, False]
+
+
+def test_a_topology_may_come_from_stdin_and_from_the_shipped_ones() -> None:
+    text = (ROOT / "topologies" / "quad-gpu.yaml").read_text()
+    piped = testbed("plan", "-", "--format", "argv", stdin=text)
+    named = testbed("plan", "quad-gpu", "--format", "argv")
+    assert piped.returncode == named.returncode == 0
+    assert piped.stdout == named.stdout
+
+
+def test_an_option_can_come_from_the_environment() -> None:
+    done = testbed("plan", "quad-gpu", TESTBED_PLAN_FORMAT="json", TESTBED_PLAN_SET="gpus=2")
+    answer = json.loads(done.stdout)
+    names = {f["device"] for f in answer["nodes"]["host0"]["functions"]}
+    assert "gpu1" in names
+    assert "gpu2" not in names
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m testbed.cli schema | head -c 1"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.stderr == ""
+
+
+def test_a_rack_that_does_not_run(tmp_path: Path) -> None:
+    for verb in (["ssh"], ["logs"], ["down"], ["inspect"], ["qmp"]):
+        extra = ["query-status"] if verb == ["qmp"] else []
+        done = testbed(*verb, "nosuch", *extra, TESTBED_RUNTIME_DIR=str(tmp_path / "r"))
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert "nosuch" in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(shell: str) -> None:
+    done = testbed("completion", shell)
+    assert done.returncode == 0
+    assert "_TESTBED_COMPLETE" in done.stdout
