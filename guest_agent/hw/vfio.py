@@ -12,7 +12,7 @@ import mmap
 import os
 import select
 
-from guest_agent import sysfs
+from guest_agent import modules, sysfs
 from guest_agent.hw import vfio_abi as abi
 from guest_agent.hw.binding import VFIO_DRIVER, Binding, endpoints
 from guest_agent.hw.device import Device
@@ -22,6 +22,8 @@ from guest_agent.rpc import ParameterError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+_UNSAFE_INTERRUPTS = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
 
 
 class VfioDevice(Device):
@@ -165,6 +167,8 @@ class VfioContainer:
                 raise OSError(errno.ENODEV, f"{bdf} is in no IOMMU group")
             if group not in groups:
                 groups.append(group)
+        for module in ("vfio_pci", "vfio_iommu_type1"):
+            modules.load(module)
         self._fd = os.open("/dev/vfio/vfio", os.O_RDWR | os.O_CLOEXEC)
         if fcntl.ioctl(self._fd, abi.GET_API_VERSION) != abi.API_VERSION:
             raise OSError(errno.EPROTO, "VFIO speaks another version")
@@ -177,12 +181,21 @@ class VfioContainer:
                 raise OSError(errno.EBUSY, f"IOMMU group {group} is not wholly VFIO's")
             fcntl.ioctl(group_fd, abi.GROUP_SET_CONTAINER, self._fd.to_bytes(4, "little"))
             if len(self._group_fds) == 1:
-                fcntl.ioctl(self._fd, abi.SET_IOMMU, abi.TYPE1V2_IOMMU)
+                self._set_iommu()
             for bdf in members:
                 name = bytearray(bdf.encode() + b"\0")  # mutable: ioctl then returns the number
                 fd = fcntl.ioctl(group_fd, abi.GROUP_GET_DEVICE_FD, name)
                 self.devices[bdf] = VfioDevice(bdf, fd)
                 self.devices[bdf].enable()
+
+    def _set_iommu(self) -> None:
+        try:
+            fcntl.ioctl(self._fd, abi.SET_IOMMU, abi.TYPE1V2_IOMMU)
+        except PermissionError:
+            # virtio-iommu does not remap interrupts. What this allows, a device that sends any
+            # message-signalled interrupt, is a danger to a host, not to a machine made for it.
+            sysfs.write(_UNSAFE_INTERRUPTS, "Y")
+            fcntl.ioctl(self._fd, abi.SET_IOMMU, abi.TYPE1V2_IOMMU)
 
     def info(self) -> dict[str, Any]:
         """``{iova_ranges, page_sizes}`` of the address space, all its groups considered."""
