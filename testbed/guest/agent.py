@@ -78,8 +78,10 @@ class AgentClient:
             )
         return hello
 
-    def call(self, method: str, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Any:
+    def call(self, method: str, timeout_s: float = CALL_TIMEOUT_S, /, **params: Any) -> Any:
         """Call ``method`` and return its result.
+
+        Both are positional only, because methods have parameters of these names (``irq.wait``).
 
         :raises AgentError: the agent answered with an error; it goes on.
         :raises LostError: the machine or the link died, or no answer came within ``timeout_s``;

@@ -99,7 +99,7 @@ def test_an_error_keeps_type_errno_and_place_and_the_link_goes_on(agent: Make) -
 def test_a_broken_agent_is_lost_and_stays_lost(agent: Make, reply: Reply, words: str) -> None:
     client = agent(reply)
     with pytest.raises(LinkLost, match=words):
-        client.call("x", timeout_s=0.3)
+        client.call("x", 0.3)
     with pytest.raises(LinkLost, match=words):
         client.call("x")
 
