@@ -17,9 +17,7 @@ CHUNK_BYTES = 1 << 18
 # kernel/panic.c vpanic(): "Kernel panic - not syncing: %s"
 _PANIC = re.compile(r"Kernel panic - not syncing: ?(.*)")
 # arch/x86/kernel/dumpstack.c, arch/x86/mm/fault.c, lib/bug.c, kernel/watchdog.c, mm/kasan/report.c
-_OOPS = re.compile(
-    r"(?:BUG: |Oops: |Oops\b|kernel BUG at |general protection fault|stack segment: ).*"
-)
+_OOPS = re.compile(r"\b(?:BUG: |Oops: |kernel BUG at |general protection fault|stack segment: ).*")
 _NOT_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-_]|[^\t\x20-\x7e\u00a0-\U0010ffff]")
 
 
@@ -40,7 +38,7 @@ def read_tail(path: Path, max_bytes: int = TAIL_BYTES) -> str:
 
 
 class Console:
-    """Follows one console log.
+    """Follows the console log of one start of a machine.
 
     :meth:`poll` reads what is new; then ``panic`` and ``oops`` hold the kernel's own words ("" if
     there are none) and ``ready`` tells whether the guest's init said :data:`READY_MARKER`.
@@ -51,6 +49,7 @@ class Console:
         self.panic = ""
         self.oops = ""
         self.ready = False
+        self._settled = ("", "")  # panic and oops in complete lines
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
         self._partial = b""
         self._position = 0
@@ -77,15 +76,17 @@ class Console:
             text = plain_text(line)[:MAX_LINE_CHARACTERS]
             self._lines.append(text)
             self._look(text)
+            self._settled = (self.panic, self.oops)
         self._look(plain_text(self._partial))  # a machine's last words may lack the newline
 
     def _look(self, text: str) -> None:
-        if not self.panic and (match := _PANIC.search(text)):
-            self.panic = match[1].strip() or "no reason given"
-        if not self.oops and (match := _OOPS.search(text)):
-            self.oops = match[0].strip()
-        if READY_MARKER in text:
-            self.ready = True
+        panic, oops = self._settled
+        if not panic and (match := _PANIC.search(text)):
+            panic = match[1].strip() or "no reason given"
+        if not oops and (match := _OOPS.search(text)):
+            oops = match[0].strip()
+        self.panic, self.oops = panic, oops
+        self.ready = self.ready or READY_MARKER in text
 
     def tail(self, lines: int = 40) -> str:
         """The last lines so far, as text."""

@@ -196,7 +196,7 @@ class Qmp:
                 qmp._open(path, left_s)
                 return qmp
             except TimeoutError:
-                last = "connected, but no greeting; does another client hold it?"
+                last = "no handshake; does another client hold it?"
             except (OSError, ConnectError) as error:
                 last = str(error)
             finally:

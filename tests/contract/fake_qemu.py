@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ def event(name: str, data: dict[str, Any]) -> dict[str, Any]:
 def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
     """The lines to send back."""
     name, arguments = request["execute"], request.get("arguments", {})
-    lines: list[dict[str, Any]] = [{"return": {}, "id": request["id"]}]
+    call = {"id": request["id"]} if "id" in request else {}
+    lines: list[dict[str, Any]] = [{"return": {}, **call}]
     match name:
         case "quit":
             os._exit(0)
@@ -66,7 +68,7 @@ def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
             lines = [{"error": "neither an id nor a description"}]
         case "no-such-command":
             error = {"class": "CommandNotFound", "desc": "The command has not been found"}
-            lines = [{"error": error, "id": request["id"]}]
+            lines = [{"error": error, **call}]
         case "echo":
             lines[0]["return"] = arguments
         case "noise":
@@ -92,17 +94,29 @@ def serve_qmp() -> None:
     server = listen("qmp.sock")
     while True:
         wire, _ = server.accept()
-        stream = wire.makefile("rwb")
         if OPTIONS.get("mute"):
-            stream.read()
-        stream.write(json.dumps(GREETING).encode() + b"\r\n")
-        stream.flush()
-        for line in stream:
-            if b"hang-up" in line:
+            wire.recv(1)
+            continue
+        wire.sendall(json.dumps(GREETING).encode() + b"\r\n")
+        for request in requests(wire):
+            if request["execute"] == "hang-up":
                 os._exit(3)
-            for message in answer(json.loads(line)):
-                stream.write(json.dumps(message).encode() + b"\r\n")
-            stream.flush()
+            for message in answer(request):
+                wire.sendall(json.dumps(message).encode() + b"\r\n")
+
+
+def requests(wire: socket.socket) -> Iterator[dict[str, Any]]:
+    """JSON objects one after the other: clients of QMP need not send newlines."""
+    text = ""
+    while data := wire.recv(1 << 16):
+        text = (text + data.decode()).lstrip()
+        while text:
+            try:
+                request, end = json.JSONDecoder().raw_decode(text)
+            except ValueError:
+                break  # the rest is on its way
+            text = text[end:].lstrip()
+            yield request
 
 
 def main() -> None:
