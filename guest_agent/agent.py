@@ -36,6 +36,11 @@ def _check_timeout(timeout_s: float) -> None:
         raise ParameterError(f"timeout_s: at most {MAX_TIMEOUT_S:.0f}, not {timeout_s}")
 
 
+def _check_access(access: str) -> None:
+    if access not in ("read", "write"):
+        raise ParameterError(f"access: {access!r} is neither read nor write")
+
+
 class Agent:
     """State of one channel: buffers, containers, engines by number, and the kernel log's reader."""
 
@@ -98,6 +103,9 @@ class Agent:
             if bdf in container.devices:
                 return container.devices[bdf]
         raise ParameterError(f"{name}: {bdf!r} is not open")
+
+    def _held(self) -> set[str]:
+        return {bdf for container in self._containers.values() for bdf in container.devices}
 
     def _engine(self, number: int) -> Engine:
         if number not in self._engines:
@@ -164,11 +172,25 @@ class Agent:
         records, lost = self._log.since(sequence)
         return {"records": records, "lost": lost}
 
+    @registry.method("faults.mark")
+    def _faults_mark(self, *, reports: int = 1) -> dict[str, Any]:
+        import time
+
+        from guest_agent.observe import dmar
+
+        if not 1 <= reports <= dmar.MAX_REPORTS:
+            raise ParameterError(f"reports: 1 to {dmar.MAX_REPORTS}, not {reports}")
+        records, _ = self._log.since(0, dmar.WORDS)
+        now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        wait_s = dmar.wait_for_reports(records, now_us, reports)
+        time.sleep(wait_s)
+        return {"sequence": self._log.mark(), "waited_s": wait_s}
+
     @registry.method("faults.since")
     def _faults_since(self, *, sequence: int) -> dict[str, Any]:
         from guest_agent.observe import dmar
 
-        records, lost = self._log.since(sequence)
+        records, lost = self._log.since(sequence, dmar.WORDS)
         return {**dmar.collect(records), "lost_lines": lost}
 
     # ---- devices and their address spaces
@@ -177,13 +199,13 @@ class Agent:
     def _vfio_open(self, *, devices: list[str]) -> dict[str, Any]:
         from guest_agent.hw.vfio import VfioContainer
 
-        return self._opened(VfioContainer(devices))
+        return self._opened(VfioContainer(devices, self._held()))
 
     @registry.method("raw.open")
     def _raw_open(self, *, devices: list[str]) -> dict[str, Any]:
         from guest_agent.hw.raw import RawContainer
 
-        return self._opened(RawContainer(devices))
+        return self._opened(RawContainer(devices, self._held()))
 
     @registry.method("vfio.map")
     def _vfio_map(
@@ -213,22 +235,14 @@ class Agent:
         return {"unmapped_bytes": self._vfio(container).unmap(iova, size_bytes)}
 
     @registry.method("vfio.close")
-    def _vfio_close(self, *, container: int) -> dict[str, list[str]]:
-        return self._close_container(container)
-
     @registry.method("raw.close")
-    def _raw_close(self, *, container: int) -> dict[str, list[str]]:
-        return self._close_container(container)
-
-    def _close_container(self, number: int) -> dict[str, list[str]]:
-        if number not in self._containers:
-            raise ParameterError(f"container: there is no {number}")
-        container = self._containers[number]
-        devices = set(container.devices.values())
+    def _close(self, *, container: int) -> dict[str, list[str]]:
+        if container not in self._containers:
+            raise ParameterError(f"container: there is no {container}")
+        devices = set(self._containers[container].devices.values())
         for each in [n for n, engine in self._engines.items() if engine.device in devices]:
             self._engines.pop(each).close()
-        del self._containers[number]
-        return {"restored": container.close()}
+        return {"restored": self._containers.pop(container).close()}
 
     @registry.method("irq.arm")
     def _irq_arm(self, *, device: str, kind: str, vector: int = 0) -> dict[str, Any]:
@@ -360,9 +374,18 @@ class Agent:
         timeout_s: float = 10.0,
     ) -> dict[str, Any]:
         _check_timeout(timeout_s)
-        if access not in ("read", "write"):
-            raise ParameterError(f"access: {access!r} is neither read nor write")
+        _check_access(access)
         return self._engine(engine).storm(iova, count, access, timeout_s)
+
+    @registry.method("engine.burst")
+    def _engine_burst(
+        self, *, engines: list[int], iova: int, access: str = "read", timeout_s: float = 10.0
+    ) -> dict[str, Any]:
+        from guest_agent.hw.engine import burst
+
+        _check_timeout(timeout_s)
+        _check_access(access)
+        return burst([self._engine(each) for each in engines], iova, access, timeout_s)
 
     @registry.method("engine.close")
     def _engine_close(self, *, engine: int) -> dict[str, Any]:

@@ -43,6 +43,10 @@ def _is_float(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
+def _is_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(_is_int(item) for item in value)
+
+
 def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
@@ -53,6 +57,7 @@ _KINDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "float": (_is_float, "a number ≥ 0"),
     "bool": (lambda value: isinstance(value, bool), "true or false"),
     "str": (lambda value: isinstance(value, str), "a string"),
+    "list[int]": (_is_numbers, "a list of integers ≥ 0"),
     "list[str]": (_is_names, "a list of strings"),
     "dict[str, Any]": (lambda value: isinstance(value, dict), "an object"),
 }

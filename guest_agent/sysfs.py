@@ -60,7 +60,7 @@ def names(path: str) -> list[str]:
 def link(path: str) -> str:
     """Where a symbolic link points, or "" where there is none."""
     try:
-        return os.readlink(path)  # noqa: PTH115  see the module's docstring
+        return os.readlink(path)
     except OSError:
         return ""
 

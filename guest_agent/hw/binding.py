@@ -7,6 +7,11 @@ import errno
 import os
 
 from guest_agent import sysfs
+from guest_agent.rpc import ParameterError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 VFIO_DRIVER = "vfio-pci"
 
@@ -89,3 +94,38 @@ def endpoints(group: str, root: str = sysfs.ROOT) -> list[str]:
         if header_type == 0:
             found.append(bdf)
     return found
+
+
+def check_names(bdfs: list[str]) -> None:
+    """:raises ParameterError: no functions are named, or one twice."""
+    if not bdfs or len(set(bdfs)) != len(bdfs):
+        raise ParameterError("devices: name at least one function, each once")
+
+
+def check_free(bdfs: list[str], held: Collection[str]) -> None:
+    """Unbinding a function that is open would wait for its closing, for ever.
+
+    :raises OSError: EBUSY: one of ``bdfs`` is among those ``held``.
+    """
+    for bdf in bdfs:
+        if bdf in held:
+            raise OSError(errno.EBUSY, f"{bdf} is open already")
+
+
+def restore(bindings: list[Binding]) -> list[str]:
+    """Give functions back to their drivers, last first; empties the list.
+
+    :raises OSError: the first that failed, after all were tried.
+    """
+    restored: list[str] = []
+    failure: OSError | None = None
+    while bindings:
+        binding = bindings.pop()
+        try:
+            binding.restore()
+            restored.append(binding.bdf)
+        except OSError as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return restored[::-1]

@@ -24,6 +24,7 @@ _BUFFER_BYTES = 4096
 _IRQ_STATUS = 0x24
 _IRQ_RAISE = 0x60  # the doorbell
 _IRQ_ACKNOWLEDGE = 0x64
+_DMA_INTERRUPT = 0x100  # the status bit of a DMA that has ended; others are rings
 _DMA_SOURCE = 0x80
 _DMA_TARGET = 0x88
 _DMA_COUNT = 0x90
@@ -46,7 +47,7 @@ class Edu(Engine):
     kind: ClassVar[str] = "edu"
     identity: ClassVar[tuple[int, int]] = (0x1234, 0x11E8)
     max_copy_bytes: ClassVar[int] = 1 << 20
-    can: ClassVar[tuple[str, ...]] = ("copy", "write32", "storm")
+    can: ClassVar[tuple[str, ...]] = ("copy", "write32", "storm", "burst")
 
     def __init__(self, device: Device, scratch: Scratch | None) -> None:
         super().__init__(device, scratch)
@@ -54,7 +55,7 @@ class Edu(Engine):
 
     def open(self) -> None:
         """:raises TimeoutError: a DMA from before does not end."""
-        if not self._settled(Stopwatch(1.0)):
+        if not self.settled(Stopwatch(1.0)):
             raise TimeoutError(f"edu {self.device.bdf}: a DMA from before does not end")
 
     def copy(
@@ -94,9 +95,13 @@ class Edu(Engine):
             done += 1
         return self._answer(watch, done == count, 4 * done, done)
 
+    def start(self, iova: int, access: str) -> None:
+        """See :meth:`Engine.start`."""
+        self._start(iova, 4, _TO_BUS if access == "write" else 0)
+
     def close(self) -> None:
         """Wait for a DMA under way to end."""
-        self._settled(Stopwatch(1.0))
+        self.settled(Stopwatch(1.0))
 
     def _overwrite_buffer(self, watch: Stopwatch) -> bool:
         if self.scratch is None or self.scratch.size_bytes < _BUFFER_BYTES:
@@ -106,23 +111,25 @@ class Edu(Engine):
         return self._dma(self.scratch.iova, _BUFFER_BYTES, 0, watch)
 
     def _dma(self, iova: int, size_bytes: int, direction: int, watch: Stopwatch) -> bool:
+        self._start(iova, size_bytes, direction)
+        return self.settled(watch)
+
+    def _start(self, iova: int, size_bytes: int, direction: int) -> None:
         source, target = (_BUFFER, iova) if direction else (iova, _BUFFER)
-        armed = self.device.is_armed()
+        interrupt = _INTERRUPT * self.device.is_armed()
         self._registers.write64(_DMA_SOURCE, source)
         self._registers.write64(_DMA_TARGET, target)
         self._registers.write64(_DMA_COUNT, size_bytes)
-        self._registers.write64(_DMA_COMMAND, _RUN | direction | _INTERRUPT * armed)
-        settled = self._settled(watch)
-        if armed:
-            status = self._registers.read32(_IRQ_STATUS)
-            self._registers.write32(_IRQ_ACKNOWLEDGE, status)
-        return settled
+        self._registers.write64(_DMA_COMMAND, _RUN | direction | interrupt)
 
-    def _settled(self, watch: Stopwatch) -> bool:
+    def settled(self, watch: Stopwatch) -> bool:
+        """See :meth:`Engine.settled`."""
         while self._registers.read32(_DMA_COMMAND) & _RUN:
             if watch.expired():
                 return False
             time.sleep(_POLL_S)
+        if self.device.is_armed():
+            self._registers.write32(_IRQ_ACKNOWLEDGE, _DMA_INTERRUPT)
         return True
 
     def _answer(

@@ -10,15 +10,15 @@ import mmap
 import os
 
 from guest_agent import sysfs
-from guest_agent.hw.binding import Binding
+from guest_agent.hw.binding import Binding, check_free, check_names, restore
 from guest_agent.hw.device import Device
 from guest_agent.hw.region import Region
-from guest_agent.hw.vfio import restore
 from guest_agent.observe.pci import bars
 from guest_agent.rpc import ParameterError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from typing import Any
 
 _COMMAND = 0x04
@@ -78,13 +78,14 @@ class RawDevice(Device):
 class RawContainer:
     """Functions taken from their drivers, with no address space of their own.
 
+    :param held: functions that are open already.
     :raises ParameterError: no functions named, or the same twice.
-    :raises OSError: ENODEV: no such function; EBUSY: the machine needs it.
+    :raises OSError: ENODEV: no such function; EBUSY: it is open already, or the machine needs it.
     """
 
-    def __init__(self, bdfs: list[str]) -> None:
-        if not bdfs or len(set(bdfs)) != len(bdfs):
-            raise ParameterError("devices: name at least one function, each once")
+    def __init__(self, bdfs: list[str], held: Collection[str]) -> None:
+        check_names(bdfs)
+        check_free(bdfs, held)
         self.devices: dict[str, Device] = {}
         self._bindings: list[Binding] = []
         try:

@@ -14,13 +14,21 @@ import select
 
 from guest_agent import modules, sysfs
 from guest_agent.hw import vfio_abi as abi
-from guest_agent.hw.binding import VFIO_DRIVER, Binding, endpoints
+from guest_agent.hw.binding import (
+    VFIO_DRIVER,
+    Binding,
+    check_free,
+    check_names,
+    endpoints,
+    restore,
+)
 from guest_agent.hw.device import Device
 from guest_agent.hw.region import Region
 from guest_agent.rpc import ParameterError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from typing import Any
 
 _UNSAFE_INTERRUPTS = "/sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
@@ -141,25 +149,27 @@ class VfioContainer:
     Every endpoint of the IOMMU groups of ``bdfs`` is bound to vfio-pci and opened; bridges stay
     with the kernel. :meth:`close` gives all of them back, and so does a failure here.
 
+    :param held: functions that are open already.
+
     :raises ParameterError: no functions named, or the same twice.
     :raises OSError: ENODEV: no such function, or it has no IOMMU group (no IOMMU: use the raw
-        way); EBUSY: the group holds something that the machine needs; others from VFIO.
+        way); EBUSY: the group holds something that is open already, or that the machine needs;
+        others from VFIO.
     """
 
-    def __init__(self, bdfs: list[str]) -> None:
-        if not bdfs or len(set(bdfs)) != len(bdfs):
-            raise ParameterError("devices: name at least one function, each once")
+    def __init__(self, bdfs: list[str], held: Collection[str]) -> None:
+        check_names(bdfs)
         self.devices: dict[str, Device] = {}
         self._bindings: list[Binding] = []
         self._group_fds: list[int] = []
         self._fd = -1
         try:
-            self._open(bdfs)
+            self._open(bdfs, held)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, bdfs: list[str]) -> None:
+    def _open(self, bdfs: list[str], held: Collection[str]) -> None:
         groups: list[str] = []
         for bdf in bdfs:
             group = sysfs.link_name(f"{sysfs.ROOT}/bus/pci/devices/{bdf}/iommu_group")
@@ -174,7 +184,9 @@ class VfioContainer:
             raise OSError(errno.EPROTO, "VFIO speaks another version")
         for group in groups:
             members = endpoints(group)
-            self._bindings += [Binding(bdf, VFIO_DRIVER) for bdf in members]
+            check_free(members, held)
+            for bdf in members:
+                self._bindings.append(Binding(bdf, VFIO_DRIVER))
             group_fd = os.open(f"/dev/vfio/{group}", os.O_RDWR | os.O_CLOEXEC)
             self._group_fds.append(group_fd)
             if not abi.group_is_viable(group_fd):
@@ -229,17 +241,24 @@ class VfioContainer:
                 size = min(step, size_bytes - done)
                 abi.map_dma(self._fd, flags, start + done, iova + done, size)
                 done += size
-        except OSError:
+        except OSError as error:
             if done:
                 abi.unmap_dma(self._fd, iova, done)
-            raise
+            raise OSError(
+                error.errno, f"cannot map {size_bytes:#x} bytes at {iova:#x}: {error.strerror}"
+            ) from error
 
     def unmap(self, iova: int, size_bytes: int) -> int:
         """Undo the mappings in the range; returns the bytes that were mapped.
 
         :raises OSError: EINVAL: the range cuts a mapping in two.
         """
-        return abi.unmap_dma(self._fd, iova, size_bytes)
+        try:
+            return abi.unmap_dma(self._fd, iova, size_bytes)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"cannot unmap {size_bytes:#x} bytes at {iova:#x}: {error.strerror}"
+            ) from error
 
     def close(self) -> list[str]:
         """Give everything back; returns the functions whose driver was restored. Idempotent.
@@ -255,22 +274,3 @@ class VfioContainer:
         self._group_fds.clear()
         self._fd = -1
         return restore(self._bindings)
-
-
-def restore(bindings: list[Binding]) -> list[str]:
-    """Give functions back to their drivers, last first; empties the list.
-
-    :raises OSError: the first that failed, after all were tried.
-    """
-    restored: list[str] = []
-    failure: OSError | None = None
-    while bindings:
-        binding = bindings.pop()
-        try:
-            binding.restore()
-            restored.append(binding.bdf)
-        except OSError as error:
-            failure = failure or error
-    if failure is not None:
-        raise failure
-    return restored[::-1]

@@ -42,6 +42,15 @@ _STATUS_OVERFLOW = (
     0x1  # VT-d 11.4.9.1 FSTS.PFO: a fault came while every recording register was full
 )
 _AMD_WRITE = 0x20  # AMD IOMMU 2.5.3 IO_PAGE_FAULT, RW
+# What every line has that is of interest here, for choosing records before they are parsed.
+WORDS = (b"DMAR:", b"AMD-Vi:", b"fault from EP", b"callbacks suppressed")
+
+# include/linux/ratelimit_types.h: so many reports in so long, counted from the first.
+RATE_BURST = 10
+_RATE_INTERVAL_US = 5_000_000
+_RATE_MARGIN_US = 300_000  # the log's clock and ours differ a little
+MAX_REPORTS = 3
+
 _AMD_PRESENT = 0x10  # PR: the page was present, so it was its permissions
 _VIRTIO_REASONS = {"unknown": 0, "domain": 1, "page": 2}  # virtio 1.2, 5.13.6.10
 
@@ -54,7 +63,8 @@ def parse_line(text: str) -> dict[str, Any] | None:
     """One fault, or None if the line is not about one.
 
     ``address`` is None where the driver does not print one. ``reason`` is the hardware's code: for
-    Intel the fault reason, for AMD the event's flags, for virtio its reason.
+    Intel the fault reason, for AMD the event's flags, for virtio its reason. ``access`` is
+    ``unknown`` where the device does not say (QEMU's virtio-iommu).
     """
     if found := _INTEL.search(text):
         access, pasid, domain, bus, slot, function, old_pasid, address, is_hex, reason, words = (
@@ -84,13 +94,13 @@ def parse_line(text: str) -> dict[str, Any] | None:
             "pasid": int(pasid, 16) if pasid else None,
         }
     if found := _VIRTIO.search(text):
-        reason, endpoint_text, address, _, writes = found.groups()
+        reason, endpoint_text, address, reads, writes = found.groups()
         endpoint = int(endpoint_text)
         return {
             "requester": f"{endpoint >> 16:04x}:{endpoint >> 8 & 0xFF:02x}"
             f":{endpoint >> 3 & 0x1F:02x}.{endpoint & 7}",
             "address": int(address, 16) if address else None,
-            "access": "write" if writes else "read",
+            "access": "write" if writes else "read" if reads else "unknown",
             "reason": _VIRTIO_REASONS.get(reason, 0),
             "reason_text": reason,
             "pasid": None,
@@ -124,3 +134,33 @@ def collect(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             continue
         raw.append(text)
     return {"records": faults, "suppressed": suppressed, "overflow": overflow, "raw": raw}
+
+
+def wait_for_reports(records: Iterable[Mapping[str, Any]], now_us: int, reports: int) -> float:
+    """Seconds until the kernel will print the next ``reports`` faults, one after the other.
+
+    Its drivers print 10 times in 5 s at most and then fall silent. Intel's spends 3 on each
+    interrupt with one fault: for the status, for the fault, and for finding that no more follow.
+    QEMU's virtio-iommu reports one DMA many times over, so that one may use up everything.
+
+    :param records: the kernel log so far, or those of its records that hold one of ``WORDS``.
+    :param now_us: the time on the log's clock.
+    :param reports: 1 to ``MAX_REPORTS``.
+    """
+    begin_us = -_RATE_INTERVAL_US
+    spent = 0
+    needed = 3 * reports
+    for record in records:
+        text = record["text"]
+        is_status = _STATUS.search(text) is not None
+        if not is_status and parse_line(text) is None:
+            continue
+        if record["time_us"] > begin_us + _RATE_INTERVAL_US:
+            begin_us = record["time_us"]
+            spent = 0
+        spent += 2 if is_status else 1
+        needed = 3 * reports if "DMAR" in text else RATE_BURST
+    ready_us = begin_us + _RATE_INTERVAL_US + _RATE_MARGIN_US
+    if spent + needed <= RATE_BURST or now_us >= ready_us:
+        return 0.0
+    return (ready_us - now_us) / 1e6

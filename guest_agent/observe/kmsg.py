@@ -30,12 +30,17 @@ class KernelLog:
         self._drain()
         return self._next
 
-    def since(self, sequence: int) -> tuple[list[dict[str, Any]], int]:
-        """Every record from ``sequence`` on, and how many are missing among them."""
+    def since(
+        self, sequence: int, words: tuple[bytes, ...] = (b"",)
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Every record from ``sequence`` on, and how many are missing among them.
+
+        :param words: leave out records that hold none of these.
+        """
         self._drain()
         found = [raw for number, raw in self._records if number >= sequence]
         lost = max(0, self._next - sequence) - len(found)
-        return [parse(raw) for raw in found], lost
+        return [parse(raw) for raw in found if any(word in raw for word in words)], lost
 
     def close(self) -> None:
         """Close the device."""
