@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from testbed.errors import HostError
 from testbed.machine.command import (
+    CONSOLE_LOG,
     CONSOLE_SOCKET,
     LOG_LINK,
     QEMU_LOG,
@@ -46,7 +48,9 @@ Command = NodeCommand | HelperCommand
 def make_node_folder(folder: Path, command: Command, run_folder: Path) -> None:
     """``NODE/`` in the rack's runtime ``folder``, with its link to ``run_folder/NODE``.
 
-    Sockets of a QEMU that died there are removed: a client would wait at a dead one.
+    What a QEMU left that ended there is put away: its sockets are removed, for a client would wait
+    at a dead one, and its ``console.log`` becomes ``console.1.log`` and so on, lest the next
+    start's reader takes it for its own.
 
     :raises HostError: it cannot be made.
     """
@@ -60,6 +64,9 @@ def make_node_folder(folder: Path, command: Command, run_folder: Path) -> None:
         if isinstance(command, NodeCommand):
             for name in (QMP_SOCKET, QMP_USER_SOCKET, SSH_SOCKET, CONSOLE_SOCKET):
                 (node / name).unlink(missing_ok=True)
+            if (logs / CONSOLE_LOG).exists():
+                free = (logs / f"console.{number}.log" for number in itertools.count(1))
+                (logs / CONSOLE_LOG).rename(next(path for path in free if not path.exists()))
     except OSError as error:
         raise HostError(f"cannot make {error.filename}: {error.strerror}") from error
 

@@ -357,15 +357,22 @@ def test_the_lock_is_the_keepers_alone(start: StartRack, base: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_dead_socket_is_removed_before_a_restart(start: StartRack, base: Path) -> None:
-    keeper = start(fake_qemu(qmp=True))
+def test_a_restart_meets_nothing_of_the_life_before(
+    start: StartRack, base: Path, run_folder: Path
+) -> None:
+    command = fake_qemu(qmp=True, console=[[0, "panic\n"]])
+    keeper = start(command)
     path = base / "racks/rack/host0/qmp.sock"
-    assert eventually(path.exists)
-    keeper.kill("host0")
-    assert keeper.wait_exit("host0", 5)
-    assert path.exists()
-    keeper.start(fake_qemu())
+    for life in (1, 2):
+        assert eventually(path.exists)
+        assert eventually((run_folder / "host0/console.log").exists)
+        keeper.kill("host0")
+        assert keeper.wait_exit("host0", 5)
+        assert path.exists()
+        keeper.start(command if life == 1 else fake_qemu())
     assert not path.exists()
+    logs = sorted(log.name for log in (run_folder / "host0").glob("console*"))
+    assert logs == ["console.1.log", "console.2.log"]
 
 
 def test_a_stopped_keeper_is_noticed(start: StartRack) -> None:
