@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control socket of a model process: what the devices saw, and what shall go wrong.
+
+One JSON object a line, as the guest agent's protocol: ``{"id": 1, "method": "counters", "params":
+{"device": "gpu0"}}`` is answered by ``{"id": 1, "result": ...}`` or ``{"id": 1, "error": {"type":
+..., "message": ...}}``, in order. The methods are those of :class:`Control`, without underscore.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from testbed.errors import InputError
+from testbed.models.engine_device import EngineDevice
+from testbed.models.gpu import GpuModel
+from testbed.models.inject import Rule
+from testbed.models.memory import SharedMemory
+from testbed.models.routing import Route
+from testbed.models.server import Listener
+
+MAX_LINE_BYTES: Final = 4 << 20
+
+Params = Mapping[str, Any]
+Json = dict[str, Any] | list[Any] | None
+
+
+def _get(params: Params, key: str, kind: type[Any]) -> Any:
+    value = params.get(key)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise InputError(f"'{key}' is missing or no {kind.__name__}")
+    return value
+
+
+class Control:
+    """What can be asked of the devices of one process."""
+
+    def __init__(
+        self, listeners: Mapping[str, Listener], memories: Mapping[str, SharedMemory]
+    ) -> None:
+        self._listeners = listeners
+        self._memories = memories
+        self._methods: dict[str, Callable[[Params], Json]] = {
+            "devices": self.devices,
+            "counters": self.counters,
+            "trace": self.trace,
+            "reset_trace": self.reset_trace,
+            "mappings": self.mappings,
+            "inject": self.inject,
+            "rules": self.rules,
+            "clear": self.clear,
+            "stick": self.stick,
+            "lose": self.lose,
+            "link": self.link,
+            "routes": self.routes,
+            "remove": self.remove,
+        }
+
+    def call(self, method: str, params: Params) -> Json:
+        """Any method by name. InputError if there is none, or the parameters are wrong."""
+        if method not in self._methods:
+            raise InputError(f"no method '{method}'")
+        return self._methods[method](params)
+
+    def devices(self, params: Params) -> Json:
+        """Every device: name, socket, whether a machine is connected, its model's last failure."""
+        del params
+        return [
+            {
+                "device": name,
+                "socket": str(listener.path),
+                "connected": listener.session is not None,
+                "failure": listener.device.failure and vars(listener.device.failure),
+            }
+            for name, listener in self._listeners.items()
+        ]
+
+    def counters(self, params: Params) -> Json:
+        """{device} → bytes and accesses by path, and events; see `witness.Witness.counters`."""
+        return self._device(params).device.witness.counters()
+
+    def trace(self, params: Params) -> Json:
+        """{device, after: sequence number or absent} → the trace's entries after it."""
+        after = _get(params, "after", int) if "after" in params else 0
+        return self._device(params).device.witness.trace(after=after)
+
+    def reset_trace(self, params: Params) -> Json:
+        """{device}: counters and trace begin anew."""
+        self._device(params).device.witness.reset()
+        return None
+
+    def mappings(self, params: Params) -> Json:
+        """{device} → what its IOMMU lets it reach at this moment."""
+        return [
+            {
+                "address": mapping.start,
+                "size_bytes": mapping.end - mapping.start,
+                "memory": mapping.memory.name if mapping.memory else None,
+                "offset": mapping.offset,
+                "read": mapping.readable,
+                "write": mapping.writable,
+            }
+            for mapping in self._device(params).device.bus.table.mappings()
+        ]
+
+    def inject(self, params: Params) -> Json:
+        """{device, rule}: arm a rule; see `inject.Rule`."""
+        self._device(params).device.rules.add(Rule.parse(params.get("rule")))
+        return None
+
+    def rules(self, params: Params) -> Json:
+        """{device} → its rules and how often each has struck."""
+        return self._device(params).device.rules.report()
+
+    def clear(self, params: Params) -> Json:
+        """{device, name or absent}: disarm one rule, or all."""
+        rules = self._device(params).device.rules
+        if "name" in params:
+            rules.remove(_get(params, "name", str))
+        else:
+            rules.clear()
+        return None
+
+    def stick(self, params: Params) -> Json:
+        """{device, on}: its engine takes no command any more, or goes on."""
+        self._engine(params).ring.stick(on=_get(params, "on", bool))
+        return None
+
+    def lose(self, params: Params) -> Json:
+        """{device, what: "doorbell" | "interrupt", count}: lose the next so many."""
+        what, count = _get(params, "what", str), _get(params, "count", int)
+        if count < 0:
+            raise InputError("'count' is negative")
+        if what == "interrupt":
+            self._device(params).device.interrupts_to_lose = count
+        elif what == "doorbell":
+            self._engine(params).doorbells_to_lose = count
+        else:
+            raise InputError("'what' is doorbell or interrupt")
+        return None
+
+    def link(self, params: Params) -> Json:
+        """{device, peer, up, bytes_per_s, latency_s; the last three or some}: cut, mend, slow down.
+
+        → its state and timing.
+        """
+        device = self._device(params).device
+        if not isinstance(device, GpuModel):
+            raise InputError(f"'{device.name}' has no links")
+        peer = _get(params, "peer", str)
+        try:
+            port = device.link_to(peer)
+        except KeyError:
+            raise InputError(f"'{device.name}' has no link to '{peer}'") from None
+        timing = port.pipe.timing
+        for key in ("bytes_per_s", "latency_s"):
+            if key in params:
+                timing = replace(timing, **{key: _get(params, key, float)})
+        port.pipe.timing = timing
+        if "up" in params:
+            port.cut(on=not _get(params, "up", bool))
+        return {"state": port.state.name.lower(), "width": port.end.width, **vars(timing)}
+
+    def routes(self, params: Params) -> Json:
+        """{device, routes: [{address, size_bytes, memory, offset}]}: what the switches above it
+        send to a peer, without asking the IOMMU; replaces what was there.
+        """
+        device = self._device(params).device
+        routes = []
+        for item in _get(params, "routes", list):
+            if not isinstance(item, Mapping):
+                raise InputError("a route is an object")
+            memory = self._memories.get(_get(item, "memory", str))
+            if memory is None:
+                raise InputError(f"no memory '{item['memory']}'")
+            offset = _get(item, "offset", int) if "offset" in item else 0
+            size = _get(item, "size_bytes", int)
+            routes.append(Route(_get(item, "address", int), size, memory, offset))
+        device.router.replace(routes)
+        return None
+
+    def remove(self, params: Params) -> Json:
+        """{device, how: "orderly" | "surprise"}: ask QEMU to unplug it, or be gone at once."""
+        listener = self._device(params)
+        how = _get(params, "how", str)
+        if how == "surprise":
+            listener.close()
+        elif how != "orderly":
+            raise InputError("'how' is orderly or surprise")
+        elif not listener.device.interrupts.request_removal():
+            raise InputError(f"no machine listens to '{listener.device.name}'")
+        return None
+
+    def _device(self, params: Params) -> Listener:
+        name = _get(params, "device", str)
+        if name not in self._listeners:
+            raise InputError(f"no device '{name}'")
+        return self._listeners[name]
+
+    def _engine(self, params: Params) -> EngineDevice[Any]:
+        device = self._device(params).device
+        if not isinstance(device, EngineDevice):
+            raise InputError(f"'{device.name}' has no engine")
+        return device
+
+
+class ControlServer:
+    """Serves :class:`Control` on a unix socket, to any number of clients."""
+
+    def __init__(self, path: Path, control: Control) -> None:
+        self._path = path
+        self._control = control
+        self._server: asyncio.Server | None = None
+        self._clients: set[asyncio.StreamWriter] = set()
+
+    async def open(self) -> None:
+        """Listen. OSError if the path is not free."""
+        self._server = await asyncio.start_unix_server(
+            self._connected, self._path, limit=MAX_LINE_BYTES
+        )
+        self._path.chmod(0o600)
+
+    def close(self) -> None:
+        """Hang up and remove the socket."""
+        if self._server is not None:
+            self._server.close()
+            self._path.unlink(missing_ok=True)
+        for writer in self._clients:
+            writer.close()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients.add(writer)
+        try:
+            while line := await reader.readline():
+                writer.write(self._answer(line))
+                await writer.drain()
+        except ValueError:
+            sys.stderr.write("control: a line is too long\n")
+        except OSError:
+            pass
+        finally:
+            self._clients.discard(writer)
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    def _answer(self, line: bytes) -> bytes:
+        number: object = None
+        try:
+            request = json.loads(line)
+            if not isinstance(request, Mapping):
+                raise InputError("a request is an object")
+            number = request.get("id")
+            params = request.get("params", {})
+            if not isinstance(params, Mapping):
+                raise InputError("'params' is an object")
+            answer = {
+                "id": number,
+                "result": self._control.call(str(request.get("method")), params),
+            }
+        except (InputError, ValueError, RecursionError) as error:
+            answer = {"id": number, "error": {"type": "InputError", "message": str(error)}}
+        return json.dumps(answer).encode() + b"\n"
