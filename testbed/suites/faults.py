@@ -16,7 +16,7 @@ from typing import Self
 from testbed.errors import QmpError
 from testbed.machine.command import QEMU_LOG
 from testbed.results.evidence import Access, FaultSeen, Witness
-from testbed.results.judging import FaultWindow
+from testbed.results.judging import PAGE_BYTES, FaultWindow
 from testbed.suites.interface import RackNode
 
 TRACE_EVENT = "vtd_dmar_fault"
@@ -111,19 +111,27 @@ class FaultWatch:
 
 
 def parse_trace(text: str) -> tuple[FaultSeen, ...]:
-    """The faults in QEMU's trace; the source ID is bus, slot and function in 16 bits."""
-    records = []
+    """The faults in QEMU's trace; the source ID is bus, slot and function in 16 bits.
+
+    QEMU tries a refused access again for each 4 bytes of it, where hardware refuses a packet once:
+    what follows on the same page with the same reason is one record.
+    """
+    records: list[FaultSeen] = []
+    last: tuple[str, int, str, str] | None = None
     for source, reason, address, write in _TRACE_LINE.findall(text):
-        sid = int(source, 16)
-        records.append(
-            FaultSeen(
-                requester=f"0000:{sid >> 8:02x}:{(sid >> 3) & 0x1F:02x}.{sid & 7:x}",
-                address=int(address, 16),
-                access=Access.WRITE if write == "1" else Access.READ,
-                reason=int(reason),
-                witness=Witness.MACHINE,
+        this = (source, int(address, 16) // PAGE_BYTES, write, reason)
+        if this != last:
+            sid = int(source, 16)
+            records.append(
+                FaultSeen(
+                    requester=f"0000:{sid >> 8:02x}:{(sid >> 3) & 0x1F:02x}.{sid & 7:x}",
+                    address=int(address, 16),
+                    access=Access.WRITE if write == "1" else Access.READ,
+                    reason=int(reason),
+                    witness=Witness.MACHINE,
+                )
             )
-        )
+        last = this
     return tuple(records)
 
 

@@ -49,7 +49,7 @@ class Ground:
 
     def map_local(self) -> int:
         """Map the local bytes for the engine; returns their IOVA."""
-        return self.mapper.map(self.local, LOCAL_OFFSET, LOCAL_BYTES).iova
+        return self.mapper.map(self.local, LOCAL_OFFSET, LOCAL_BYTES, own=True).iova
 
     def fill_local(self, seed: int, size_bytes: int) -> bytes:
         """Put a pattern into the local bytes."""

@@ -15,7 +15,7 @@ from testbed.topology.plan import NodePlan, RackPlan
 class Agent(Protocol):
     """The agent in one node's guest."""
 
-    def call(self, method: str, timeout_s: float = 30.0, **params: Any) -> Any:
+    def call(self, method: str, timeout_s: float = 30.0, /, **params: Any) -> Any:
         """One call; AgentError if it failed there, LostError if the machine or link died."""
 
 

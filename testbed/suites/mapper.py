@@ -99,12 +99,17 @@ class Mapper:
         iova: int | None = None,
         read: bool = True,
         write: bool = True,
+        own: bool = False,
     ) -> Mapping:
-        """Map a range for every device of the container; at a reserved ``iova`` or a new one."""
+        """Map a range for every device of the container; at a reserved ``iova`` or a new one.
+
+        :param own: it is the requester's own memory, which mutations leave alone: they break
+            what one device is told of another's memory.
+        """
         size = memory.size_bytes - offset if size_bytes is None else size_bytes
         address = self.reserve(size) if iova is None else iova
         real_offset, real_size, real_write = offset, size, write
-        if memory.is_bar and memory.bus_address is not None:
+        if memory.is_bar and memory.bus_address is not None and not own:
             match self._mutation:
                 case Mutation.BAR_ADDRESS:
                     bus = memory.bus_address + offset

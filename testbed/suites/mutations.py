@@ -31,10 +31,10 @@ class Mutation(StrEnum):
 
 DESCRIPTIONS = {
     Mutation.SKIP_UNMAP: "an unmap is not done",
-    Mutation.BAR_ADDRESS: "a BAR is not mapped; its bus address is handed out (habanalabs v3)",
+    Mutation.BAR_ADDRESS: "a peer's BAR is not mapped; its bus address is handed out",
     Mutation.READ_WRITE: "a read-only mapping is made writable",
-    Mutation.WRONG_PAGE: "a BAR is mapped one page further than asked",
-    Mutation.SHORT_MAP: "the last page of a BAR's mapping is left out",
+    Mutation.WRONG_PAGE: "a peer's BAR is mapped one page further than asked",
+    Mutation.SHORT_MAP: "the last page of a peer's BAR's mapping is left out",
     Mutation.SWAP_CHUNKS: "two pages of a scatter list are exchanged",
     Mutation.MAP_HOLES: "addresses that must be unmapped are mapped",
     Mutation.TRUST_STATUS: "a device's completion status is taken for the arrival of bytes",
@@ -42,13 +42,13 @@ DESCRIPTIONS = {
 
 
 def parse_mutation(name: str) -> Mutation:
-    """The mutation called ``name``; "" is none.
+    """The mutation called ``name``; "" and "none" break nothing.
 
     Raises:
         InputError: there is none of that name.
     """
     try:
-        return Mutation(name)
+        return Mutation("" if name == "none" else name)
     except ValueError:
         known = ", ".join(DESCRIPTIONS)
         raise InputError(

@@ -17,7 +17,7 @@ Ten lines are a whole test::
 Fixtures: ``rack`` is the running rack (:class:`testbed.suites.racks.LiveRack`; ``rack.once`` keeps
 what is dear to make); ``observe`` takes evidence and judgements
 (:class:`testbed.suites.observer.Observer`); ``variant("name")`` is another rack, which the module's
-function ``testbed_variants(topology)`` describes and which boots in the background; ``mutation`` is
+function ``rack_variants(topology)`` describes and which boots in the background; ``mutation`` is
 the deliberate break in force (:mod:`testbed.suites.mutations`).
 
 Markers: ``requirement("ID", …)`` names what a test shows; ``gated_by("ID")`` skips it unless the
@@ -107,7 +107,7 @@ def rack(request: pytest.FixtureRequest) -> LiveRack:
 
 @pytest.fixture(scope="session")
 def variant(request: pytest.FixtureRequest) -> Callable[[str], LiveRack]:
-    """``variant("name")``: a rack that the module's ``testbed_variants(topology)`` describes."""
+    """``variant("name")``: a rack that the module's ``rack_variants(topology)`` describes."""
     return _session(request).pool.variant
 
 

@@ -24,7 +24,7 @@ from testbed.topology.model import Topology
 
 REQUIREMENT = "requirement"
 GATED_BY = "gated_by"
-VARIANTS_HOOK = "testbed_variants"  # a module's function: topology → {name: topology}
+VARIANTS_HOOK = "rack_variants"  # a module's function: topology → {name: topology}
 
 _DETAIL_FRAMES = 6
 _VERDICT = "testbed_verdict"  # pytest's reports carry it from the test to the terminal
@@ -121,7 +121,8 @@ class ConformanceSession:
         """A test file that cannot be imported is an ERROR of the run."""
         if report.failed:
             text = report.longreprtext
-            reason = text.strip().splitlines()[-1] if text.strip() else "cannot be collected"
+            said = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
+            reason = said[-1] if said else _first_line(text)
             self.outcomes.append(Outcome((), report.nodeid, Verdict.ERROR, reason, details=text))
 
     # Running
@@ -206,9 +207,9 @@ class ConformanceSession:
 
     # The end
 
-    def pytest_keyboard_interrupt(self) -> None:
-        """Ctrl-C: the tests not yet run have no outcome."""
-        self.interrupted = True
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+        """Ctrl-C: the tests not yet run have no outcome. (Not pytest's own stop, likewise named.)"""
+        self.interrupted = not isinstance(excinfo.value, pytest.Session.Interrupted)
 
     def pytest_sessionfinish(self) -> None:
         """End the racks; a rack that will not end is an ERROR of the run."""

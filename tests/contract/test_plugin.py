@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pytest plugin with someone's own tests, on a fake rack: every end that a test can have."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from testbed.errors import ExitCode, LaunchError, NoHello
+from testbed.results.record import load_record
+from testbed.results.verdicts import Outcome, Verdict
+from testbed.suites.runner import RunResult, run_suites
+from tests.contract.fake_rack import FakeSource, quad_gpu
+
+PASS, FAIL, SKIP, LOST, ERROR = Verdict
+
+OWN_TESTS = """
+    import pytest
+    from testbed.errors import CapabilityMissing
+    from testbed.results.judging import Judgement
+
+    def call(rack, method="system.info"):
+        return rack.nodes["host0"].agent.call(method)
+"""
+
+
+_numbers = itertools.count()
+
+
+class Run:
+    """A module of tests, run on a fake rack."""
+
+    def __init__(self, tmp_path: Path, body: str, *knobs: dict[str, Any], **options: Any) -> None:
+        # pytest imports test files by their base names: each needs one of its own.
+        module = tmp_path / f"test_{next(_numbers)}_own.py"
+        module.write_text(textwrap.dedent(OWN_TESTS) + textwrap.dedent(body))
+        self.source = FakeSource(quad_gpu(), tmp_path, *knobs)
+        self.stream = io.StringIO()
+        self.result: RunResult = run_suites(
+            [str(module)],
+            self.source,
+            tmp_path,
+            stream=self.stream,
+            console=Console(file=io.StringIO()),
+            **options,
+        )
+
+    @property
+    def outcomes(self) -> dict[str, Outcome]:
+        return {outcome.test: outcome for outcome in self.result.record.outcomes}
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return [outcome.verdict for outcome in self.result.record.outcomes]
+
+
+def test_each_end_has_its_word(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path,
+        """
+        @pytest.mark.requirement("MINE-01", "MINE-02")
+        def test_pass(rack, observe):
+            assert call(rack)["kernel"]
+            observe.note("seen")
+            observe.conclude("it answers")
+
+        def test_fail(rack):
+            assert 1 == 2, "one is not two"
+
+        def test_judged(observe):
+            observe.require(Judgement(False, "it does not hold"))
+
+        def test_skip(rack):
+            raise CapabilityMissing("a device that is not there")
+
+        def test_pytest_skip(rack):
+            pytest.skip("not today")
+
+        def test_error(rack):
+            {}["x"]
+
+        def test_agent_error(rack):
+            call(rack, "no.such")
+        """,
+    )
+    assert run.verdicts == [PASS, FAIL, FAIL, SKIP, SKIP, ERROR, ERROR]
+    passed = run.outcomes["pass"]
+    assert passed.requirements == ("MINE-01", "MINE-02")
+    assert passed.reason == "it answers"
+    assert [str(e) for e in passed.evidence] == ["seen"]
+    assert run.outcomes["fail"].reason == "one is not two"
+    assert "_own.py" in run.outcomes["fail"].details
+    assert run.outcomes["judged"].reason == "it does not hold"
+    assert run.outcomes["skip"].reason == "a device that is not there"
+    assert run.outcomes["error"].reason == "KeyError: 'x'"
+    assert run.result.code is ExitCode.FAIL
+    assert all(rack.closed for rack in run.source.racks)
+    assert "not ok 6 error # ERROR KeyError: 'x'" in run.stream.getvalue()
+
+
+def test_the_phases_combine_to_the_worst(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path,
+        """
+        @pytest.fixture
+        def breaks_after():
+            yield
+            raise OSError("cannot clean up")
+
+        @pytest.fixture
+        def refutes_before():
+            assert False, "set-up refuted"
+
+        def test_passes(rack, breaks_after): pass
+        def test_fails(rack, breaks_after): assert False, "no"
+        def test_is_not_reached(rack, refutes_before): pass
+        """,
+    )
+    assert run.verdicts == [ERROR, FAIL, FAIL]
+    assert run.outcomes["passes"].reason == "OSError: cannot clean up"
+    assert run.outcomes["fails"].reason == "no"
+
+
+class TestDeath:
+    BODY = """
+        def keep(rack):
+            return rack.once("answer", lambda rack: call(rack)["kernel"])
+
+        def test_before(rack): keep(rack)
+        def test_dies(rack):
+            keep(rack)
+            call(rack, "iommu.groups")
+        def test_after(rack): assert keep(rack) == "7.2"
+        """
+
+    def test_the_dead_rack_is_replaced_and_nothing_is_retried(self, tmp_path: Path) -> None:
+        run = Run(tmp_path, self.BODY, {"dies_on": "iommu.groups"})
+        assert run.verdicts == [PASS, LOST, PASS]
+        assert run.outcomes["dies"].console_tail == "Kernel panic"
+        assert len(run.source.racks) == 2
+        assert all(rack.closed for rack in run.source.racks)
+        assert run.result.code is ExitCode.LOST
+
+    def test_a_rack_that_keeps_dying_is_given_up(self, tmp_path: Path) -> None:
+        body = "\n".join(f"def test_{n}(rack): call(rack, 'iommu.groups')" for n in range(6))
+        run = Run(tmp_path, body, *[{"dies_on": "iommu.groups"}] * 9)
+        assert run.verdicts == [LOST] * 4 + [SKIP] * 2
+        assert run.outcomes["4"].reason == "not run: rack rack died 4 times, last in 3"
+
+    def test_someone_elses_rack_is_not_started_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(FakeSource, "restartable", False)
+        run = Run(tmp_path, self.BODY, {"dies_on": "iommu.groups"})
+        assert run.verdicts == [PASS, LOST, SKIP]
+        assert "is not ours to start again" in run.outcomes["after"].reason
+
+    def test_a_death_in_clean_up_is_lost(self, tmp_path: Path) -> None:
+        run = Run(
+            tmp_path,
+            """
+            @pytest.fixture
+            def tidy(rack):
+                yield
+                call(rack, "iommu.groups")
+
+            def test_one(rack, tidy): call(rack)
+            def test_two(rack): call(rack)
+            """,
+            {"dies_on": "iommu.groups"},
+        )
+        assert run.verdicts == [LOST, PASS]
+
+
+class TestStart:
+    TWO = """
+        def test_one(rack): call(rack)
+        def test_two(rack): call(rack)
+        """
+
+    def test_no_hello_is_lost_once_and_the_rest_is_not_run(self, tmp_path: Path) -> None:
+        error = NoHello("host0 said nothing", node="host0", console_tail="grub>")
+        run = Run(tmp_path, self.TWO, {"fails": error})
+        assert run.verdicts == [LOST, SKIP]
+        assert run.outcomes["one"].console_tail == "grub>"
+        assert "did not start (host0 said nothing)" in run.outcomes["two"].reason
+        assert run.result.code is ExitCode.LOST
+
+    def test_qemu_that_does_not_start_is_an_error(self, tmp_path: Path) -> None:
+        error = LaunchError(
+            "QEMU ended with 1", node="host0", exit_status=1, command=["qemu"], output="bad option"
+        )
+        run = Run(tmp_path, self.TWO, {"fails": error})
+        assert run.verdicts == [ERROR, SKIP]
+        assert "bad option" in run.outcomes["one"].details
+        assert run.result.code is ExitCode.ERROR
+
+
+class TestGates:
+    BODY = """
+        @pytest.mark.requirement("SET-UP")
+        def test_gate(rack): {gate}
+
+        @pytest.mark.gated_by("SET-UP")
+        def test_behind(rack): pass
+
+        def test_beside(rack): pass
+        """
+
+    @pytest.mark.parametrize(
+        ("gate", "verdict", "reason"),
+        [
+            ("pass", PASS, ""),
+            ("assert 0, 'no good'", SKIP, "set-up invalid, SET-UP failed: no good"),
+            ("pytest.skip('no IOMMU')", SKIP, "no IOMMU"),
+            ("{}['x']", SKIP, "set-up not shown to be valid: SET-UP ended ERROR"),
+        ],
+    )
+    def test_a_gate_decides(self, tmp_path: Path, gate: str, verdict: Verdict, reason: str) -> None:
+        run = Run(tmp_path, self.BODY.replace("{gate}", gate))
+        assert run.outcomes["behind"].verdict is verdict
+        assert run.outcomes["behind"].reason == reason
+        assert run.outcomes["beside"].verdict is PASS
+
+    def test_a_keyword_does_not_take_the_gate_away(self, tmp_path: Path) -> None:
+        run = Run(tmp_path, self.BODY.replace("{gate}", "pass"), keyword="behind")
+        assert list(run.outcomes) == ["gate", "behind"]
+        assert run.stream.getvalue().startswith("KTAP version 1\n1..2\n")
+
+
+def test_a_variant_boots_in_the_background(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path,
+        """
+        def rack_variants(topology):
+            return {"twin": topology.model_copy(update={"rack": "twin"})}
+
+        def test_twin(rack, variant):
+            assert variant("twin").nodes["host0"].agent.call("system.info")
+            assert variant("twin").name == "twin"
+
+        def test_none(variant): variant("no-such").nodes
+        """,
+    )
+    assert run.verdicts == [PASS, SKIP]
+    assert len(run.source.racks) == 2
+
+
+def test_a_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
+    run = Run(tmp_path, "import no_such_module_anywhere")
+    assert run.verdicts == [ERROR]
+    assert "no_such_module_anywhere" in run.result.record.outcomes[0].reason
+    assert run.result.code is ExitCode.ERROR
+    assert "1..1" in run.stream.getvalue()
+
+
+def test_a_rack_that_will_not_end_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: object) -> None:
+        raise OSError("the keeper does not answer")
+
+    monkeypatch.setattr("tests.contract.fake_rack.FakeRack.close", refuse)
+    run = Run(tmp_path, "def test_one(rack): call(rack)")
+    assert run.verdicts == [PASS, ERROR]
+    assert run.outcomes["end of the rack"].reason == "the keeper does not answer"
+
+
+def test_an_interrupt_keeps_what_was_found(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path,
+        """
+        def test_one(rack): call(rack)
+        def test_two(rack): raise KeyboardInterrupt
+        def test_three(rack): call(rack)
+        """,
+    )
+    assert run.verdicts == [PASS]
+    assert run.result.code is ExitCode.INTERRUPTED
+    assert load_record(tmp_path / "record.json").exit_code == ExitCode.INTERRUPTED
+    assert run.stream.getvalue().splitlines()[-2:] == [
+        "# 2 of 3 tests not run",
+        "# interrupted",
+    ]
+    assert all(rack.closed for rack in run.source.racks)
+
+
+def test_tests_print_nothing_into_the_results(tmp_path: Path) -> None:
+    run = Run(tmp_path, "def test_one(rack): print('noise')")
+    assert "noise" not in run.stream.getvalue()
+
+
+def run_pytest(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "testbed.suites.pytest_plugin", *arguments],
+        cwd=cwd,
+        env={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_unused_it_imports_nothing_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(
+        "import sys\n"
+        "def test_x():\n"
+        "    names = ('testbed', 'pydantic', 'rich')\n"
+        "    ours = {m for m in sys.modules if m.split('.')[0] in names}\n"
+        "    assert ours <= {'testbed', 'testbed.suites', 'testbed.suites.pytest_plugin'}\n"
+    )
+    done = run_pytest("-q", "--strict-markers", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+
+
+def test_without_a_rack_the_fixture_says_how_to_get_one(tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text("def test_x(rack): pass\n")
+    done = run_pytest("-q", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "which rack? give --testbed-topology FILE" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--testbed-topology=no-such.yaml"], "no-such.yaml"),
+        (["--testbed-topology=a", "--testbed-rack=b"], "choose"),
+        (["--testbed-rack=b", "--testbed-break=x"], "unknown mutation 'x'"),
+    ],
+)
+def test_bad_options_are_a_usage_error(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "test_x.py").write_text("def test_x(rack): pass\n")
+    done = run_pytest("-q", f"--testbed-run-dir={tmp_path}", *arguments, cwd=tmp_path)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
