@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import zstandard
 
@@ -93,28 +94,40 @@ def extract_vmlinux(bzimage: bytes) -> bytes | None:
     offset, length = struct.unpack_from("<II", bzimage, 0x248)
     start = (setup_sectors + 1) * 512 + offset
     payload = bzimage[start : start + length]
-    for magic, decompress in _DECOMPRESSORS.items():
+    for magic, decompressor in _DECOMPRESSORS.items():
         if payload.startswith(magic):
             try:
-                data = decompress(payload)
+                data = _unpacked(decompressor(), payload)
             except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, zstandard.ZstdError):
                 return None
-            return data if data[:4] == _ELF_MAGIC and _is_x86_64(data) else None
+            return data if data and data[:4] == _ELF_MAGIC and _is_x86_64(data) else None
     return None
 
 
-def _unzstd(payload: bytes) -> bytes:
-    unpacker = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES).decompressobj()
-    return unpacker.decompress(payload)
+class _Decompressor(Protocol):
+    @property
+    def eof(self) -> bool: ...
+
+    def decompress(self, data: bytes, /) -> bytes: ...
 
 
-# The payload ends with its own length, which each of these leaves alone.
-_DECOMPRESSORS: dict[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": lambda payload: zlib.decompressobj(wbits=31).decompress(payload),
-    b"\xfd7zXZ\0": lambda payload: lzma.LZMADecompressor().decompress(payload),
-    b"\x5d\x00\x00": lambda payload: lzma.LZMADecompressor().decompress(payload),
-    b"BZh": lambda payload: bz2.BZ2Decompressor().decompress(payload),
-    b"\x28\xb5\x2f\xfd": _unzstd,
+def _unpacked(decompressor: _Decompressor, payload: bytes) -> bytes | None:
+    """The content, None if it is not whole. What follows it (its own length) is left alone."""
+    data = decompressor.decompress(payload)
+    return data if decompressor.eof else None
+
+
+def _zstd() -> _Decompressor:
+    unpacker = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+    return unpacker.decompressobj()
+
+
+_DECOMPRESSORS: dict[bytes, Callable[[], _Decompressor]] = {
+    b"\x1f\x8b": lambda: zlib.decompressobj(wbits=31),
+    b"\xfd7zXZ\0": lzma.LZMADecompressor,
+    b"\x5d\x00\x00": lzma.LZMADecompressor,
+    b"BZh": bz2.BZ2Decompressor,
+    b"\x28\xb5\x2f\xfd": _zstd,
 }
 
 
