@@ -1,178 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host can do, found out by doing it: above all, which accelerator runs a guest.
-
-``/dev/kvm`` that opens proves little: there are hosts (paravirtual KVM modules, nested ones) where
-it opens, a machine can be made, and no guest ever executes an instruction. So the guest's own
-kernel is started under it, and has a few seconds to say its first word.
-"""
+"""What this host can do, and what keeps it from doing more."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
-import select
+import shutil
 import subprocess
-import time
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from testbed.errors import HostError
-from testbed.host import child, paths, product
-from testbed.host.kernel import KernelImage
-from testbed.host.manifest import digest
+from testbed.errors import HostError, TestbedError
+from testbed.host import accelerator as accelerators
+from testbed.host import apt, mirror, paths, prepare
+from testbed.host.packages import NotSetUp
 from testbed.host.prepare import Installation
+from testbed.host.progress import megabytes
 from testbed.host.toolroot import Qemu
 
-DEADLINE_S = 4.0
-_FIRST_WORDS = b"Linux version"
-_LOCK_TIMEOUT_S = 60.0
+# What topologies are made of, by QEMU's names. Without the others, some topologies cannot start.
+NEEDED_DEVICES = (
+    *("pcie-root-port", "x3130-upstream", "xio3130-downstream", "virtio-net-pci"),
+    *("ivshmem-plain", "edu", "igb", "nvme", "intel-iommu"),
+)
+USEFUL_DEVICES = ("amd-iommu", "virtio-iommu-pci", "vfio-pci", "vfio-user-pci")
+
+GIB = 1 << 30
+MEMORY_NEEDED_BYTES, MEMORY_WANTED_BYTES = 1 * GIB, 4 * GIB
+DISK_NEEDED_BYTES, DISK_WANTED_BYTES = 1 * GIB, 3 * GIB
 _LIST_TIMEOUT_S = 20.0
-_REMEMBERED = 16
+
+Status = Literal["ok", "warn", "bad"]
 
 
 @dataclass(frozen=True)
-class Accelerator:
-    """The outcome of the probe. ``why`` explains it to a person."""
+class Finding:
+    """One line of the doctor's: ``bad`` keeps racks from running, ``warn`` makes them worse."""
 
     name: str
-    why: str
-    seconds: float = 0.0
+    status: Status
+    detail: str
+    hint: str = ""
 
 
-@dataclass(frozen=True)
-class Kvm:
-    """Where KVM is looked for, and what identifies this boot of this host."""
-
-    device: Path = Path("/dev/kvm")
-    boot_id: Path = Path("/proc/sys/kernel/random/boot_id")
-
-    def identity(self) -> list[object]:
-        """Changes with a reboot and when the KVM module is loaded again."""
-        found = self.device.stat()
-        boot_id = self.boot_id.read_text().strip() if self.boot_id.exists() else ""
-        return [boot_id, found.st_rdev, found.st_ino, found.st_ctime_ns, os.getuid()]
-
-
-def accelerator(installation: Installation) -> str:
+def accelerator(installation: Installation, *, fresh: bool = False) -> str:
     """``kvm`` if a guest really runs under it here, else ``tcg``; never hangs."""
     kernel = next(iter(installation.kernels.values()))
-    return probe_accelerator(installation.qemu, kernel).name
-
-
-def probe_accelerator(
-    qemu: Qemu,
-    kernel: KernelImage,
-    *,
-    kvm: Kvm | None = None,
-    memory: Path | None = None,
-    deadline_s: float = DEADLINE_S,
-) -> Accelerator:
-    """Which accelerator runs a guest; remembered by boot, KVM device, QEMU and kernel.
-
-    :param memory: the file that remembers; the cache's if None.
-    """
-    kvm = kvm or Kvm()
-    memory = memory or paths.cache_dir() / "probes" / "accelerator.json"
-    refusal = _cannot_open(kvm.device)
-    if refusal:
-        return Accelerator("tcg", refusal)
-    key = digest(kvm.identity(), qemu.identity, list(qemu.words), kernel.sha256)
-    if found := _remembered(memory, key):
-        return found
-    try:
-        with product.exclusive(
-            memory.with_suffix(".lock"), lambda: None, timeout_s=_LOCK_TIMEOUT_S
-        ):
-            if found := _remembered(memory, key):
-                return found
-            outcome = try_kvm(qemu, kernel, deadline_s)
-            _remember(memory, key, outcome)
-            return outcome
-    except (OSError, HostError) as error:
-        return Accelerator("tcg", f"KVM could not be tried: {error}")
-
-
-def _cannot_open(device: Path) -> str:
-    try:
-        os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
-    except FileNotFoundError:
-        return f"there is no {device}"
-    except OSError as error:
-        return f"{device} cannot be opened: {error.strerror}"
-    return ""
-
-
-def try_kvm(qemu: Qemu, kernel: KernelImage, deadline_s: float) -> Accelerator:
-    """Start ``kernel`` under KVM and wait for its first words on the serial port.
-
-    :raises OSError: QEMU cannot be started at all.
-    """
-    command = [
-        *child.DIE_WITH_US,
-        *qemu.words,
-        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-        *("-M", "q35,kernel-irqchip=split", "-accel", "kvm", "-cpu", "max", "-m", "256M"),
-        *("-serial", "stdio", "-monitor", "none", "-kernel", str(kernel.image)),
-        *("-append", "console=ttyS0 earlyprintk=ttyS0 panic=-1"),
-    ]
-    began_s = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, **qemu.environment},
-        start_new_session=True,
-    )
-    try:
-        said, complaint = _listen(process, began_s + deadline_s)
-    finally:
-        child.end(process)
-        for stream in (process.stdout, process.stderr):
-            if stream:
-                stream.close()
-    seconds = round(time.monotonic() - began_s, 2)
-    if _FIRST_WORDS in said:
-        return Accelerator("kvm", f"a guest kernel ran under KVM after {seconds:.1f} s", seconds)
-    if complaint:
-        return Accelerator("tcg", f"QEMU refuses KVM: {complaint}", seconds)
-    return Accelerator(
-        "tcg",
-        f"/dev/kvm opens, but no guest kernel said a word under it within {deadline_s:g} s",
-        seconds,
-    )
-
-
-def _listen(process: subprocess.Popen[bytes], deadline_s: float) -> tuple[bytes, str]:
-    """What the guest said until the deadline or the end, and QEMU's last complaint if it ended."""
-    assert process.stdout  # noqa: S101 (Popen was given PIPE)
-    assert process.stderr  # noqa: S101
-    open_streams = {process.stdout: bytearray(), process.stderr: bytearray()}
-    heard = dict(open_streams)
-    while open_streams and _FIRST_WORDS not in heard[process.stdout]:
-        left_s = deadline_s - time.monotonic()
-        if left_s <= 0:
-            return bytes(heard[process.stdout]), ""
-        for stream in select.select(list(open_streams), [], [], left_s)[0]:
-            chunk = os.read(stream.fileno(), 65536)
-            open_streams[stream] += chunk
-            if not chunk:
-                del open_streams[stream]
-    lines = heard[process.stderr].decode(errors="replace").strip().splitlines()
-    return bytes(heard[process.stdout]), lines[-1] if lines else "it ended without a word"
-
-
-def _remembered(memory: Path, key: str) -> Accelerator | None:
-    stored: Any = product.read_json(memory)
-    found = stored.get(key) if isinstance(stored, dict) else None
-    return Accelerator(**found) if isinstance(found, dict) else None
-
-
-def _remember(memory: Path, key: str, outcome: Accelerator) -> None:
-    stored: Any = product.read_json(memory)
-    kept = list(stored.items())[-_REMEMBERED:] if isinstance(stored, dict) else []
-    product.write_json(memory, {**dict(kept), key: asdict(outcome)})
+    return accelerators.probe(installation.qemu, kernel, fresh=fresh).name
 
 
 def qemu_devices(qemu: Qemu) -> frozenset[str]:
@@ -196,3 +74,114 @@ def qemu_devices(qemu: Qemu) -> frozenset[str]:
     if done.returncode != 0 or not found:
         raise HostError(f"QEMU does not list its devices: {done.stderr.strip()[-300:]}")
     return found
+
+
+def doctor(*, qemu: str | None = None, fresh: bool = False) -> list[Finding]:
+    """Everything that is worth knowing about this host; downloads nothing, and takes seconds.
+
+    :param qemu: as for :func:`testbed.host.prepare.prepare`.
+    :param fresh: probe the accelerator again instead of using what is remembered.
+    """
+    return [*_host(), *_setup(qemu, fresh)]
+
+
+def _host() -> Iterator[Finding]:
+    release = mirror.os_release()
+    machine = platform.machine()
+    yield Finding(
+        "host",
+        "ok" if machine == "x86_64" else "bad",
+        f"{release.get('PRETTY_NAME', 'an unknown system')}, {machine}, Linux {platform.release()}",
+    )
+    yield Finding("python", "ok", f"{platform.python_version()} in {sys.prefix}")
+    processors = len(os.sched_getaffinity(0))
+    yield _measured("processors", processors, 1, 2, str)
+    yield _measured("memory", available_memory(), MEMORY_NEEDED_BYTES, MEMORY_WANTED_BYTES)
+    yield _checked("cache", _cache)
+    yield _checked("runtime folder", lambda: Finding("", "ok", str(paths.runtime_dir())))
+    yield _packages_tools()
+    yield _checked("mirror", lambda: Finding("", "ok", mirror.host_mirror(None, "stable")))
+
+
+def _measured(
+    name: str,
+    value: int,
+    needed: int,
+    wanted: int,
+    shown: Callable[[int], str] = megabytes,
+) -> Finding:
+    if value >= wanted:
+        return Finding(name, "ok", shown(value))
+    status: Status = "warn" if value >= needed else "bad"
+    return Finding(name, status, f"{shown(value)}, better {shown(wanted)}")
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Bytes that programs can still get without swapping (proc_meminfo(5), MemAvailable)."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _cache() -> Finding:
+    folder = paths.cache_dir().absolute()
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not os.access(existing, os.W_OK):
+        hint = "set TESTBED_CACHE_DIR to a folder of your own"
+        return Finding("", "bad", f"{folder} cannot be written", hint)
+    space = _measured("", shutil.disk_usage(existing).free, DISK_NEEDED_BYTES, DISK_WANTED_BYTES)
+    return Finding("", space.status, f"{folder}, free: {space.detail}")
+
+
+def _packages_tools() -> Finding:
+    missing = [name for name in ("apt-get", "dpkg-deb", "setpriv") if not shutil.which(name)]
+    if not any(keyring.exists() for keyring in apt.KEYRINGS):
+        missing.append("debian-archive-keyring")
+    if missing:
+        text = f"missing: {', '.join(missing)}"
+        return Finding("package tools", "bad", text, "./bootstrap installs what can be installed")
+    return Finding("package tools", "ok", "apt-get, dpkg-deb, setpriv, Debian's keyring")
+
+
+def _setup(qemu: str | None, fresh: bool) -> Iterator[Finding]:
+    try:
+        installation = prepare.prepare(qemu=qemu, setup=prepare.options(offline=True))
+    except NotSetUp as error:
+        yield Finding("set-up", "warn", f"not done yet: {error}", "testbed setup")
+        return
+    except TestbedError as error:
+        yield Finding("set-up", "bad", str(error), error.hint)
+        return
+    program = installation.qemu
+    package = f" (package {program.package})" if program.package else ""
+    yield Finding("QEMU", "ok", f"{program.version}{package}")
+    yield _checked("QEMU devices", lambda: _devices(program))
+    kernel = installation.kernel()
+    entry = "PVH entry" if kernel.pvh else "bzImage"
+    detail = f"{kernel.release}, {entry}"
+    if kernel.missing:
+        yield Finding("kernel", "warn", f"{detail}, without {', '.join(kernel.missing)}")
+    else:
+        yield Finding("kernel", "ok", detail)
+    size_bytes = installation.image.archive.stat().st_size
+    yield Finding("guest image", "ok", f"{installation.image.key}, {megabytes(size_bytes)}")
+    found = accelerators.probe(program, kernel, fresh=fresh)
+    slow = "machines are emulated, which is slow" if found.name == "tcg" else ""
+    yield Finding("accelerator", "warn" if slow else "ok", f"{found.name}: {found.why}", slow)
+
+
+def _devices(qemu: Qemu) -> Finding:
+    known = qemu_devices(qemu)
+    if missing := [name for name in NEEDED_DEVICES if name not in known]:
+        return Finding("", "bad", f"this QEMU lacks {', '.join(missing)}")
+    if missing := [name for name in USEFUL_DEVICES if name not in known]:
+        return Finding("", "warn", f"this QEMU lacks {', '.join(missing)}")
+    return Finding("", "ok", f"all {len(NEEDED_DEVICES) + len(USEFUL_DEVICES)} that are used")
+
+
+def _checked(name: str, look: Callable[[], Finding]) -> Finding:
+    """``look`` under the given name; an error of the testbed's is a finding too."""
+    try:
+        found = look()
+    except TestbedError as error:
+        return Finding(name, "bad", str(error), error.hint)
+    return Finding(name, found.status, found.detail, found.hint)

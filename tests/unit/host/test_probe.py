@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import HostError
-from testbed.host import probe
+from testbed.host import accelerator, probe
 from testbed.host.kernel import KernelImage
 from testbed.host.toolroot import Qemu
 
@@ -26,7 +26,7 @@ class Host:
 
     folder: Path
     kernel: KernelImage
-    kvm: probe.Kvm
+    kvm: accelerator.Kvm
 
     def qemu(self, behaviour: str) -> Qemu:
         program = self.folder / "qemu"
@@ -38,9 +38,9 @@ class Host:
         file = self.folder / "starts"
         return [int(line) for line in file.read_text().split()] if file.exists() else []
 
-    def ask(self, qemu: Qemu, deadline_s: float = 0.5) -> probe.Accelerator:
+    def ask(self, qemu: Qemu, deadline_s: float = 0.5) -> accelerator.Accelerator:
         memory = self.folder / "memory.json"
-        return probe.probe_accelerator(
+        return accelerator.probe(
             qemu, self.kernel, kvm=self.kvm, memory=memory, deadline_s=deadline_s
         )
 
@@ -60,7 +60,7 @@ def host(tmp_path: Path) -> Host:
         modules=tmp_path / "modules.cpio",
         missing=(),
     )
-    return Host(tmp_path, kernel, probe.Kvm(tmp_path / "kvm", tmp_path / "boot_id"))
+    return Host(tmp_path, kernel, accelerator.Kvm(tmp_path / "kvm", tmp_path / "boot_id"))
 
 
 def test_a_guest_that_speaks(host: Host) -> None:
