@@ -14,6 +14,7 @@ from struct import Struct, pack, pack_into
 from typing import Final
 
 from testbed.models.memory import SharedMemory
+from testbed.models.wire import PAGE_BYTES
 
 CONFIG_BYTES: Final = 4096
 COMMAND: Final = 0x04
@@ -63,7 +64,8 @@ class Bar:
     """One memory BAR.
 
     ``size_bytes`` is a power of two, at least 16. With ``memory`` the guest maps that memory
-    directly and the model sees no access; without it, every access comes to the model.
+    directly and the model sees no access; without it, every access comes to the model. ``areas``,
+    if there are any, are the parts (offset, size) of which the former holds, in whole pages.
     """
 
     index: int
@@ -71,6 +73,7 @@ class Bar:
     is_64bit: bool = False
     prefetchable: bool = False
     memory: SharedMemory | None = None
+    areas: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         last = 4 if self.is_64bit else 5
@@ -80,6 +83,21 @@ class Bar:
             raise ValueError(f"BAR {self.index}: {self.size_bytes} bytes is no power of two >= 16")
         if self.memory is not None and self.memory.size_bytes < self.size_bytes:
             raise ValueError(f"BAR {self.index} is larger than its memory")
+        end = 0
+        for offset, size in self.areas:
+            if self.memory is None or (offset | size) % PAGE_BYTES or not size or offset < end:
+                raise ValueError(f"BAR {self.index}: areas are in order, in pages, and need memory")
+            end = offset + size
+        if end > self.size_bytes:
+            raise ValueError(f"BAR {self.index}: an area beyond its end")
+
+    def direct(self, offset: int, size_bytes: int) -> memoryview | None:
+        """The memory behind that part, if the guest maps it directly."""
+        if self.memory is None:
+            return None
+        end = offset + size_bytes
+        within = any(start <= offset and end <= start + size for start, size in self.areas)
+        return self.memory.view[offset:end] if within or not self.areas else None
 
 
 @dataclass(frozen=True)

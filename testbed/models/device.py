@@ -215,8 +215,9 @@ class Device:
             return self.config.read(offset, size)
         bar = self.bar(region)
         self._within(offset, size, bar.size_bytes)
-        if bar.memory is not None:
-            return bytes(bar.memory.view[offset : offset + size])
+        direct = bar.direct(offset, size)
+        if direct is not None:
+            return bytes(direct)
         layout = self.msix
         if layout is not None and region == layout.bar and offset >= layout.pending_offset:
             bits = self.interrupts.pending_bits()
@@ -237,8 +238,9 @@ class Device:
             return
         bar = self.bar(region)
         self._within(offset, size, bar.size_bytes)
-        if bar.memory is not None:
-            bar.memory.view[offset : offset + size] = data
+        direct = bar.direct(offset, size)
+        if direct is not None:
+            direct[:] = data
             return
         self._register(offset, size)
         value = int.from_bytes(data, "little")

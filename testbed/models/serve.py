@@ -2,8 +2,9 @@
 """`python -m testbed.models.serve`: the model process of one rack node.
 
 It reads one line of JSON from its standard input (:mod:`testbed.models.spec`), opens every socket,
-and says ``{"ready": true}`` on its standard output. From then on QEMU may connect. It ends when its
-standard input ends (a pipe that its owner holds), or at SIGTERM, and leaves no socket behind. All else goes to standard error.
+and says ``{"ready": true}`` on its standard output. From then on QEMU may connect. It ends at
+SIGTERM, or when its standard input ends (a pipe that its owner holds), and leaves no socket behind.
+All else goes to standard error.
 """
 
 from __future__ import annotations

@@ -238,22 +238,32 @@ class Session:
         size = wire.REGION_INFO.size_bytes
         if request.region >= NUM_REGIONS or request.argsz < size:
             raise Refused(errno.EINVAL)
-        access = wire.RegionFlag.READ | wire.RegionFlag.WRITE
         if request.region == wire.Region.CONFIG:
-            length, memory = len(self._device.config.bytes), None
-        else:
-            try:
-                bar = self._device.bar(request.region)
-            except ValueError:
-                length, memory = 0, None
-            else:
-                length, memory = bar.size_bytes, bar.memory
-        if memory is None:
-            info = wire.RegionInfo(size, access if length else 0, request.region, 0, length, 0)
-            return wire.REGION_INFO.encode(info), ()
-        flags = access | wire.RegionFlag.MMAP
-        info = wire.RegionInfo(size, flags, request.region, 0, length, 0)
-        return wire.REGION_INFO.encode(info), (memory.fd,)
+            return self._plain_region(request.region, len(self._device.config.bytes))
+        try:
+            bar = self._device.bar(request.region)
+        except ValueError:
+            return self._plain_region(request.region, 0)
+        if bar.memory is None:
+            return self._plain_region(request.region, bar.size_bytes)
+        flags = wire.RegionFlag.READ | wire.RegionFlag.WRITE | wire.RegionFlag.MMAP
+        areas = wire.encode_sparse_areas(bar.areas) if bar.areas else b""
+        fits = request.argsz >= size + len(areas)  # otherwise QEMU asks again, with more room
+        info = wire.RegionInfo(
+            size + len(areas),
+            flags | (wire.RegionFlag.CAPS if areas else 0),
+            request.region,
+            size if areas else 0,
+            bar.size_bytes,
+            0,
+        )
+        return wire.REGION_INFO.encode(info) + (areas if fits else b""), (bar.memory.fd,)
+
+    @staticmethod
+    def _plain_region(region: int, length: int) -> Reply:
+        flags = wire.RegionFlag.READ | wire.RegionFlag.WRITE if length else 0
+        size = wire.REGION_INFO.size_bytes
+        return wire.REGION_INFO.encode(wire.RegionInfo(size, flags, region, 0, length, 0)), ()
 
     def _irq_info(self, payload: memoryview, _fds: list[int]) -> Reply:
         request = wire.IRQ_INFO.decode(payload)
