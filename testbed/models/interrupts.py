@@ -12,7 +12,7 @@ import errno
 import os
 from typing import Final
 
-from testbed.models.wire import Irq, IrqFlag, IrqSet, IrqSetFlag
+from testbed.models.wire import IRQ_SET_FLAGS, Irq, IrqFlag, IrqSet, IrqSetFlag
 
 # QEMU warns if it is missing; but firing it would stop the machine (vfio_err_notifier_handler).
 ERR_COUNT: Final = 1
@@ -72,7 +72,7 @@ class Interrupts:
         kind = request.flags & IrqSetFlag.DATA
         action = request.flags & IrqSetFlag.ACTION
         end = request.start + request.amount
-        if request.flags & ~(IrqSetFlag.DATA | IrqSetFlag.ACTION) or end > len(lines):
+        if request.flags & ~IRQ_SET_FLAGS or end > len(lines):
             raise IrqRefused(errno.EINVAL)
         if not request.amount:
             if request.start or kind != IrqSetFlag.DATA_NONE or action != IrqSetFlag.ACTION_TRIGGER:

@@ -187,7 +187,7 @@ class Session:
     def _dma_map(self, payload: memoryview, fds: list[int]) -> Reply:
         request = wire.DMA_MAP.decode(payload)
         memory: SharedMemory | None = None
-        if len(fds) > 1 or request.flags & ~(wire.DmaFlag.READ | wire.DmaFlag.WRITE):
+        if len(fds) > 1 or request.flags & ~wire.DMA_FLAGS:
             raise Refused(errno.EINVAL)
         if fds:
             try:
@@ -213,7 +213,7 @@ class Session:
     def _dma_unmap(self, payload: memoryview, _fds: list[int]) -> Reply:
         request = wire.DMA_UNMAP.decode(payload)
         table = self._device.bus.table
-        if request.flags & ~wire.UnmapFlag.ALL:
+        if request.flags & ~int(wire.UnmapFlag.ALL):
             raise Refused(errno.EINVAL)
         if request.flags & wire.UnmapFlag.ALL:
             if request.address or request.size:

@@ -47,7 +47,7 @@ class CommandFailed(Exception):
     """The device answered a command with an error."""
 
     def __init__(self, command: int, number: int) -> None:
-        super().__init__(f"{Command(command).name}: {errno.errorcode.get(number, number)}")
+        super().__init__(f"command {command}: {errno.errorcode.get(number, number)}")
         self.number = number
 
 

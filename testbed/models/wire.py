@@ -108,6 +108,11 @@ class IrqSetFlag(IntFlag):
     ACTION = 56
 
 
+# As plain numbers: the complement of an IntFlag has only the bits that it knows.
+DMA_FLAGS: Final = int(DmaFlag.READ | DmaFlag.WRITE)
+IRQ_SET_FLAGS: Final = int(IrqSetFlag.DATA | IrqSetFlag.ACTION)
+
+
 class Irq(IntEnum):
     """VFIO's interrupt indexes of a PCI device."""
 
