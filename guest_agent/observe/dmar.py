@@ -147,7 +147,7 @@ def wait_for_reports(records: Iterable[Mapping[str, Any]], now_us: int, reports:
     :param now_us: the time on the log's clock.
     :param reports: 1 to ``MAX_REPORTS``.
     """
-    begin_us = -_RATE_INTERVAL_US
+    begin_us = -2 * _RATE_INTERVAL_US
     spent = 0
     needed = 3 * reports
     for record in records:
