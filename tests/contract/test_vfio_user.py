@@ -7,22 +7,19 @@ import asyncio
 import errno
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "unit" / "models"))
-
-from model_devices import BAR_BYTES, Card
-
 from testbed.models import wire
-from testbed.models.memory import SharedMemory
+from testbed.models.memory import MemoryCache, SharedMemory
+from testbed.models.server import Session
 from testbed.models.testing import CommandFailed, FakeQemu
 from testbed.models.wire import Command, HeaderFlag, Irq, IrqSetFlag, Region
 from testbed.models.witness import Event
 from testbed.models.witness import Path as Way
+from tests.unit.models.model_devices import BAR_BYTES, Card
 
 PAGE = 4096
 
@@ -33,6 +30,10 @@ def qemu() -> Iterator[FakeQemu]:
         yield qemu
 
 
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def refusal(qemu: FakeQemu, command: int, payload: bytes, fds: tuple[int, ...] = ()) -> int:
     with pytest.raises(CommandFailed) as failed:
         qemu.call(command, payload, fds)
@@ -41,7 +42,9 @@ def refusal(qemu: FakeQemu, command: int, payload: bytes, fds: tuple[int, ...] =
 
 class TestDescription:
     def test_device(self, qemu: FakeQemu) -> None:
-        reply, _ = qemu.call(Command.DEVICE_GET_INFO, wire.DEVICE_INFO.encode((16, 0, 0, 0)))
+        reply, _ = qemu.call(
+            Command.DEVICE_GET_INFO, wire.DEVICE_INFO.encode(wire.DeviceInfo(16, 0, 0, 0))
+        )
         info = wire.DEVICE_INFO.decode(reply)
         assert info == (16, wire.DeviceFlag.RESET | wire.DeviceFlag.PCI, 9, 5)
 
@@ -85,7 +88,10 @@ class TestDescription:
         assert refusal(qemu, Command.DEVICE_GET_IRQ_INFO, request) == errno.EINVAL
 
     def test_what_the_server_cannot_do(self, qemu: FakeQemu) -> None:
-        assert refusal(qemu, Command.DEVICE_FEATURE, wire.FEATURE.encode((8, 1))) == errno.ENOTTY
+        assert (
+            refusal(qemu, Command.DEVICE_FEATURE, wire.FEATURE.encode(wire.Feature(8, 1)))
+            == errno.ENOTTY
+        )
         assert refusal(qemu, 17, b"") == errno.ENOSYS
 
 
@@ -400,7 +406,7 @@ class TestConnection:
         assert qemu.device.bus.machine is None
 
     def test_too_many_descriptors(self, qemu: FakeQemu) -> None:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         fds = tuple(os.dup(0) for _ in range(wire.MAX_MESSAGE_FDS + 1))
         head = wire.encode_header(1, Command.DEVICE_RESET, 0)
         qemu.send_raw(head, fds)
@@ -408,14 +414,14 @@ class TestConnection:
             os.close(fd)
         with pytest.raises(ConnectionResetError):
             qemu.read(0, 0)
-        assert len(os.listdir("/proc/self/fd")) <= before
+        assert open_descriptors() <= before
 
     def test_descriptors_nobody_wants_are_closed(self, qemu: FakeQemu) -> None:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         for _ in range(20):
             qemu.call(Command.DEVICE_RESET, b"", (0, 1, 2))
             assert refusal(qemu, Command.DEVICE_RESET, b"x", (0, 1, 2)) == errno.EINVAL
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors() == before
 
     def test_when_the_machine_goes_its_memory_is_out_of_reach(self) -> None:
         device = Card()
@@ -452,9 +458,6 @@ class TestConnection:
 
 async def first_words(data: bytes) -> list[str]:
     """What a session says of the connection that begins so."""
-    from testbed.models.memory import MemoryCache
-    from testbed.models.server import Session
-
     ours, theirs = socket.socketpair()
     reasons: list[str] = []
     Session(theirs, Card(), MemoryCache(), lambda _session, reason: reasons.append(reason))
