@@ -97,6 +97,8 @@ class RackNode:
             qemu_log=self.log_dir / QEMU_LOG,
             exit_of=lambda: keeper.exit_of(plan.name),
         )
+        # A rack of an earlier command has been through its start.
+        self.watch.control_answered = self.watch.hello_seen = not owner
         self._keeper = keeper
         self._keys = keys
         self._owner = owner
@@ -147,7 +149,9 @@ class RackNode:
 
         # This process made the initial RAM disk, with this agent in it.
         aboard = self._owner and agent == ship.local_agent()
-        return ship.start(self.link, agent, blame=self.blame, record=self._record, aboard=aboard)
+        client = ship.start(self.link, agent, blame=self.blame, record=self._record, aboard=aboard)
+        self.watch.hello_seen = True
+        return client
 
     def restart_agent(self) -> None:
         """Forget an agent that died; the next use starts another."""

@@ -17,7 +17,7 @@ from testbed.verbs.reference import cli_markdown
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def testbed(*words: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def command(*words: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "testbed.cli", *words],
         input=stdin,
@@ -30,9 +30,6 @@ def testbed(*words: str, stdin: str = "", **environment: str) -> subprocess.Comp
     )
 
 
-testbed.__test__ = False  # type: ignore[attr-defined]
-
-
 def test_the_page_is_in_step() -> None:
     page = ROOT / "docs" / "cli.md"
     assert page.read_text() == cli_markdown(), (
@@ -42,7 +39,7 @@ def test_the_page_is_in_step() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_and_every_option_an_environment_variable(verb: str) -> None:
-    done = testbed(verb, "--help")
+    done = command(verb, "--help")
     assert done.returncode == 0
     assert done.stderr == ""
     options = [line for line in done.stdout.splitlines() if line.startswith("  -")]
@@ -50,7 +47,7 @@ def test_every_verb_has_help_and_every_option_an_environment_variable(verb: str)
 
 
 def test_an_unknown_verb_names_the_nearest() -> None:
-    done = testbed("valdate")
+    done = command("valdate")
     assert (done.returncode, done.stdout) == (2, "")
     assert "did you mean 'validate'?" in done.stderr
 
@@ -58,7 +55,7 @@ def test_an_unknown_verb_names_the_nearest() -> None:
 def test_wrong_input_is_one_message_and_exit_2(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("rack: x\nnodes:\n  host0:\n    pcie:\n      - gpuu: gpu0\n        vram: 3M\n")
-    done = testbed("plan", str(wrong))
+    done = command("plan", str(wrong))
     assert (done.returncode, done.stdout) == (2, "")
     assert f"{wrong}:5:9: " in done.stderr
     assert "Traceback" not in done.stderr
@@ -68,7 +65,7 @@ def test_validate_judges_every_file_and_prints_json(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("rack: [")
     good = ROOT / "topologies" / "quad-gpu.yaml"
-    done = testbed("validate", "--format", "json", str(good), str(wrong))
+    done = command("validate", "--format", "json", str(good), str(wrong))
     assert done.returncode == 2
     answer = json.loads(done.stdout)
     assert answer["format"] == "testbed.validate/1"
@@ -77,14 +74,14 @@ def test_validate_judges_every_file_and_prints_json(tmp_path: Path) -> None:
 
 def test_a_topology_may_come_from_stdin_and_from_the_shipped_ones() -> None:
     text = (ROOT / "topologies" / "quad-gpu.yaml").read_text()
-    piped = testbed("plan", "-", "--format", "argv", stdin=text)
-    named = testbed("plan", "quad-gpu", "--format", "argv")
+    piped = command("plan", "-", "--format", "argv", stdin=text)
+    named = command("plan", "quad-gpu", "--format", "argv")
     assert piped.returncode == named.returncode == 0
     assert piped.stdout == named.stdout
 
 
 def test_an_option_can_come_from_the_environment() -> None:
-    done = testbed("plan", "quad-gpu", TESTBED_PLAN_FORMAT="json", TESTBED_PLAN_SET="gpus=2")
+    done = command("plan", "quad-gpu", TESTBED_PLAN_FORMAT="json", TESTBED_PLAN_SET="gpus=2")
     answer = json.loads(done.stdout)
     names = {f["device"] for f in answer["nodes"]["host0"]["functions"]}
     assert "gpu1" in names
@@ -92,9 +89,9 @@ def test_an_option_can_come_from_the_environment() -> None:
 
 
 def test_a_closed_pipe_is_no_error() -> None:
-    command = f"{sys.executable} -m testbed.cli schema | head -c 1"
+    line = f"{sys.executable} -m testbed.cli schema | head -c 1"
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command],
+        ["bash", "-o", "pipefail", "-c", line],
         capture_output=True,
         text=True,
         timeout=60,
@@ -107,13 +104,13 @@ def test_a_closed_pipe_is_no_error() -> None:
 def test_a_rack_that_does_not_run(tmp_path: Path) -> None:
     for verb in (["ssh"], ["logs"], ["down"], ["inspect"], ["qmp"]):
         extra = ["query-status"] if verb == ["qmp"] else []
-        done = testbed(*verb, "nosuch", *extra, TESTBED_RUNTIME_DIR=str(tmp_path / "r"))
+        done = command(*verb, "nosuch", *extra, TESTBED_RUNTIME_DIR=str(tmp_path / "r"))
         assert (done.returncode, done.stdout) == (2, ""), done.stderr
         assert "nosuch" in done.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(shell: str) -> None:
-    done = testbed("completion", shell)
+    done = command("completion", shell)
     assert done.returncode == 0
     assert "_TESTBED_COMPLETE" in done.stdout
