@@ -163,10 +163,11 @@ def _lines(fd: int) -> Iterator[bytes | None]:
             yield None if dropping or len(kept) > MAX_LINE_BYTES else bytes(kept)
             kept.clear()
             dropping = False
-        kept += rest
-        if len(kept) > MAX_LINE_BYTES:
+        if not dropping:
+            kept += rest
+            dropping = len(kept) > MAX_LINE_BYTES
+        if dropping:
             kept.clear()
-            dropping = True
 
 
 def _answer(registry: Registry, target: object, line: bytes | None) -> bytes:
