@@ -59,17 +59,18 @@ def pairs(plan: RackPlan) -> tuple[Pair, ...]:
 
 
 def doorbells(plan: RackPlan, topology: Topology) -> tuple[Doorbell, ...]:
-    """For each node its first doorbell page, rung by another GPU and by a NIC, as there are."""
+    """For each node one doorbell page, rung by its first GPU and by a NIC, as there are."""
     found = []
     for node in plan.nodes.values():
-        page = next(_doorbell_pages(node, topology), None)
-        if page is None:
-            continue
         memories = {f.device for f in node.by_role(Role.VRAM)}
-        others = [f for f in node.by_role(Role.ENGINE) if f.device != page.device]
-        gpu = next((f for f in others if f.device in memories), None)
-        nic = next((f for f in others if f.device not in memories), None)
-        found += [Doorbell(node.name, ringer, page) for ringer in (gpu, nic) if ringer]
+        engines = node.by_role(Role.ENGINE)
+        gpu = next((f for f in engines if f.device in memories), None)
+        nic = next((f for f in engines if f.device not in memories), None)
+        pages = list(_doorbell_pages(node, topology))
+        page = next((f for f in pages if gpu and f.device != gpu.device), None)
+        ringers = [gpu, nic] if page else [nic]
+        page = page or next(iter(pages), None)
+        found += [Doorbell(node.name, r, page) for r in ringers if r and page]
     return tuple(found)
 
 

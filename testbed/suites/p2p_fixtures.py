@@ -104,18 +104,13 @@ def _given(request: pytest.FixtureRequest, kind: type[T], what: str) -> T:
     return request.param
 
 
-def bench_key(node: str) -> object:
-    """Under which :meth:`LiveRack.once` keeps the node's bench."""
-    return ("bench", node)
-
-
 def shared_bench(rack: LiveRack, node: str, mutation: Mutation) -> Bench:
     """The node's bench, opened for all devices of its pairs and doorbells."""
 
     def make(booted: Rack) -> Bench:
         return _open_bench(booted, node, mutation)
 
-    return rack.once(bench_key(node), make, Bench.close)
+    return rack.once(("bench", node), make, Bench.close)
 
 
 def _open_bench(rack: Rack, node: str, mutation: Mutation) -> Bench:

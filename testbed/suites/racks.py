@@ -91,6 +91,11 @@ class LiveRack:
         self._end()
 
     @property
+    def ours(self) -> bool:
+        """It was started for this session, and ends with it."""
+        return self._source.restartable
+
+    @property
     def is_dead(self) -> bool:
         """It was running, and one of its machines is not any more."""
         future = self._future

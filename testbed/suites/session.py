@@ -208,7 +208,7 @@ class ConformanceSession:
     # The end
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        """Ctrl-C: the tests not yet run have no outcome. (Not pytest's own stop, likewise named.)"""
+        """Ctrl-C: the tests not yet run have no outcome. Pytest's own stop is none."""
         self.interrupted = not isinstance(excinfo.value, pytest.Session.Interrupted)
 
     def pytest_sessionfinish(self) -> None:
