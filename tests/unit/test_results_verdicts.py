@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from testbed.errors import ExitCode
@@ -14,6 +16,7 @@ from testbed.results.judging import (
     judge_bytes,
     judge_fault,
     judge_no_fault,
+    judge_storm,
 )
 from testbed.results.verdicts import Outcome, Verdict, by_requirement, combine, exit_code
 
@@ -165,6 +168,56 @@ class TestNoFault:
     )
     def test_gaps_and_faults_refute(self, window: FaultWindow) -> None:
         assert not judge_no_fault(window).holds
+
+
+class TestStorm:
+    PAGES = tuple(
+        FaultSeen(DEVICE, ADDRESS + page * 4096, Access.WRITE, 5, Witness.MACHINE)
+        for page in range(4)
+    )
+
+    def judge(self, window: FaultWindow) -> Judgement:
+        return judge_storm(
+            window,
+            requester=DEVICE,
+            address=ADDRESS,
+            access=Access.WRITE,
+            reasons={5},
+            count=4,
+        )
+
+    def test_what_is_lost_is_counted(self) -> None:
+        guest = FaultSeen(DEVICE, ADDRESS, Access.WRITE, 5, Witness.GUEST)
+        judgement = self.judge(FaultWindow((guest, *self.PAGES), machine_watched=True))
+        assert judgement.holds
+        assert judgement.reason == "3 of 4 faults were lost and counted"
+        assert "faults lost to the guest: 3 faults" in map(str, judgement.evidence)
+
+    @pytest.mark.parametrize(
+        ("window", "reason"),
+        [
+            (FaultWindow(PAGES[:3], machine_watched=True), "the machine saw 3"),
+            (FaultWindow(machine_watched=True), "there was none"),
+            (FaultWindow((*PAGES[:3], READ_FAULT), machine_watched=True), "saw 0000:05:00.1 read"),
+            (
+                FaultWindow(tuple(replace(p, witness=Witness.GUEST) for p in PAGES)),
+                "all 4 faults were recorded",
+            ),
+            (
+                FaultWindow(tuple(replace(p, witness=Witness.GUEST) for p in PAGES[:2])),
+                "2 faults were lost, and nobody says so",
+            ),
+        ],
+    )
+    def test_a_wrong_count_or_a_silent_loss_refutes(self, window: FaultWindow, reason: str) -> None:
+        judgement = self.judge(window)
+        assert not judgement.holds
+        assert reason in judgement.reason
+
+    def test_without_a_second_witness_an_announced_loss_will_do(self) -> None:
+        guest = tuple(replace(p, witness=Witness.GUEST) for p in self.PAGES[:1])
+        assert self.judge(FaultWindow(guest, suppressed=9)).holds
+        assert self.judge(FaultWindow(guest, overflow=True)).holds
 
 
 def test_what_the_guest_did_not_record_is_counted() -> None:
