@@ -20,6 +20,7 @@ too (``.gone-…``). Whoever ends a stale folder takes its lock first, and a rac
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -231,8 +232,9 @@ def _take_name(fresh: Path, folder: Path) -> None:
         try:
             fresh.rename(folder)
             return
-        except OSError:
-            if not folder.is_dir():
+        except OSError as error:
+            # A folder of that name is, or was a moment ago, in the way.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
         if clean_folder(folder):
             continue
