@@ -17,7 +17,9 @@ import asyncio
 import contextlib
 import os
 import socket
+import traceback
 from collections import deque
+from pathlib import PurePath
 from typing import Final, Protocol
 
 from testbed.models import wire
@@ -155,6 +157,10 @@ class Channel:
             self.close(f"protocol error: {error}")
         except OSError as error:
             self.close(f"receive failed: {error.strerror}")
+        except Exception as error:  # our own mistake: it costs this connection, not the others
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{PurePath(frame.filename).name}:{frame.lineno}"
+            self.close(f"internal error: {type(error).__name__}: {error} at {where}")
 
     def _receive_one(self) -> bool:
         """Receive what there is of one message and handle it if it is whole; False at the end of

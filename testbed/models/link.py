@@ -97,6 +97,7 @@ class LinkPort(Space):
         self._retry: asyncio.TimerHandle | None = None
         self._retry_s = RETRY_FIRST_S
         self._open = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     # --- what the GPU's registers show and set
 
@@ -193,7 +194,10 @@ class LinkPort(Space):
     # --- the connection
 
     def open(self) -> None:
-        """Listen, or connect as soon as the other end listens. OSError if the path is not free."""
+        """Listen, or connect as soon as the other end listens; in the running loop. OSError if
+        the path is not free.
+        """
+        self._loop = asyncio.get_running_loop()
         self._open = True
         if not self.end.listens:
             self._connect()
@@ -202,7 +206,7 @@ class LinkPort(Space):
         self._listener.setblocking(False)
         self._listener.bind(str(self.end.socket))
         self._listener.listen(1)
-        asyncio.get_running_loop().add_reader(self._listener, self._accept)
+        self._running.add_reader(self._listener, self._accept)
 
     def close(self) -> None:
         """Hang up for good."""
@@ -210,11 +214,17 @@ class LinkPort(Space):
         if self._retry is not None:
             self._retry.cancel()
         if self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener)
+            self._running.remove_reader(self._listener)
             self._listener.close()
             self._listener = None
             self.end.socket.unlink(missing_ok=True)
         self._hang_up()
+
+    @property
+    def _running(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            raise RuntimeError("the link was never opened")
+        return self._loop
 
     def _connect(self) -> None:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -224,7 +234,7 @@ class LinkPort(Space):
         except OSError:
             connection.close()
             self._retry_s = min(self._retry_s * 2, RETRY_LAST_S)
-            self._retry = asyncio.get_running_loop().call_later(self._retry_s, self._connect)
+            self._retry = self._running.call_later(self._retry_s, self._connect)
             return
         self._retry_s = RETRY_FIRST_S
         self._begin(connection)
@@ -240,14 +250,14 @@ class LinkPort(Space):
 
     def _begin(self, connection: socket.socket) -> None:
         self._connection = connection
-        asyncio.get_running_loop().add_reader(connection, self._readable)
+        self._running.add_reader(connection, self._readable)
         self._tell(self._memory.fd)
 
     def _hang_up(self) -> None:
         connection, self._connection = self._connection, None
         if connection is None:
             return
-        asyncio.get_running_loop().remove_reader(connection)
+        self._running.remove_reader(connection)
         connection.close()
         self._peer_memory = None
         self._peer_enabled = False
@@ -258,7 +268,7 @@ class LinkPort(Space):
     def _lost(self) -> None:
         self._hang_up()
         if self._open and not self.end.listens:
-            self._retry = asyncio.get_running_loop().call_later(self._retry_s, self._connect)
+            self._retry = self._running.call_later(self._retry_s, self._connect)
 
     def _tell(self, fd: int = -1) -> None:
         """Send this end's whole state; the peer acknowledges its number."""

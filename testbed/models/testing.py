@@ -64,7 +64,7 @@ class FakeQemu:
         self._by_message: list[tuple[int, SharedMemory]] = []
         self._eventfds: dict[int, int] = {}
         self._next_id = 0
-        self._channel = self.run(self._connect())
+        self.run(self._connect())
 
     def __enter__(self) -> Self:
         return self
@@ -77,9 +77,23 @@ class FakeQemu:
     ) -> None:
         self.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._loop.is_closed()
+
+    def unplug(self) -> None:
+        """End the connection, as a machine that dies; the device goes on."""
+        self._channel.close()
+        self.turn()
+
+    def turn(self) -> None:
+        """Let the device do what there is to do."""
+        self._loop.run_until_complete(asyncio.sleep(0.0005))
+
     def close(self) -> None:
-        """Unplug; harmless when done twice."""
-        if self._loop.is_closed():
+        """Unplug, and end the device's work; harmless when done twice."""
+        if self.closed:
             return
         self._loop.run_until_complete(self._disconnect())
         for fd in self._eventfds.values():
@@ -97,7 +111,7 @@ class FakeQemu:
         while not condition():
             if self._loop.time() > deadline:
                 raise TimeoutError("the condition never held")
-            self._loop.run_until_complete(asyncio.sleep(0.0005))
+            self.turn()
 
     # --- registers
 
@@ -198,8 +212,7 @@ class FakeQemu:
         self._channel.send(data, fds=fds)
         self._loop.run_until_complete(asyncio.sleep(0.001))
 
-    def message(self, header: wire.Header, payload: memoryview, fds: list[int]) -> None:
-        """See :class:`testbed.models.channel.Receiver`."""
+    def _message(self, header: wire.Header, payload: memoryview, fds: list[int]) -> None:
         if not header.is_reply:
             self._serve(header, payload)
             return
@@ -212,28 +225,29 @@ class FakeQemu:
             taken, fds[:] = list(fds), []
             future.set_result((bytes(payload), taken))
 
-    def closed(self, reason: str) -> None:
-        """See :class:`testbed.models.channel.Receiver`."""
+    def _hung_up(self, reason: str) -> None:
         self.closed_because = reason
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(ConnectionResetError(reason))
         self._replies.clear()
 
-    async def _connect(self) -> Channel:
+    async def _connect(self) -> None:
+        await self.device.open()
         ours, theirs = socket.socketpair()
         self._session = Session(theirs, self.device, self.memories, lambda _session, _reason: None)
-        self._channel = Channel(ours, self)
+        self._client = _Client(self)
+        self._channel = Channel(ours, self._client)
         await self._call(Command.VERSION, wire.encode_version(0, 0, wire.OURS))
         enabled = config.COMMAND_MEMORY | config.COMMAND_MASTER
         request = wire.RegionAccess(config.COMMAND, wire.Region.CONFIG, 2)
         data = wire.REGION_ACCESS.encode(request) + enabled.to_bytes(2, "little")
         await self._call(Command.REGION_WRITE, data)
-        return self._channel
 
     async def _disconnect(self) -> None:
         self._channel.close()
         self._session.close("unplugged")
+        self.device.close()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*others, return_exceptions=True)
 
@@ -272,3 +286,16 @@ class FakeQemu:
             if within >= 0 and within + access.size_bytes <= memory.size_bytes:
                 return memory.view[within : within + access.size_bytes]
         return None
+
+
+class _Client:
+    """What the channel calls."""
+
+    def __init__(self, qemu: FakeQemu) -> None:
+        self._qemu = qemu
+
+    def message(self, header: wire.Header, payload: memoryview, fds: list[int]) -> None:
+        self._qemu._message(header, payload, fds)
+
+    def closed(self, reason: str) -> None:
+        self._qemu._hung_up(reason)

@@ -46,7 +46,7 @@ class Card(Device):
 
     def write(self, bar: int, offset: int, size: int, value: int) -> None:
         if offset == 0x100:
-            self.start(self.copy(value, self.values[0]))
+            self.start(self.copy(value, self.values.get(0, 0)))
         elif offset == 0x108:
             self.raise_interrupt(value)
         elif offset == 0x110:
