@@ -33,7 +33,7 @@ ARCHITECTURE = "amd64"
 RESOLVE_TIMEOUT_S = 120.0
 FETCH_TIMEOUT_S = 1800.0  # all of it; a mirror that stops answering is noticed far earlier
 SILENCE_TIMEOUT_S = 60.0  # longer than apt's own timeout times its retries
-_MIRROR_TIMEOUT_S = 8
+_MIRROR_TIMEOUT_S = 6
 _POLL_S = 0.2
 _OWN_VARIABLES = ("APT_CONFIG", "LANGUAGE", "LANG")
 _RETRIES = 2
@@ -42,11 +42,11 @@ _RETRIES = 2
 _INHERITED = re.compile(r"^Acquire::(https?|ftp)::(Proxy|Verify|CA)", re.IGNORECASE)
 
 _CONFIGURATION = """\
-Dir "/"; Dir::Etc "{state}/etc"; Dir::Etc::main "none"; Dir::Etc::Parts "none";
-Dir::Etc::SourceList "{state}/sources.list"; Dir::Etc::SourceParts "none";
-Dir::Etc::Preferences "none"; Dir::Etc::PreferencesParts "none";
-Dir::Etc::Trusted "none"; Dir::Etc::TrustedParts "none";
-Dir::Etc::netrc "none"; Dir::Etc::netrcparts "none";
+Dir "/"; Dir::Etc "{state}/etc"; Dir::Etc::main "none"; Dir::Etc::Parts "empty";
+Dir::Etc::SourceList "{state}/sources.list"; Dir::Etc::SourceParts "empty";
+Dir::Etc::Preferences "none"; Dir::Etc::PreferencesParts "empty";
+Dir::Etc::Trusted "none"; Dir::Etc::TrustedParts "empty";
+Dir::Etc::netrc "none"; Dir::Etc::netrcparts "empty";
 Dir::State "{state}"; Dir::State::Lists "{state}/lists"; Dir::State::status "{state}/status";
 Dir::State::extended_states "{state}/extended_states";
 Dir::Cache "{state}"; Dir::Cache::Archives "{state}/archives";
@@ -84,7 +84,7 @@ class Apt:
         self._mirror = mirror
         self._cancelled = cancelled
         self.archives = state / "archives"
-        for folder in (state / "lists/partial", self.archives / "partial", state / "etc"):
+        for folder in (state / "lists/partial", self.archives / "partial", state / "etc/empty"):
             folder.mkdir(parents=True, exist_ok=True)
         (state / "status").write_text(_status(packages.assumed))
         (state / "sources.list").write_text(_sources(packages, mirror))
@@ -104,7 +104,8 @@ class Apt:
 
         :raises MirrorError: it cannot be had, or is not what Debian signed.
         """
-        self._run(["update", "-q"], SILENCE_TIMEOUT_S * 2)
+        # apt multiplies: a mirror that accepts and stays silent costs four timeouts even so.
+        self._run(["update", "-q", "-o", "Acquire::Retries=1"], SILENCE_TIMEOUT_S * 2)
 
     def resolve(self) -> tuple[Archive, ...]:
         """What the set consists of today.
@@ -226,8 +227,9 @@ class Apt:
 
 def _failure(mirror: str, verb: str, said: str) -> SetupError:
     """apt's own words, sorted into "the mirror" and "what was asked for"."""
-    complaints = [line for line in said.splitlines() if line.startswith(("E:", "W:", "Err"))]
-    text = "; ".join(complaints[:4]) or said.strip()[-500:] or "no reason given"
+    complaints = [line[3:] for line in said.splitlines() if line.startswith("E: ")]
+    complaints = [line for line in complaints if "Some index files failed" not in line]
+    text = "; ".join(complaints[:3]) or said.strip()[-500:] or "no reason given"
     unresolved = re.search(r"Unable to locate|no installation candidate|broken packages", said)
     if unresolved and verb == "install":
         return SetupError(f"the packages cannot be had from {mirror}: {text}")

@@ -124,9 +124,8 @@ def _overlay(images: Path) -> Iterator[cpio.Entry]:
     tree = images / "overlay"
     for path in sorted(tree.rglob("*")):
         if path.is_file():
-            private = path.name == "shadow"
-            name = f"/{path.relative_to(tree)}"
-            yield cpio.from_file(name, path, 0o600 if private else 0o644)
+            permissions = 0o600 if path.name == "shadow" else None
+            yield cpio.from_file(f"/{path.relative_to(tree)}", path, permissions)
 
 
 def _skeleton(files: GuestFiles) -> Iterator[cpio.Entry]:
