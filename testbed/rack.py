@@ -12,7 +12,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from mmap import mmap
 from pathlib import Path
@@ -73,6 +73,7 @@ class RackNode:
     :param command: what started it; in a rack of an earlier command, only whose it is.
     :param plan: its PCI functions and their addresses.
     :param spec: its part of the topology.
+    :param aboard: the hash of the agent that it was booted with.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class RackNode:
         spec: Node,
         keys: AccessKeys,
         *,
+        aboard: str,
         owner: bool,
     ) -> None:
         self.name = plan.name
@@ -101,6 +103,7 @@ class RackNode:
         self.watch.control_answered = self.watch.hello_seen = not owner
         self._keeper = keeper
         self._keys = keys
+        self._aboard = aboard
         self._owner = owner
         self._lock = threading.RLock()
         self._link: GuestLink | None = None
@@ -140,15 +143,18 @@ class RackNode:
             if self._agent is None:
                 from testbed.guest import ship  # noqa: PLC0415  (slow to import)
 
-                self._agent = self.start_agent(ship.local_agent())
+                agent = ship.local_agent()
+                if self._owner:
+                    # What it was booted with, even if someone edits the agent meanwhile.
+                    agent = replace(agent, digest=self._aboard)
+                self._agent = self.start_agent(agent)
             return self._agent
 
     def start_agent(self, agent: Agent) -> AgentClient:
         """Start one more agent process of this content, shipping it if the guest lacks it."""
         from testbed.guest import ship  # noqa: PLC0415  (slow to import)
 
-        # This process made the initial RAM disk, with this agent in it.
-        aboard = self._owner and agent == ship.local_agent()
+        aboard = agent.digest == self._aboard
         client = ship.start(self.link, agent, blame=self.blame, record=self._record, aboard=aboard)
         self.watch.hello_seen = True
         return client
@@ -278,6 +284,7 @@ class Rack:
                 node,
                 plan.topology.nodes[name],
                 keys,
+                aboard=str(versions.get("agent", "")),
                 owner=owner,
             )
             for name, node in plan.nodes.items()
