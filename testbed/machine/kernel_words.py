@@ -15,6 +15,10 @@ PANIC_WORDS = ("panic=-1", "oops=panic")
 # An emulated processor has no speculation to guard against, and its clocks need no calibration.
 TCG_WORDS = ("mitigations=off", "tsc=reliable", "no_timer_check")
 
+# Linux would set I/O ports aside below every port that can hot-plug. There are too few, and it then
+# takes those away that the firmware had given to devices.
+PCI_WORDS = ("pci=hpiosize=0",)
+
 _STRICTNESS = {"passthrough": "iommu=pt", "lazy": "iommu.strict=0", "strict": "iommu.strict=1"}
 
 
@@ -24,6 +28,7 @@ def kernel_words(node: Node, context: LaunchContext) -> tuple[str, ...]:
         "console=ttyS0",
         *PANIC_WORDS,
         *(() if context.console_verbose else ("quiet",)),
+        *PCI_WORDS,
         *iommu_words(node.iommu),
         *(TCG_WORDS if context.accelerator == "tcg" else ()),
         *context.kernel_args,

@@ -24,6 +24,9 @@ from testbed.topology.units import (
     power_of_two_at_least,
 )
 
+# Where a rule's expectation stands in its JSON Schema, until the schema's maker moves it.
+EXPECTED_KEY = "x-expected"
+
 Scalar = bool | int | float | str
 
 # The type of every error that a rule raises; its context has `expected` and `nearest`.
@@ -90,7 +93,7 @@ class Size:
                 {"type": "integer", "minimum": self.least_bytes},
                 {"type": "string", "pattern": r"^[0-9]+ *([kKmMgGtT]([iI]?[bB])?|[bB])?$"},
             ],
-            "x-expected": self.expected,
+            EXPECTED_KEY: self.expected,
         }
 
 
@@ -122,7 +125,7 @@ class Variable:
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         scalar = ["string", "number", "boolean"]
-        return {"type": [*scalar, "array"], "items": {"type": scalar}, "x-expected": self.expected}
+        return {"type": [*scalar, "array"], "items": {"type": scalar}, EXPECTED_KEY: self.expected}
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class Text:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
-        return {"type": "string", "pattern": f"^(?:{self.pattern})$", "x-expected": self.expected}
+        return {"type": "string", "pattern": f"^(?:{self.pattern})$", EXPECTED_KEY: self.expected}
 
 
 def shown(value: object) -> str:

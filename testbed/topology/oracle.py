@@ -68,6 +68,8 @@ class _Walk:
     def _is_isolated(self, function: Function) -> bool:
         """``pci_acs_enabled``: a port needs ACS, which the kernel then turns on; a device that is
         the only function of its slot has no peer to be kept apart from."""
+        if function.kind == "igb":
+            return True  # drivers/pci/quirks.c: the 82576 has no ACS and is known to need none
         if function.role in (Role.ROOT_PORT, Role.SWITCH_DOWNSTREAM):
             return function.acs
         return not function.multifunction

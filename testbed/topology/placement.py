@@ -32,7 +32,7 @@ from testbed.topology.plan import Function, NodePlan, RackPlan, Role
 from testbed.topology.problem import DataPath, Problem
 from testbed.topology.slots import Bus, Seat, assign
 from testbed.topology.units import GIB, format_size
-from testbed.topology.windows import hole64_bytes
+from testbed.topology.windows import MOST_IO_BRIDGES, hole64_bytes, io_bridges
 
 BUS_COUNT = 256
 FIRST_MEMORY_FD = 100
@@ -130,11 +130,7 @@ class _Placer:
 
         self._check_ids()
         self._check_buses()
-        hole_bytes = hole64_bytes(self._functions)
-        if hole_bytes > MOST_HOLE64_BYTES:
-            message = f"the BARs need {format_size(hole_bytes)} of address space above 4 GiB"
-            expected = f"at most {format_size(MOST_HOLE64_BYTES)}"
-            self.problems.append(Problem(self._path, message, expected, at_key=True))
+        hole_bytes = self._check_windows()
         return NodePlan(self._name, tuple(self._functions), hole_bytes, self._last_bus)
 
     def _seats(self, bus: Bus, entries: Sequence[Entry], path: DataPath) -> tuple[Seat, ...]:
@@ -239,20 +235,37 @@ class _Placer:
         self._memory_fd += 1
         return self._memory_fd - 1
 
+    def _check_windows(self) -> int:
+        hole_bytes = hole64_bytes(self._functions)
+        if hole_bytes > MOST_HOLE64_BYTES:
+            message = f"the BARs need {format_size(hole_bytes)} of address space above 4 GiB"
+            expected = f"at most {format_size(MOST_HOLE64_BYTES)}"
+            self._refuse_node(message, expected)
+        bridges = io_bridges(self._functions)
+        if bridges > MOST_IO_BRIDGES:
+            message = f"{bridges} ports lead to devices with I/O ports (engine igb)"
+            self._refuse_node(message, f"at most {MOST_IO_BRIDGES}; other engines need none")
+        return hole_bytes
+
+    def _refuse_node(self, message: str, expected: str = "") -> None:
+        self.problems.append(Problem(self._path, message, expected, at_key=True))
+
     def _check_ids(self) -> None:
         """``gpu0-vram`` as a name of its own would be the identifier of gpu0's VRAM."""
         seen: dict[str, Function] = {}
         for function in self._functions:
             other = seen.setdefault(function.qemu_id, function)
             if other is not function:
-                message = f"the names '{other.name}' and '{function.name}' are too much alike"
-                self.problems.append(Problem(self._path, message, at_key=True))
+                self._refuse_node(
+                    f"the names '{other.name}' and '{function.name}' are too much alike"
+                )
 
     def _check_buses(self) -> None:
         if self._last_bus >= BUS_COUNT:
-            message = f"node '{self._name}' needs {self._last_bus + 1} buses"
-            expected = f"at most {BUS_COUNT}: one for the root, one for each port and each switch"
-            self.problems.append(Problem(self._path, message, expected, at_key=True))
+            self._refuse_node(
+                f"node '{self._name}' needs {self._last_bus + 1} buses",
+                f"at most {BUS_COUNT}: one for the root, one for each port and each switch",
+            )
 
 
 def _single(name: str, role: Role, kind: str, spot: _Spot) -> Function:

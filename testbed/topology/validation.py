@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from testbed.topology.fields import RULE_ERROR, Size, Text, shown
+from testbed.topology.fields import RULE_ERROR, Size, Text, Variable, shown
 from testbed.topology.problem import DataPath, Problem, listing, nearest
 
 Location = tuple[str | int, ...]
@@ -45,9 +46,9 @@ def _explain(details: ErrorDetails, root: type[BaseModel]) -> Problem:
     if kind == "missing":
         field = _field_at(root, location)
         owner = _owner(location, value)
-        return Problem(path[:-1], f"{owner} lacks '{path[-1]}'", _expected_of(field))
+        return Problem(path[:-1], f"{owner} lacks '{path[-1]}'", expected_of(field))
     if kind == "extra_forbidden":
-        keys = _keys(_model_at(root, location[:-1]))
+        keys = keys_of(_model_at(root, location[:-1]))
         message = f"unknown key '{path[-1]}'"
         return Problem(path, message, listing(keys), nearest(path[-1], keys), at_key=True)
     return _wrong_value(path, details, root)
@@ -126,7 +127,7 @@ def _descend(root: type[BaseModel], location: Location) -> tuple[type[BaseModel]
             is_mapping_key = False
         elif _is_union_tag(part) and field is not None:
             model = next(m for m in _models_in(field.annotation) if f"({m.kind})" == part)
-        elif part in (keys := _keys(model)):
+        elif part in (keys := keys_of(model)):
             field = keys[part]
             nested = _models_in(field.annotation)
             model = nested[0] if len(nested) == 1 else model
@@ -134,11 +135,6 @@ def _descend(root: type[BaseModel], location: Location) -> tuple[type[BaseModel]
         else:
             return model, None
     return model, field
-
-
-def _keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """A model's fields by the keys that the file uses for them."""
-    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _models_in(annotation: Any) -> list[Any]:
@@ -152,11 +148,24 @@ def _union_kinds(field: FieldInfo) -> list[str]:
     return [model.kind for model in _models_in(field.annotation)]
 
 
-def _expected_of(field: FieldInfo) -> str:
-    """What a field wants, from the rule that guards it, its choices, or its description."""
-    for rule in field.metadata:
-        if isinstance(rule, Size | Text):
+def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """A model's fields by the keys that the file uses for them."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
+
+
+def expected_of(field: FieldInfo) -> str:
+    """What a field wants: its rule's words or its choices, else its description."""
+    rules = [*field.metadata, *_rules_in(field.annotation)]
+    for rule in rules:
+        if isinstance(rule, Size | Text | Variable):
             return rule.expected
     if get_origin(field.annotation) is Literal:
         return listing(str(choice) for choice in get_args(field.annotation))
     return (field.description or "").rstrip(".")
+
+
+def _rules_in(annotation: Any) -> list[Any]:
+    """What stands in ``Annotated[...]`` within a union such as ``Address | None``."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return []
+    return [rule for member in get_args(annotation) for rule in getattr(member, "__metadata__", ())]
