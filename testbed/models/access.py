@@ -23,6 +23,7 @@ from testbed.models.witness import Event, Path, Witness
 
 CHUNK_BYTES: Final = 8 << 20  # after so much the other devices have their turn
 BOUNCE_BYTES: Final = 1 << 20  # how much is moved at once when it has to pass through this process
+MAX_READ_BYTES: Final = 16 << 20  # what one read may keep: its size often comes from the guest
 READ_TIMEOUT_S: Final = 0.05  # a dropped read, as the completion time-out of a real device
 REFAULTS: Final = 16  # how often a copy's source may vanish while its target is repaired
 
@@ -160,7 +161,9 @@ class Mover:
             await asyncio.sleep(0)
 
     async def read(self, space: Space, address: int, size_bytes: int) -> bytes:
-        """Read all of it, or AccessError."""
+        """Read all of it, or AccessError; also for more than :data:`MAX_READ_BYTES`."""
+        if size_bytes > MAX_READ_BYTES:
+            raise AccessError(Cause.BAD_COMMAND, address, write=False)
         parts = []
         done = 0
         while done < size_bytes:

@@ -157,7 +157,7 @@ class Device:
     # --- to use
 
     async def dma_read(self, address: int, size_bytes: int) -> bytes:
-        """Read at a bus address (an IOVA); AccessError if it faults."""
+        """Read up to 16 MiB at a bus address (an IOVA); AccessError if it faults."""
         return await self.mover.read(self.bus, address, size_bytes)
 
     async def dma_write(self, address: int, data: bytes) -> None:

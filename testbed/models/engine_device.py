@@ -162,7 +162,7 @@ class EngineDevice(Device, ABC, Generic[Record]):
         ring, faults = self.ring, self.faults
         return {
             Common.IDENTITY: lambda: self.identity_word,
-            Common.VERSION: lambda: hw.VERSION,
+            Common.VERSION: lambda: hw.REGISTERS_VERSION,
             Common.STATUS: self._status,
             Common.NOTIFIED: lambda: self._notified,
             Common.INTERRUPT_CAUSE: lambda: self._cause,
@@ -176,6 +176,7 @@ class EngineDevice(Device, ABC, Generic[Record]):
             Common.FAULT_LOST: lambda: faults.lost,
             Common.COMMANDS_DONE: lambda: ring.done,
             Common.PAGE_FAULTS: lambda: faults.total,
+            Common.COMMANDS_FAILED: lambda: ring.failed,
         }
 
     def _make_writers(self) -> dict[int, Callable[[int], None]]:

@@ -24,7 +24,7 @@ MSIX_TABLE_OFFSET: Final = 0x2000
 MSIX_PENDING_OFFSET: Final = 0x3000
 GPU_IDENTITY: Final = 0x55504756  # "VGPU"
 NIC_IDENTITY: Final = 0x434E5256  # "VRNC"
-VERSION: Final = 0x0001_0000
+REGISTERS_VERSION: Final = 0x0001_0000
 LINK_BASE: Final = 0x800
 LINK_STRIDE: Final = 0x40
 MAX_LINKS: Final = 16
@@ -69,6 +69,7 @@ class Common(Register):
     FAULT_LOST = 0x0B8, RO, "faults that found the buffer full"
     COMMANDS_DONE = 0x100, RO, "commands completed since the reset"
     PAGE_FAULTS = 0x104, RO, "page faults since the reset"
+    COMMANDS_FAILED = 0x108, RO, "commands with KEEP_GOING that failed since the reset"
     DOORBELL_TAIL = 0x1000, WO, "the new tail: rings the engine (a page of its own)"
     DOORBELL_NOTIFY = 0x1004, WO, "raises NOTIFY with any value: for peers to ring"
 
@@ -214,6 +215,7 @@ class CommandFlag(Code):
 
     FENCE = 1, "when done, write `fence_value` (as 64 bits) at `fence_address`"
     INTERRUPT = 2, "when done (and the fence is written), raise COMMAND"
+    KEEP_GOING = 4, "if an access fails, count it in COMMANDS_FAILED and take the next command"
 
 
 class Nic(Register):

@@ -17,7 +17,8 @@ from testbed.models.tables import Code, RecordLayout, Register
 ROOT = Path(__file__).resolve().parents[2]
 _CONSTANTS = (
     "VENDOR_ID", "GPU_DEVICE_ID", "NIC_DEVICE_ID", "REGISTER_BAR", "REGISTER_BAR_BYTES",
-    "GPU_IDENTITY", "NIC_IDENTITY", "VERSION", "LINK_BASE", "LINK_STRIDE", "MAX_RING_ENTRIES",
+    "GPU_IDENTITY", "NIC_IDENTITY", "REGISTERS_VERSION", "LINK_BASE", "LINK_STRIDE",
+    "MAX_RING_ENTRIES",
 )  # fmt: skip
 _REGISTERS: tuple[type[Register], ...] = (hw.Common, hw.Gpu, hw.Link, hw.Nic)
 _RECORDS: tuple[RecordLayout[Any], ...] = (hw.COMMAND, hw.WORK_REQUEST, hw.FAULT_RECORD)

@@ -2,14 +2,15 @@
 """A command ring and the engine that takes commands out of it, one after the other.
 
 It runs while there is something in the ring, and not at all otherwise. A command that fails halts
-the engine, with the cause, the command and the address kept; no fence is written for it.
+the engine (unless it says KEEP_GOING), with the cause, the command and the address kept; no fence
+is written for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from testbed.models.access import AccessError, Cause, Mover, Space
 from testbed.models.registers import MAX_RING_ENTRIES, CommandFlag, InterruptCause
@@ -34,6 +35,7 @@ class RingCommand(Protocol):
     def fence_value(self) -> int: ...  # noqa: D102
 
 
+ALL_FLAGS: Final = sum(CommandFlag)
 Record = TypeVar("Record", bound=RingCommand)
 
 
@@ -68,7 +70,7 @@ class Ring(Generic[Record]):
         self.base = self.aperture = self.entries = self.head = self.tail = 0
         self.error: AccessError | None = None
         self.error_command = 0
-        self.done = 0
+        self.done = self.failed = 0
         self.busy = False
 
     def place(self, base: int, aperture: int, entries: int) -> None:
@@ -115,9 +117,15 @@ class Ring(Generic[Record]):
             raise AccessError(Cause.BAD_COMMAND, place, write=False)
         command = self._layout.decode(await self._mover.read(ring, place, size))
         self._witness.event(Event.COMMAND, address=index, detail=str(command.opcode))
-        known = not command.flags & ~(CommandFlag.FENCE | CommandFlag.INTERRUPT)
-        if not (known and await self._execute(command)):
-            raise AccessError(Cause.BAD_COMMAND, place, write=False)
+        try:
+            known = not command.flags & ~ALL_FLAGS
+            if not (known and await self._execute(command)):
+                raise AccessError(Cause.BAD_COMMAND, place, write=False)
+        except AccessError:
+            if not command.flags & CommandFlag.KEEP_GOING:
+                raise
+            self.failed += 1
+            return
         if command.flags & CommandFlag.FENCE:
             space = self._space_of(command.fence_aperture)
             if space is None:

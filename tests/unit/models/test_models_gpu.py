@@ -222,6 +222,13 @@ class TestErrors:
         bench.run(Command(Opcode.SIGNAL, target=0, value=1))
         assert bench.vram.view[0] == 1
 
+    def test_a_command_may_fail_and_let_the_others_go_on(self, bench: Bench) -> None:
+        bad = copy(0x9_0000_0000, 0, 16, of=1)._replace(flags=CommandFlag.KEEP_GOING)
+        bench.run(bad, bad, Command(Opcode.SIGNAL, target=0, value=1))
+        assert bench.vram.view[0] == 1
+        assert bench.read(Common.COMMANDS_FAILED) == 2
+        assert len(bench.qemu.faults) == 2
+
     def test_what_came_before_the_fault_is_done(self, bench: Bench) -> None:
         bench.vram.view[: 2 * 4096] = b"\x5a" * 8192
         end = RAM + RAM_BYTES
