@@ -11,6 +11,7 @@ import contextlib
 import json
 import mmap
 import os
+import select
 import signal
 import socket
 import struct
@@ -310,18 +311,19 @@ class Keeper:
         self._reap()
 
     def _kill_keeper(self) -> None:
+        """Returns when the process has ended, and with it its hold on the rack's lock."""
         with contextlib.suppress(ProcessLookupError):
             pidfd = os.pidfd_open(self.pid)
             try:
-                # The connection still stands, so the number is still the keeper's.
-                if not self._gone:
+                if not self._gone:  # the connection stands, so the number is still the keeper's
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                poll = select.poll()
+                poll.register(pidfd, select.POLLIN)
+                ended = poll.poll(CALL_TIMEOUT_S * 1000)
             finally:
                 os.close(pidfd)
-        for _ in self._wait(CALL_TIMEOUT_S):
-            if self._gone:
-                return
-        raise HostError(f"rack '{self.name}': its keeper (pid {self.pid}) survived SIGKILL")
+            if not ended:
+                raise HostError(f"rack '{self.name}': its keeper (pid {self.pid}) survived SIGKILL")
 
     def _reap(self) -> None:
         """A dead child stays in the process table until its parent has asked for its status."""

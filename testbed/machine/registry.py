@@ -267,16 +267,18 @@ def clean_folder(folder: Path) -> bool:
     with _stale_lock(folder) as stale:
         if stale:
             remove_runtime_folder(str(folder))
-        return stale
+    return stale or not folder.exists()
 
 
 @contextlib.contextmanager
 def _stale_lock(folder: Path) -> Iterator[bool]:
-    """Inside: whether the folder is nobody's (or gone), and ours alone if it is there."""
+    """Inside: whether the folder is there and nobody's, and then it is ours alone."""
     try:
         fd = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        yield True  # a rack's folder has its lock from the first moment
+        # A rack has its lock from the first moment: this one is gone, and its name may be taken
+        # again in the next. A name in the making or on its way out is used once.
+        yield folder.name.startswith(".")
         return
     try:
         try:

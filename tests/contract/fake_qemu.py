@@ -72,7 +72,7 @@ def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
         case "echo":
             lines[0]["return"] = arguments
         case "noise":
-            lines += [event("NOISE", {"n": n}) for n in range(3)]
+            lines[:0] = [event("NOISE", {"n": n}) for n in range(3)]
         case "device_del" if arguments["id"] == "loved":
             lines.append(event("DEVICE_UNPLUG_GUEST_ERROR", {"device": "loved"}))
         case "device_del" if arguments["id"] != "stuck":

@@ -27,7 +27,7 @@ def fake_qemu(
 
 
 def fake_helper(
-    name: str, node: str = "host0", *, ready_timeout_s: float = 5.0, **options: Any
+    name: str, node: str = "host0", *, ready_timeout_s: float = 20.0, **options: Any
 ) -> HelperCommand:
     """A helper that is ready when ``NAME.sock`` exists; fake_qemu.py makes it with `touch`."""
     return HelperCommand(
@@ -39,7 +39,7 @@ def fake_helper(
     )
 
 
-def eventually(true: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+def eventually(true: Callable[[], bool], timeout_s: float = 10.0) -> bool:
     """Whether it becomes true in time."""
     deadline_s = time.monotonic() + timeout_s
     while not true():

@@ -92,8 +92,8 @@ def test_what_a_qemu_inherits(start: StartRack, run_folder: Path, base: Path) ->
     os.set_inheritable(leak, True)
     os.set_inheritable(other, True)
     try:
-        # Descriptors whose targets are each other's likely sources.
-        low = tuple(MemoryFd(fd, f"gpu{fd}.vram", 4096) for fd in range(4, 12))
+        # Targets that are each other's sources in the keeper, where memory is numbered upwards.
+        low = tuple(MemoryFd(fd, f"gpu{fd}.vram", 4096) for fd in range(20, 3, -1))
         keeper = start(fake_qemu(memory=(*low, VRAM), report=True))
         assert eventually(lambda: said(run_folder).endswith("}\n"))
     finally:
@@ -104,7 +104,7 @@ def test_what_a_qemu_inherits(start: StartRack, run_folder: Path, base: Path) ->
     log = str(run_folder / "host0/qemu.log")
     assert (fds.pop("0"), fds.pop("1"), fds.pop("2")) == ("/dev/null", log, log)
     assert fds.pop("100") == "/memfd:host0/gpu0.vram (deleted)"
-    for fd in range(4, 12):
+    for fd in range(4, 21):
         assert fds.pop(str(fd)) == f"/memfd:host0/gpu{fd}.vram (deleted)"
     assert not fds
     assert report["folder"] == str(base / "racks/rack/host0")
@@ -219,14 +219,13 @@ def test_a_helper_that_ends_is_not_waited_for(start: StartRack) -> None:
 
 
 def test_an_old_ready_socket_does_not_count(start: StartRack, base: Path) -> None:
-    helper = fake_helper("model", ready_timeout_s=0.3, touch=[0, "model.sock"])
-    keeper = start(helper, fake_qemu())
+    keeper = start(fake_helper("model", touch=[0, "model.sock"]), fake_qemu())
     keeper.kill("model")
     assert keeper.wait_exit("model", 5)
     assert (base / "racks/rack/host0/model.sock").exists()
     with pytest.raises(LaunchError, match="not ready"):
         keeper.start(fake_helper("model", ready_timeout_s=0.3))
-    assert keeper.exit_of("host0") is None  # a failed restart is not the rack's end
+    assert keeper.wait_exit("host0", 0.2) is None  # a failed restart is not the rack's end
 
 
 def test_the_keeper_stays_when_all_machines_ended(start: StartRack, base: Path) -> None:

