@@ -80,7 +80,8 @@ def ground(rack: LiveRack, pair: Pair, mutation: Mutation) -> Iterator[Ground]:
     """The node's first pair, ready, on a bench that all tests share."""
     bench = shared_bench(rack, pair.node, mutation)
     yield Ground.of(bench, pair)
-    bench.clean()
+    if rack.is_running:
+        bench.clean()
 
 
 @pytest.fixture
@@ -88,7 +89,8 @@ def each_ground(rack: LiveRack, each_pair: Pair, mutation: Mutation) -> Iterator
     """As ``ground``, once for each kind of path."""
     bench = shared_bench(rack, each_pair.node, mutation)
     yield Ground.of(bench, each_pair)
-    bench.clean()
+    if rack.is_running:
+        bench.clean()
 
 
 @pytest.fixture

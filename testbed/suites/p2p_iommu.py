@@ -48,7 +48,7 @@ pytest_plugins = ["testbed.suites.p2p_fixtures"]
 def give_back(rack: LiveRack) -> Iterator[None]:
     """At the module's end the devices go back to their drivers, in a rack that lives on."""
     yield
-    if not rack.ours:
+    if rack.is_running and not rack.ours:
         rack.drop_all()
 
 

@@ -96,12 +96,17 @@ class LiveRack:
         return self._source.restartable
 
     @property
+    def is_running(self) -> bool:
+        """A machine is there to be used: booted, and not ended by the session."""
+        future = self._future
+        return future is not None and future.done() and future.exception() is None
+
+    @property
     def is_dead(self) -> bool:
         """It was running, and one of its machines is not any more."""
-        future = self._future
-        if future is None or not future.done() or future.exception() is not None:
+        if self._future is None or not self.is_running:
             return False
-        return not all(node.alive for node in future.result().nodes.values())
+        return not all(node.alive for node in self._future.result().nodes.values())
 
     def once(
         self, key: object, make: Callable[[Rack], T], close: Callable[[T], None] = lambda _: None

@@ -152,6 +152,8 @@ class ConformanceSession:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Note how the phase ended; after the last one, the outcome is there."""
         report = yield
+        if call.excinfo is not None and _was_interrupted(call.excinfo.value):
+            raise KeyboardInterrupt
         endings = item.stash.setdefault(_ENDINGS, [])
         ending = _ending_of(report, call)
         if ending is not None:
@@ -191,7 +193,10 @@ class ConformanceSession:
         lost = any(ending.verdict is Verdict.LOST for ending in endings)
         for rack in self.pool.all():
             if rack.is_dead or (lost and rack.touched):
-                rack.lost(_test_name(item))
+                try:
+                    rack.lost(_test_name(item))
+                except Exception as failure:  # the tests that follow still have their say
+                    self._emit_failed_end(failure)
             rack.touched = False
 
     def pytest_report_teststatus(
@@ -211,12 +216,26 @@ class ConformanceSession:
         """Ctrl-C: the tests not yet run have no outcome. Pytest's own stop is none."""
         self.interrupted = not isinstance(excinfo.value, pytest.Session.Interrupted)
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
         """End the racks; a rack that will not end is an ERROR of the run."""
         self._announce(len(self.outcomes))
         for failure in self.pool.close(wait=not self.interrupted):
-            self._emit(Outcome((), "end of the rack", Verdict.ERROR, _first_line(str(failure))))
+            self._emit_failed_end(failure)
         self._on_end(self)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """pytest shows failures and errors; what was LOST would have no place."""
+        lost = [outcome for outcome in self.outcomes if outcome.verdict is Verdict.LOST]
+        if lost:
+            terminalreporter.section("LOST")
+        for outcome in lost:
+            terminalreporter.line(f"{outcome.title}: {outcome.reason}")
+            for line in outcome.console_tail.splitlines():
+                terminalreporter.line(f"    {line}")
+
+    def _emit_failed_end(self, failure: Exception) -> None:
+        self._emit(Outcome((), "end of the rack", Verdict.ERROR, _first_line(str(failure))))
 
     def _announce(self, tests: int) -> None:
         if not self._planned:
@@ -251,6 +270,15 @@ def _ending_of(report: pytest.TestReport, call: pytest.CallInfo[None]) -> _Endin
         case _:
             reason = f"{type(error).__name__}: {reason}"
     return _Ending(verdict, reason, details)
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Ctrl-C came first, and what a test did to clean up after it failed."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def _is_skip(ending: _Ending) -> bool:

@@ -145,6 +145,9 @@ class TestDeath:
         run = Run(tmp_path, self.BODY, {"dies_on": "iommu.groups"})
         assert run.verdicts == [PASS, LOST, PASS]
         assert run.outcomes["dies"].console_tail == "Kernel panic"
+        log = (tmp_path / "pytest.log").read_text()
+        assert "= LOST =" in log
+        assert "dies: the channel closed\n    Kernel panic" in log
         assert len(run.source.racks) == 2
         assert all(rack.closed for rack in run.source.racks)
         assert run.result.code is ExitCode.LOST
@@ -291,6 +294,30 @@ def test_an_interrupt_keeps_what_was_found(tmp_path: Path) -> None:
         "# interrupted",
     ]
     assert all(rack.closed for rack in run.source.racks)
+
+
+def test_an_interrupt_is_not_taken_for_what_clean_up_then_meets(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path,
+        """
+        @pytest.fixture
+        def tidy(rack):
+            yield
+            if rack.is_running:
+                call(rack)
+
+        def test_one(rack, tidy):
+            try:
+                raise KeyboardInterrupt
+            finally:
+                call(rack, "iommu.groups")
+
+        def test_two(rack): call(rack)
+        """,
+        {"dies_on": "iommu.groups"},
+    )
+    assert run.verdicts == []
+    assert run.result.code is ExitCode.INTERRUPTED
 
 
 def test_tests_print_nothing_into_the_results(tmp_path: Path) -> None:
