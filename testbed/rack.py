@@ -13,7 +13,6 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from mmap import mmap
 from pathlib import Path
 from types import TracebackType
@@ -398,9 +397,22 @@ NodeCall = Callable[[RackNode], Any]
 
 
 def on_all(rack: Rack, call: NodeCall) -> dict[str, Any]:
-    """Do ``call`` on every node at once; the first error is raised after all have ended."""
-    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415
+    """Do ``call`` on every node at once; the first error is raised after all have ended.
 
-    with ThreadPoolExecutor(max_workers=max(1, len(rack.nodes))) as pool:
-        futures = {n: pool.submit(partial(call, node)) for n, node in rack.nodes.items()}
-        return {name: future.result() for name, future in futures.items()}
+    An interrupt waits for none of them: closing the rack ends their machines, and so the calls.
+    """
+    from concurrent.futures import Future, wait  # noqa: PLC0415
+
+    def run(node: RackNode, answer: Future[Any]) -> None:
+        try:
+            answer.set_result(call(node))
+        except BaseException as error:  # raised where it is waited for
+            answer.set_exception(error)
+
+    answers: dict[str, Future[Any]] = {}
+    for name, node in rack.nodes.items():
+        answers[name] = Future()
+        # Daemons: an executor's threads would hold up the end of an interrupted process.
+        threading.Thread(target=run, args=(node, answers[name]), daemon=True).start()
+    wait(answers.values())
+    return {name: answer.result() for name, answer in answers.items()}
