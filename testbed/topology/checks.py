@@ -60,8 +60,8 @@ def _link_problems(topology: Topology) -> Iterator[Problem]:
             if end not in gpus:
                 yield _no_such_gpu(end, ("links", index, "between", side), gpus)
         if len(link.between) != 2:
-            message = f"a link with {len(link.between)} ends"
-            yield Problem(("links", index, "between"), message, expected="two ends")
+            message = f"a link has two ends, and this one {len(link.between)}"
+            yield Problem(("links", index, "between"), message)
             continue
         first, second = link.between
         if first == second:

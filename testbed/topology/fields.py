@@ -156,7 +156,7 @@ class Text:
 def shown(value: object) -> str:
     """A value as the user would recognize it, and not a page of it."""
     if value is None:
-        return "empty"
+        return "an empty value"
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, list | tuple):

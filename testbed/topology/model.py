@@ -263,6 +263,8 @@ _Device = (
 )
 RootEntry = Annotated[Annotated[RootPort, Tag("(root_port)")] | _Device, Discriminator(_tag_of)]
 BelowEntry = Annotated[Annotated[Switch, Tag("(switch)")] | _Device, Discriminator(_tag_of)]
+Switch.model_rebuild()
+RootPort.model_rebuild()
 Entry = RootPort | Switch | Gpu | Nic | Nvme | Passthrough
 
 
@@ -323,7 +325,7 @@ def from_data(data: Mapping[str, Any]) -> Topology:
 
     Unlike the loader it runs no template and knows no line numbers: for stored records.
     """
-    return Topology.model_validate(dict(data))
+    return Topology.model_validate(data)
 
 
 def with_overrides(

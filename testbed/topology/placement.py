@@ -237,7 +237,9 @@ class _Placer:
 
     def _check_windows(self) -> int:
         hole_bytes = hole64_bytes(self._functions)
-        if hole_bytes > MOST_HOLE64_BYTES:
+        # With a passed-through device the host's own width counts, and QEMU checks it.
+        is_emulated = all(f.role is not Role.PASSTHROUGH for f in self._functions)
+        if is_emulated and hole_bytes > MOST_HOLE64_BYTES:
             message = f"the BARs need {format_size(hole_bytes)} of address space above 4 GiB"
             expected = f"at most {format_size(MOST_HOLE64_BYTES)}"
             self._refuse_node(message, expected)

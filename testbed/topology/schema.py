@@ -111,5 +111,4 @@ def _default(field: FieldInfo) -> str:
 def _values(field: FieldInfo) -> str:
     if field.annotation is bool:
         return "true or false"
-    expected = expected_of(field)
-    return "" if expected == (field.description or "").rstrip(".") else expected
+    return expected_of(field)

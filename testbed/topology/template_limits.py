@@ -8,6 +8,7 @@ or method calls; each arithmetic result and each loop is bounded.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -48,7 +49,9 @@ class Environment(SandboxedEnvironment):
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(undefined=StrictUndefined, keep_trailing_newline=True, **options)
+        super().__init__(
+            undefined=StrictUndefined, keep_trailing_newline=True, finalize=as_yaml, **options
+        )
         self.globals.clear()
         self.globals["range"] = bounded_range
         self.globals[_TICK] = self._tick
@@ -87,6 +90,12 @@ class Environment(SandboxedEnvironment):
         return result
 
 
+def as_yaml(value: Any) -> Any:
+    """An expression's value as YAML writes it; text goes in as it is."""
+    is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
+    return value if is_plain or isinstance(value, StrictUndefined) else json.dumps(value)
+
+
 def bounded_range(*bounds: int) -> range:
     """Python's ``range`` of at most :data:`MOST_RANGE` numbers."""
     numbers = range(*bounds)
@@ -104,8 +113,8 @@ def _restrict(node: nodes.Node) -> None:
     if isinstance(node, nodes.Call):
         _check_call(node)
     elif isinstance(node, nodes.Filter) and node.name not in _FILTERS:
-        known = listing(sorted(_FILTERS))
-        raise TemplateSyntaxError(f"there is no filter '{node.name}' here; {known}", node.lineno)
+        message = f"there is no filter '{node.name}' here; expected {listing(sorted(_FILTERS))}"
+        raise TemplateSyntaxError(message, node.lineno)
     elif isinstance(node, nodes.For) and node.recursive:
         raise TemplateSyntaxError("a recursive loop is not allowed", node.lineno)
     elif not isinstance(node, (*_STATEMENTS, *_EXPRESSIONS)):

@@ -46,7 +46,7 @@ def _explain(details: ErrorDetails, root: type[BaseModel]) -> Problem:
     if kind == "missing":
         field = _field_at(root, location)
         owner = _owner(location, value)
-        return Problem(path[:-1], f"{owner} lacks '{path[-1]}'", expected_of(field))
+        return Problem(path[:-1], f"{owner} lacks '{path[-1]}'", expected_of(field, short=True))
     if kind == "extra_forbidden":
         keys = keys_of(_model_at(root, location[:-1]))
         message = f"unknown key '{path[-1]}'"
@@ -62,7 +62,7 @@ def _wrong_value(path: DataPath, details: ErrorDetails, root: type[BaseModel]) -
         choices = [str(choice) for choice in get_args(field.annotation)]
         return Problem(path, _is(path, value), listing(choices), nearest(value, choices))
     if "min_length" in context:
-        return Problem(path, f"'{path[-1]}' is empty", f"at least {context['min_length']}")
+        return Problem(path, f"'{path[-1]}' is empty", "at least one entry")
     bounds = {"ge": "at least", "le": "at most"}
     limits = [f"{words} {context[name]}" for name, words in bounds.items() if name in context]
     expected = limits[0] if limits else _EXPECTED.get(details["type"], details["msg"])
@@ -153,15 +153,16 @@ def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
-def expected_of(field: FieldInfo) -> str:
-    """What a field wants: its rule's words or its choices, else its description."""
-    rules = [*field.metadata, *_rules_in(field.annotation)]
-    for rule in rules:
-        if isinstance(rule, Size | Text | Variable):
+def expected_of(field: FieldInfo, *, short: bool = False) -> str:
+    """What a field wants: its rule's words (``short``: its name), its choices, or ""."""
+    for rule in (*field.metadata, *_rules_in(field.annotation)):
+        if isinstance(rule, Text):
+            return rule.what if short else rule.expected
+        if isinstance(rule, Size | Variable):
             return rule.expected
     if get_origin(field.annotation) is Literal:
         return listing(str(choice) for choice in get_args(field.annotation))
-    return (field.description or "").rstrip(".")
+    return ""
 
 
 def _rules_in(annotation: Any) -> list[Any]:

@@ -101,8 +101,10 @@ def _events(text: str) -> list[yaml.Event]:
         try:
             return list(yaml.parse(text, Loader=yaml.SafeLoader))
         except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
             words = [part for part in (error.context, error.problem) if part]
+            # What is never closed is shown where it opens.
+            is_open = "end of stream" in (error.problem or "") and error.context_mark
+            mark = error.context_mark if is_open else error.problem_mark
             index = mark.index if mark else 0
             raise _YamlFault(Fault(index, f"not YAML: {', '.join(words)}")) from None
         except yaml.YAMLError as error:
