@@ -9,8 +9,8 @@ hot-plug: neither of the two reserves bus numbers for it unless told to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import assert_never
 
 from testbed.errors import Diagnostic, InputError
@@ -97,6 +97,43 @@ class _Spot:
     number: int
     shared: bool
 
+    def function(
+        self,
+        name: str,
+        role: Role,
+        kind: str,
+        *,
+        device: str = "",
+        buses: tuple[int, int] = (0, 0),
+        acs: bool = False,
+        chassis: int = 0,
+        port: int = 0,
+        vram_size_bytes: int = 0,
+        memory_fd: int = 0,
+        options: Mapping[str, str | int | bool] | None = None,
+    ) -> Function:
+        """The function that stands here; ``device`` if its name is not the entry's own."""
+        return Function(
+            name=name,
+            device=device or name,
+            role=role,
+            kind=kind,
+            qemu_id=_qemu_id(name),
+            parent=self.parent,
+            bus=self.bus,
+            slot=self.slot,
+            number=self.number,
+            multifunction=self.shared,
+            secondary_bus=buses[0],
+            subordinate_bus=buses[1],
+            acs=acs,
+            chassis=chassis,
+            port=port,
+            vram_size_bytes=vram_size_bytes,
+            memory_fd=memory_fd,
+            options=options or {},
+        )
+
 
 class _Placer:
     """One node's placement; functions are appended parents first."""
@@ -120,9 +157,10 @@ class _Placer:
         if iommu.kind == "amd" or (iommu.kind == "virtio" and iommu.mode != "off"):
             reserved[IOMMU_SLOT] = f"the IOMMU '{IOMMU_NAME}'"
             spot = _Spot("", 0, IOMMU_SLOT, 0, shared=False)
-            self._functions.append(_single(IOMMU_NAME, Role.IOMMU, f"{iommu.kind}-iommu", spot))
+            kind = f"{iommu.kind}-iommu"
+            self._functions.append(spot.function(IOMMU_NAME, Role.IOMMU, kind))
         spot = _Spot("", 0, NETWORK_SLOT, 0, shared=False)
-        self._functions.append(_single(NETWORK_NAME, Role.NETWORK, "virtio-net", spot))
+        self._functions.append(spot.function(NETWORK_NAME, Role.NETWORK, "virtio-net"))
 
         bus = Bus("the root bus", reserved, FIRST_FREE_SLOT)
         for seat in self._seats(bus, self._node.pcie, self._path):
@@ -148,79 +186,100 @@ class _Placer:
             case Gpu():
                 self._place_gpu(entry, spot)
             case Nic():
-                self._functions.append(_single(entry.name, Role.ENGINE, entry.engine, spot))
+                self._functions.append(spot.function(entry.name, Role.ENGINE, entry.engine))
             case Nvme():
                 options = {"size_bytes": entry.size_bytes, "cmb_bytes": entry.cmb_bytes or 0}
-                nvme = _single(entry.name, Role.NVME, "nvme", spot)
+                memory_fd = self._next_memory_fd()
                 self._functions.append(
-                    replace(nvme, memory_fd=self._next_memory_fd(), options=options)
+                    spot.function(
+                        entry.name, Role.NVME, "nvme", memory_fd=memory_fd, options=options
+                    )
                 )
             case Passthrough():
-                card = _single(entry.name, Role.PASSTHROUGH, "vfio", spot)
-                self._functions.append(replace(card, options={"host": entry.host}))
+                host = {"host": entry.host}
+                self._functions.append(
+                    spot.function(entry.name, Role.PASSTHROUGH, "vfio", options=host)
+                )
             case _:
                 assert_never(entry)
 
     def _place_root_port(self, entry: RootPort, path: DataPath, spot: _Spot) -> None:
-        port = replace(
-            _single(entry.name, Role.ROOT_PORT, "port", spot),
-            acs=entry.acs == "redirect",
-            chassis=self._next_chassis(),
-            port=self._root_ports,
-        )
-        self._root_ports += 1
         for index, child in enumerate(entry.below):
             if child.slot_and_function not in (None, (0, 0)):
                 message = f"{child.address}: below a port there is one address only"
                 place = (*path, "below", index, "address")
                 self.problems.append(Problem(place, message, expected="00.0"))
-        below = [(child, (*path, "below", index)) for index, child in enumerate(entry.below)]
-        self._place_port(port, below)
+        number = self._root_ports
+        self._root_ports += 1
+        position, chassis = len(self._functions), self._next_chassis()
+        buses = self._place_below(
+            entry.name, [(child, (*path, "below", i)) for i, child in enumerate(entry.below)]
+        )
+        port = spot.function(
+            entry.name,
+            Role.ROOT_PORT,
+            "port",
+            buses=buses,
+            acs=entry.acs == "redirect",
+            chassis=chassis,
+            port=number,
+        )
+        self._functions.insert(position, port)
 
     def _place_switch(self, entry: Switch, path: DataPath, spot: _Spot) -> None:
-        position = len(self._functions)
-        upstream = _single(entry.name, Role.SWITCH_UPSTREAM, "port", spot)
-        self._functions.append(upstream)
+        upstream_position = len(self._functions)
         bus = self._next_bus()
         rules = Bus(f"the switch '{entry.name}'", for_ports=True)
         for number, seat in enumerate(self._seats(rules, entry.below, (*path, "below"))):
-            place = _Spot(upstream.qemu_id, bus, seat.slot, seat.number, seat.shared)
+            place = _Spot(_qemu_id(entry.name), bus, seat.slot, seat.number, seat.shared)
             name = f"{entry.name}.port{number}"
-            port = replace(
-                _function(name, entry.name, Role.SWITCH_DOWNSTREAM, "port", place),
+            position, chassis = len(self._functions), self._next_chassis()
+            port = place.function(
+                name,
+                Role.SWITCH_DOWNSTREAM,
+                "port",
+                device=entry.name,
+                buses=self._place_below(name, [(seat.entry, seat.path)]),
                 acs=entry.acs == "redirect",
-                chassis=self._next_chassis(),
+                chassis=chassis,
                 port=number,
             )
-            self._place_port(port, [(seat.entry, seat.path)])
-        self._functions[position] = replace(
-            upstream, secondary_bus=bus, subordinate_bus=self._last_bus
+            self._functions.insert(position, port)
+        upstream = spot.function(
+            entry.name, Role.SWITCH_UPSTREAM, "port", buses=(bus, self._last_bus)
         )
+        self._functions.insert(upstream_position, upstream)
 
-    def _place_port(self, port: Function, below: Sequence[tuple[Entry, DataPath]]) -> None:
-        """A port and what its link leads to, which is always at slot 0 of its own bus."""
-        position = len(self._functions)
-        self._functions.append(port)
+    def _place_below(
+        self, port_name: str, entries: Sequence[tuple[Entry, DataPath]]
+    ) -> tuple[int, int]:
+        """What a port's link leads to, always at slot 0 of a bus of its own; the buses it took."""
         bus = self._next_bus()
-        for entry, path in below:
-            self._place(Seat(entry, path, 0, 0), _Spot(port.qemu_id, bus, 0, 0, shared=False))
-        self._functions[position] = replace(port, secondary_bus=bus, subordinate_bus=self._last_bus)
+        spot = _Spot(_qemu_id(port_name), bus, 0, 0, shared=False)
+        for entry, path in entries:
+            self._place(Seat(entry, path, 0, 0), spot)
+        return bus, self._last_bus
 
     def _place_gpu(self, entry: Gpu, spot: _Spot) -> None:
         """Function 0 is the VRAM, 1 the engine, 2 the doorbell where the engine is not its own."""
         name = entry.name
-        spot = replace(spot, shared=True)
-        vram = _function(f"{name}.vram", name, Role.VRAM, "ivshmem", spot)
-        engine_spot = replace(spot, number=1)
-        engine = _function(f"{name}.engine", name, Role.ENGINE, entry.engine, engine_spot)
+        vram, engine, doorbell = (
+            _Spot(spot.parent, spot.bus, spot.slot, number, shared=True) for number in range(3)
+        )
         self._functions += [
-            replace(vram, vram_size_bytes=entry.vram_bytes, memory_fd=self._next_memory_fd()),
-            engine,
+            vram.function(
+                f"{name}.vram",
+                Role.VRAM,
+                "ivshmem",
+                device=name,
+                vram_size_bytes=entry.vram_bytes,
+                memory_fd=self._next_memory_fd(),
+            ),
+            engine.function(f"{name}.engine", Role.ENGINE, entry.engine, device=name),
         ]
         if entry.doorbell and entry.engine != "edu":
-            doorbell_spot = replace(spot, number=2)
             self._functions.append(
-                _function(f"{name}.doorbell", name, Role.DOORBELL, "edu", doorbell_spot)
+                doorbell.function(f"{name}.doorbell", Role.DOORBELL, "edu", device=name)
             )
 
     def _next_bus(self) -> int:
@@ -270,21 +329,5 @@ class _Placer:
             )
 
 
-def _single(name: str, role: Role, kind: str, spot: _Spot) -> Function:
-    """A function that is its entry's first or only one, and bears its name."""
-    return _function(name, name, role, kind, spot)
-
-
-def _function(name: str, device: str, role: Role, kind: str, spot: _Spot) -> Function:
-    return Function(
-        name=name,
-        device=device,
-        role=role,
-        kind=kind,
-        qemu_id=name.replace(".", "-"),
-        parent=spot.parent,
-        bus=spot.bus,
-        slot=spot.slot,
-        number=spot.number,
-        multifunction=spot.shared,
-    )
+def _qemu_id(name: str) -> str:
+    return name.replace(".", "-")
