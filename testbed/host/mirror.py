@@ -22,6 +22,8 @@ _SCHEMES = ("http", "https", "mirror", "mirror+", "tor+http", "file", "copy")
 # complete suite, and not a partial one such as trixie-updates.
 _DEBIAN_SUITE = re.compile(r"^(stable|testing|unstable|oldstable|sid|[a-z]+)$")
 _KEYRING = re.compile(r"debian-archive-")
+_ANY_SUITE = "stable"  # a mirror has all of them
+_ROLLING = frozenset({"stable", "testing", "unstable", "sid"})
 _MMDEBSTRAP_TIMEOUT_S = 30
 
 
@@ -100,13 +102,14 @@ def read_sources(folder: Path = APT_FOLDER) -> list[Source]:
     return found
 
 
-def debian_mirror(sources: Iterable[Source], codename: str = "") -> str | None:
-    """The first entry that is Debian's own main archive, or None.
+def debian_mirror(sources: Iterable[Source], codename: str) -> str | None:
+    """The mirror of Debian's own main archive among the host's sources, or None.
 
     Sure: it is signed with Debian's keyring. Likely: it serves ``main`` of the host's own release
-    and has no key of its own (third parties bring their own). Anything else is a third party's.
+    without a key of its own. Possible: the same with a rolling suite, whose names third parties
+    use too. Anything else is a third party's.
     """
-    likely = None
+    found: list[tuple[int, str]] = []
     for source in sources:
         if "deb" not in source.types or "main" not in source.components:
             continue
@@ -116,10 +119,12 @@ def debian_mirror(sources: Iterable[Source], codename: str = "") -> str | None:
         if not usable:
             continue
         if _KEYRING.search(source.signed_by):
-            return usable[0]
-        if not source.signed_by and (not codename or codename in source.suites):
-            likely = likely or usable[0]
-    return likely
+            found.append((0, usable[0]))
+        elif not source.signed_by and codename in source.suites:
+            found.append((1, usable[0]))
+        elif not source.signed_by and not _ROLLING.isdisjoint(source.suites):
+            found.append((2, usable[0]))
+    return min(found, key=lambda ranked: ranked[0])[1] if found else None
 
 
 def os_release(path: Path = Path("/etc/os-release")) -> Mapping[str, str]:
@@ -136,8 +141,8 @@ def os_release(path: Path = Path("/etc/os-release")) -> Mapping[str, str]:
     return values
 
 
-def mmdebstrap_default(suite: str) -> str | None:
-    """The mirror that mmdebstrap would take for ``suite``; None if it is not installed.
+def mmdebstrap_default() -> str | None:
+    """The mirror of Debian that mmdebstrap would take; None if it is not installed.
 
     mmdebstrap writes its choice into the new root's sources.list before anything else, so a hook
     that prints that file and fails is all it takes; nothing is downloaded. ``chrootless`` needs
@@ -151,7 +156,7 @@ def mmdebstrap_default(suite: str) -> str | None:
         "--variant=extract",
         "--format=null",
         '--setup-hook=cat "$1"/etc/apt/sources.list >&2; exit 1',
-        suite,
+        _ANY_SUITE,
         "-",
     ]
     try:
@@ -167,8 +172,8 @@ def mmdebstrap_default(suite: str) -> str | None:
         return None
     except subprocess.TimeoutExpired as error:
         raise MirrorError("mmdebstrap did not say which mirror it would use") from error
-    sources = [s for s in parse_one_line(done.stderr) if suite in s.suites]
-    chosen = debian_mirror([Source(s.types, s.uris, s.suites, s.components) for s in sources])
+    sources = [s for s in parse_one_line(done.stderr) if _ANY_SUITE in s.suites]
+    chosen = debian_mirror([Source(s.types, s.uris, s.suites, s.components) for s in sources], "")
     if chosen is None:
         raise MirrorError(
             f"mmdebstrap did not say which mirror it would use: {done.stderr.strip()[-300:]}",
@@ -205,6 +210,6 @@ def choose(
     return found
 
 
-def host_mirror(option: str | None, suite: str) -> str:
+def host_mirror(option: str | None) -> str:
     """:func:`choose` for this very host."""
-    return choose(option, os_release(), read_sources(), lambda: mmdebstrap_default(suite))
+    return choose(option, os_release(), read_sources(), mmdebstrap_default)

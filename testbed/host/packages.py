@@ -137,7 +137,7 @@ def _read(name: str, key: str, cache: Path) -> PackageRoot | None:
 
 
 def _make(name: str, entry: PackageSet, options: SetupOptions) -> PackageRoot:
-    source = mirror.host_mirror(options.mirror, entry.suites[0])
+    source = mirror.host_mirror(options.mirror)
     state = options.cache / "apt" / _file_name(name)
     manager = apt.Apt(state, entry, source, options.cancelled)
     options.progress.say(f"{name}: reading the index of {', '.join(entry.suites)} from {source}")

@@ -100,7 +100,7 @@ def _host() -> Iterator[Finding]:
     yield _checked("cache", _cache)
     yield _checked("runtime folder", lambda: Finding("", "ok", str(paths.runtime_dir())))
     yield _packages_tools()
-    yield _checked("mirror", lambda: Finding("", "ok", mirror.host_mirror(None, "stable")))
+    yield _checked("mirror", lambda: Finding("", "ok", mirror.host_mirror(None)))
 
 
 def _measured(

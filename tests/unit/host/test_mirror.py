@@ -86,6 +86,13 @@ def test_third_parties_are_passed_over() -> None:
     assert mirror.debian_mirror(sources, "trixie") == "http://f.test/debian"
 
 
+def test_a_rolling_host() -> None:
+    browser, debian = source("http://a.test/browser", "stable"), source("http://b.test/debian")
+    assert mirror.debian_mirror([browser, debian], "trixie") == "http://b.test/debian"
+    rolling = source("http://c.test/debian", "testing")
+    assert mirror.debian_mirror([rolling], "forky") == "http://c.test/debian"
+
+
 def test_debians_own_key_decides() -> None:
     sources = [
         source("http://a.test/other"),
@@ -139,20 +146,20 @@ def fake_mmdebstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_mmdebstrap_would_use(fake_mmdebstrap: Path) -> None:
     fake_mmdebstrap.write_text(
-        "deb http://m.test/debian trixie main\ndeb http://s.test/s trixie-security main\n"
+        "deb http://m.test/debian stable main\ndeb http://s.test/s stable-security main\n"
     )
-    assert mirror.mmdebstrap_default("trixie") == "http://m.test/debian"
+    assert mirror.mmdebstrap_default() == "http://m.test/debian"
 
 
 def test_mmdebstrap_that_says_nothing(fake_mmdebstrap: Path) -> None:
     fake_mmdebstrap.write_text("")
     with pytest.raises(MirrorError, match="did not say"):
-        mirror.mmdebstrap_default("trixie")
+        mirror.mmdebstrap_default()
 
 
 def test_no_mmdebstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert mirror.mmdebstrap_default("trixie") is None
+    assert mirror.mmdebstrap_default() is None
 
 
 def test_os_release(tmp_path: Path) -> None:
