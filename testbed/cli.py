@@ -37,6 +37,7 @@ VERBS = {
     "schema": ("topology", "Topologies"),
     "doctor": ("host", "This machine"),
     "setup": ("host", "This machine"),
+    "bench": ("bench", "This machine"),
     "completion": ("host", "This machine"),
 }
 

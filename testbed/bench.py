@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measurements of the testbed itself: what is compared is measured in turns, in one run.
+
+Absolute times say more about the machine than about the testbed, so every figure that is compared
+comes with the ratio of medians; the machine is part of the answer.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from testbed import deploy
+from testbed.errors import InputError
+from testbed.host.prepare import Installation
+from testbed.rack import Rack, RackNode
+from testbed.suites.bench import Bench
+from testbed.topology import model
+from testbed.topology.model import Topology
+from testbed.topology.plan import Role
+
+PEER_TIMEOUT_S = 300
+
+
+def machine() -> dict[str, Any]:
+    """What this was measured on."""
+    cpu = ""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    return {
+        "cpu": cpu,
+        "cpus": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "kernel": platform.release(),
+        "load": os.getloadavg(),
+    }
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Minimum, median and maximum."""
+    return {
+        "min": round(min(values), 3),
+        "median": round(statistics.median(values), 3),
+        "max": round(max(values), 3),
+    }
+
+
+class _Racks:
+    """Starts racks in a folder that goes away with them."""
+
+    def __init__(self, installation: Installation, accelerator: str) -> None:
+        self._options = deploy.StartOptions(installation=installation, accelerator=accelerator)
+        self.stack = ExitStack()
+        self._folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
+        self._count = 0
+
+    def start(self, topology: Topology) -> Rack:
+        self._count += 1
+        run_dir = self._folder / str(self._count)
+        return self.stack.enter_context(
+            deploy.start(topology, run_dir=run_dir, options=self._options)
+        )
+
+    def __enter__(self) -> _Racks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+
+def boot(
+    topologies: dict[str, Topology],
+    installation: Installation,
+    accelerator: str,
+    *,
+    runs: int,
+    peer: str = "",
+) -> dict[str, Any]:
+    """Seconds from the call to every agent's hello, cold, in turns with the command ``peer``.
+
+    :raises InputError: the peer's command fails.
+    """
+    times: dict[str, list[float]] = {name: [] for name in topologies}
+    for _ in range(runs):
+        for name, topology in topologies.items():
+            with _Racks(installation, accelerator) as racks:
+                began_s = time.monotonic()
+                racks.start(topology)
+                times[name].append(time.monotonic() - began_s)
+        if peer:
+            times.setdefault("peer", []).append(_timed(peer))
+    first = statistics.median(next(iter(times.values())))
+    return {
+        "unit": "s",
+        "seconds": {name: summary(values) for name, values in times.items()},
+        "ratio_to_first": {
+            name: round(statistics.median(values) / first, 3) for name, values in times.items()
+        },
+    }
+
+
+def _timed(peer: str) -> float:
+    began_s = time.monotonic()
+    done = subprocess.run(
+        shlex.split(peer),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=PEER_TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode:
+        raise InputError(
+            f"the peer's command ended with {done.returncode}: {done.stderr.decode()[-300:]}"
+        )
+    return time.monotonic() - began_s
+
+
+def memory(
+    topology: Topology, installation: Installation, accelerator: str, *, racks: int
+) -> dict[str, Any]:
+    """Host memory of ``racks`` racks of one topology that run at once.
+
+    ``private``: what would be free if the rack ended; ``resident`` counts pages that racks share
+    (QEMU's program, for one) in each. Video memory is a memfd and only what a guest touched of it
+    exists; it is given apart, as ``vram``.
+    """
+    with _Racks(installation, accelerator) as started:
+        running = [started.start(topology) for _ in range(racks)]
+        each = [_memory_of(rack) for rack in running]
+    return {
+        "unit": "MiB",
+        "racks": racks,
+        "per_rack": {key: summary([row[key] for row in each]) for key in each[0]},
+        "total": {key: round(sum(row[key] for row in each), 1) for key in each[0]},
+    }
+
+
+def _memory_of(rack: Rack) -> dict[str, float]:
+    pids = [rack.keeper.pid, *(p["pid"] for p in rack.keeper.status()["processes"])]
+    totals = {"resident": 0.0, "private": 0.0, "vram": 0.0}
+    for pid in pids:
+        fields = dict(
+            line.split(":", 1)
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        )
+        kib = {key: int(value.split()[0]) for key, value in fields.items()}
+        totals["resident"] += kib["Rss"] / 1024
+        totals["private"] += (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024
+    for node in rack.plan.nodes.values():
+        for function in node.by_role(Role.VRAM):
+            path = f"{node.name}/{function.name}"
+            place = rack.keeper.call("memory", name=path)
+            stat = Path(f"/proc/{rack.keeper.pid}/fd/{place['fd']}").stat()
+            totals["vram"] += stat.st_blocks * 512 / 2**20
+    totals["resident"] -= totals["vram"]
+    totals["private"] = max(0.0, totals["private"] - totals["vram"])
+    return totals
+
+
+def copy(
+    topology: Topology,
+    installation: Installation,
+    accelerator: str,
+    *,
+    size_bytes: int,
+    runs: int,
+) -> dict[str, Any]:
+    """A GPU's engine copies VRAM to a peer's VRAM: through the vIOMMU, and with the IOMMU off.
+
+    Both racks run at once and take turns.
+    """
+    with _Racks(installation, accelerator) as racks:
+        translated = racks.start(topology).node()
+        plain = racks.start(model.with_overrides(topology, iommu_mode="off")).node()
+        ways: dict[str, Callable[[], float]] = {
+            "translated": _copier(racks.stack, translated, size_bytes, raw=False),
+            "iommu off": _copier(racks.stack, plain, size_bytes, raw=True),
+        }
+        speeds: dict[str, list[float]] = {name: [] for name in ways}
+        for run in range(runs + 1):
+            for name, go in ways.items():
+                speed = go()
+                if run:  # the first copy touches every page for the first time
+                    speeds[name].append(speed)
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    return {
+        "unit": "MB/s",
+        "size_bytes": size_bytes,
+        "speed": {name: summary(values) for name, values in speeds.items()},
+        "ratio": round(medians["translated"] / medians["iommu off"], 3),
+    }
+
+
+def _copier(stack: ExitStack, node: RackNode, size_bytes: int, *, raw: bool) -> Callable[[], float]:
+    vrams = node.plan.by_role(Role.VRAM)[:2]
+    chosen = next(f for f in node.plan.by_role(Role.ENGINE) if f.device == vrams[0].device)
+    bench = Bench.open_raw(node, [*vrams, chosen]) if raw else Bench.open(node, [*vrams, chosen])
+    stack.callback(bench.close)
+    memories = [bench.vram(function) for function in vrams]
+    engine = bench.engine(chosen, memories[0] if raw else None)
+    if raw:
+        addresses = [memory.bus_address or 0 for memory in memories]
+    else:
+        addresses = [bench.mapper.map(memory).iova for memory in memories]
+
+    def go() -> float:
+        status = engine.copy(addresses[0], addresses[1], size_bytes)
+        return size_bytes / 1e6 / (status.elapsed_ns / 1e9)
+
+    return go

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb that measures the testbed itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from testbed.verbs.common import load_topology, override_options, print_json
+
+WHAT = ("boot", "memory", "copy")
+
+
+@click.command()
+@click.argument("what", type=click.Choice(WHAT))
+@click.option(
+    "-t",
+    "--topology",
+    "files",
+    multiple=True,
+    metavar="FILE",
+    help="Measure this rack; `boot` takes several and compares.  [default: quad-gpu]",
+)
+@override_options
+@click.option("--runs", default=5, show_default=True, help="How often; medians are compared.")
+@click.option("--racks", default=1, show_default=True, help="`memory`: how many at once.")
+@click.option(
+    "--size",
+    "size_mib",
+    default=16,
+    show_default=True,
+    metavar="MIB",
+    help="`copy`: how much, at most the VRAM less 64 KiB.",
+)
+@click.option(
+    "--peer",
+    default="",
+    metavar="COMMAND",
+    help="`boot`: a command to time in turns with ours; no shell reads it.",
+)
+def bench(
+    what: str,
+    files: tuple[str, ...],
+    kernel: str | None,
+    iommu_mode: str | None,
+    runs: int,
+    racks: int,
+    size_mib: int,
+    peer: str,
+) -> None:
+    """Measure boot time, host memory or copy speed, as JSON with the machine it was measured on.
+
+    What is compared is measured in turns, in one run: quote the ratios.
+    """
+    from testbed import bench as measure
+    from testbed.host import probe
+    from testbed.verbs.install import install_for
+
+    topologies = {
+        file: load_topology(file, (), kernel=kernel, iommu_mode=iommu_mode)
+        for file in files or ("quad-gpu",)
+    }
+    first = next(iter(topologies.values()))
+    installation = install_for(topologies.values())
+    accelerator = probe.accelerator(installation)
+    result: dict[str, Any]
+    if what == "boot":
+        result = measure.boot(topologies, installation, accelerator, runs=runs, peer=peer)
+    elif what == "memory":
+        result = measure.memory(first, installation, accelerator, racks=racks)
+    else:
+        result = measure.copy(
+            first, installation, accelerator, size_bytes=size_mib << 20, runs=runs
+        )
+    print_json(
+        f"testbed.bench.{what}/1",
+        {
+            "machine": measure.machine(),
+            "qemu": installation.qemu.version,
+            "accelerator": accelerator,
+            "kernels": {name: k.release for name, k in installation.kernels.items()},
+            "topologies": list(topologies),
+            **result,
+        },
+    )
