@@ -223,6 +223,11 @@ class Qmp:
     async def _establish(self, wire: socket.socket) -> None:
         try:
             await self._client.connect(wire)
+        except AssertionError:
+            # The library's: the connection ended in the moment in which it stood.
+            with contextlib.suppress(Exception):
+                await self._client.disconnect()
+            raise ConnectionResetError("QEMU closed it after the handshake") from None
         except BaseException:
             wire.close()
             raise

@@ -8,6 +8,7 @@
 ``qmp``      serve qmp.sock; what it does with commands is in :func:`answer`
 ``late_s``   make qmp.sock only after that time
 ``mute``     accept connections and say nothing
+``fickle``   end after the handshake
 ``touch``    [pause_s, name] make a socket of that name by rename
 ``child``    start a `sleep` and print its pid
 """
@@ -103,6 +104,8 @@ def serve_qmp() -> None:
                 os._exit(3)
             for message in answer(request):
                 wire.sendall(json.dumps(message).encode() + b"\r\n")
+            if OPTIONS.get("fickle"):
+                os._exit(0)
 
 
 def requests(wire: socket.socket) -> Iterator[dict[str, Any]]:

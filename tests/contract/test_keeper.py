@@ -202,10 +202,10 @@ def test_helpers_start_in_order_when_ready(start: StartRack, base: Path) -> None
 
 def test_a_helper_that_is_never_ready(start: StartRack) -> None:
     begun_s = time.monotonic()
-    helper = fake_helper("model", ready_timeout_s=0.3, stderr="model: no licence\n")
-    with pytest.raises(LaunchError, match=r"model was not ready within 0\.3 s") as caught:
+    helper = fake_helper("model", ready_timeout_s=1.5, stderr="model: no licence\n")
+    with pytest.raises(LaunchError, match=r"model was not ready within 1\.5 s") as caught:
         start(helper, fake_qemu())
-    assert time.monotonic() - begun_s < 5
+    assert time.monotonic() - begun_s < 10
     assert caught.value.node == "model"
     assert "no licence" in str(caught.value)
 

@@ -79,10 +79,14 @@ def test_a_bad_argument_is_told_at_once(start: Start) -> None:
 def test_a_panic_that_ends_qemu(start: Start) -> None:
     panic = "Kernel panic - not syncing: no init\n---[ end Kernel panic\n"
     keeper, watch = start(qmp=True, console=[[0.2, panic]], exit=[0, 0])
-    with connect(keeper, watch):
-        watch.control_answered = True
-        with pytest.raises(GuestPanic, match="no init") as caught:
+
+    def begin() -> None:
+        with connect(keeper, watch):
+            watch.control_answered = True
             watch.wait_ready(20)
+
+    with pytest.raises(GuestPanic, match="no init") as caught:
+        begin()
     assert caught.value.exit_status == 0
     assert caught.value.console_tail.endswith("---[ end Kernel panic")
 

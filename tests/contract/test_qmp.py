@@ -16,7 +16,7 @@ import pytest
 from testbed.errors import LaunchError, LinkLost, QmpError
 from testbed.machine import transcript
 from testbed.machine.qmp import MAX_EVENTS, Event, Qmp
-from tests.contract.machine_fakes import fake_qemu, run_python
+from tests.contract.machine_fakes import eventually, fake_qemu, run_python
 
 SILENT_EXIT = """
 import sys
@@ -98,8 +98,16 @@ def test_nobody_there(tmp_path: Path) -> None:
 
 def test_no_greeting(fakes: Fakes) -> None:
     path = fakes.start(mute=True)
+    assert eventually(path.exists)
     call = lambda: Qmp.connect(path, node="host0", timeout_s=0.5)  # noqa: E731
     within(5, call, "no handshake; does another client hold it")
+
+
+def test_qemu_that_ends_after_the_handshake(fakes: Fakes) -> None:
+    path = fakes.start(fickle=True)
+    assert eventually(path.exists)
+    call = lambda: Qmp.connect(path, node="host0", timeout_s=0.5).execute("echo")  # noqa: E731
+    within(5, call, "closed|did not answer")
 
 
 def test_waiting_for_a_socket_ends_when_qemu_does(tmp_path: Path) -> None:
