@@ -16,6 +16,7 @@ from testbed.host.packages import SetupOptions
 APT_GET = """\
 #!/bin/sh
 echo "$*" >>"{mirror}/calls"
+echo $$ >>"{mirror}/pids"
 archives=$(sed -n 's/.*Dir::Cache::Archives "\\([^"]*\\)".*/\\1/p' "$APT_CONFIG")
 case "$*" in
 *--print-uris*) cat "{mirror}/uris" ;;

@@ -120,6 +120,8 @@ def test_a_killed_setup_is_taken_up_again(
     wait_until(lambda: bool(offered.lines("served")))
     process.send_signal(signal.SIGKILL)
     process.wait()
+    last = int(offered.lines("pids")[-1])
+    wait_until(lambda: not Path(f"/proc/{last}").exists())
     offered.heal()
     assert leftovers(setup_options) == []
     packages.ensure("set", package_set, setup_options)
