@@ -37,6 +37,8 @@ OWN_FOLDER = "/proc/self/cwd"
 # edu drops the upper bits of its DMA addresses unless told otherwise (QEMU hw/misc/edu.c).
 ALL_ADDRESS_BITS = (1 << 64) - 1
 
+_KINDS_OUTSIDE_QEMU = ("model", "vfio")
+
 Properties = dict[str, Any]
 
 
@@ -45,7 +47,7 @@ def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:
 
     CapabilityMissing for a device that this testbed cannot make yet.
     """
-    argv = [*context.qemu, *_machine(plan, node, context), *_channels(), *_iommu(node.iommu)]
+    argv = [*context.qemu, *_machine(plan, node, context), *_channels(), *_iommu(plan, node.iommu)]
     for function in plan.functions:
         argv += _function(function, node)
     argv += [
@@ -106,14 +108,16 @@ def _channels() -> list[str]:
     ]
 
 
-def _iommu(iommu: Iommu) -> list[str]:
+def _iommu(plan: NodePlan, iommu: Iommu) -> list[str]:
     """The IOMMUs that are part of the chipset; virtio's and AMD's are PCI functions too."""
     if iommu.kind != "intel":
         return []
+    # Devices outside QEMU see the guest's mappings only if the guest announces each of them
+    # (caching mode). Linux then invalidates at once too, so that there would be no lazy mode.
+    is_outside = any(f.kind in _KINDS_OUTSIDE_QEMU for f in plan.functions)
     properties: Properties = {
         "intremap": "on",
-        # The guest must announce each mapping: vfio and vfio-user devices depend on it.
-        "caching-mode": True,
+        "caching-mode": is_outside or iommu.mode != "lazy",
         "aw-bits": iommu.aw_bits,
     }
     if iommu.scalable:
