@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from testbed.results.evidence import Counter, Evidence, Note
-from testbed.results.judging import Judgement
-from testbed.suites.bench import Bench
+from testbed.results.evidence import Access, Counter, Evidence, Note
+from testbed.results.judging import Judgement, judge_fault
+from testbed.suites.bench import Bench, Engine
 from testbed.suites.memory import Memory
 from testbed.topology.plan import Function
 
@@ -68,6 +68,18 @@ class DoorbellPage:
         if answer["count"] < 1:
             return Judgement(False, f"{name} was rung, but no interrupt came", tuple(evidence))
         return Judgement(True, f"{name} was rung and its interrupt came", tuple(evidence))
+
+    def ring_refused(self, engine: Engine, address: int, reasons: frozenset[int]) -> Judgement:
+        """Write four bytes to ``address``, and judge that the IOMMU refused them."""
+        with self.bench.watch() as watch:
+            engine.write32(address, 1)
+        return judge_fault(
+            watch.window,
+            requester=engine.requester,
+            address=address,
+            access=Access.WRITE,
+            reasons=reasons,
+        )
 
     def judge_silent(self) -> Judgement:
         """Was it not rung?"""

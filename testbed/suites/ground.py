@@ -81,24 +81,25 @@ class Ground:
             expected=expected,
         )
 
-    def refused(
-        self,
-        source_iova: int,
-        target_iova: int,
-        *,
-        access: Access,
-        reasons: frozenset[int],
-        size_bytes: int = PROBE_BYTES,
+    def write_refused(self, source_iova: int, address: int, reasons: frozenset[int]) -> Judgement:
+        """Copy a little to ``address``, and judge that the IOMMU refused the write."""
+        return self._refused(source_iova, address, address, Access.WRITE, reasons)
+
+    def read_refused(self, address: int, target_iova: int, reasons: frozenset[int]) -> Judgement:
+        """Copy a little from ``address``, and judge that the IOMMU refused the read."""
+        return self._refused(address, target_iova, address, Access.READ, reasons)
+
+    def _refused(
+        self, source: int, target: int, address: int, access: Access, reasons: frozenset[int]
     ) -> Judgement:
-        """Copy the smallest piece, and judge that the IOMMU refused its read or its write."""
         with self.bench.watch() as watch:
-            status = self.engine.copy(source_iova, target_iova, size_bytes)
+            status = self.engine.copy(source, target, PROBE_BYTES)
         judgement = judge_fault(
             watch.window,
             requester=self.engine.requester,
-            address=source_iova if access is Access.READ else target_iova,
+            address=address,
             access=access,
             reasons=reasons,
-            size_bytes=size_bytes,
+            size_bytes=PROBE_BYTES,
         )
         return Judgement(judgement.holds, judgement.reason, judgement.evidence + status.evidence)

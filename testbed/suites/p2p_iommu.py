@@ -17,7 +17,7 @@ import pytest
 
 from testbed.errors import CapabilityMissing, LaunchError
 from testbed.results.evidence import Access, Counter
-from testbed.results.judging import PAGE_BYTES, judge_fault, judge_no_fault, judge_storm
+from testbed.results.judging import PAGE_BYTES, judge_no_fault, judge_storm
 from testbed.suites.bench import Bench
 from testbed.suites.cases import Doorbell, Pair
 from testbed.suites.doorbells import RING_OFFSET, DoorbellPage
@@ -126,15 +126,11 @@ def test_unmapped_address_faults(
     probe = bench.buffer("probe", PAGE_BYTES)
     probe.fill(0, PROBE_BYTES, MINE)
     source = ground.mapper.map(probe).iova
-    observe.require(
-        ground.refused(source, ground.mapper.hole(), access=Access.WRITE, reasons=reasons)
-    )
+    observe.require(ground.write_refused(source, ground.mapper.hole(), reasons))
     victim = bench.buffer("victim", PAGE_BYTES)
     before = victim.fill(0, PAGE_BYTES, THEIRS)
     if victim.bus_address is not None:
-        observe.require(
-            ground.refused(source, victim.bus_address, access=Access.WRITE, reasons=reasons)
-        )
+        observe.require(ground.write_refused(source, victim.bus_address, reasons))
         observe.require(victim.judge(0, before))
     bench.clean()
     observe.conclude("DMA to an unmapped IOVA and to a physical address faults: it translates")
@@ -157,11 +153,7 @@ def test_mapped_both_ways(each_ground: Ground, reasons: Reasons, observe: Observ
     observe.require(ground.deliver_to_peer(local, mapping.iova, mine))
     observe.require(peer.judge(PEER_OFFSET - guard, below))
     observe.require(peer.judge(PEER_OFFSET + size, above))
-    observe.require(
-        ground.refused(
-            local, mapping.iova + size, access=Access.WRITE, reasons=reasons.unmapped_write
-        )
-    )
+    observe.require(ground.write_refused(local, mapping.iova + size, reasons.unmapped_write))
     observe.require(peer.judge(PEER_OFFSET + size, above))
 
     fresh = ground.fill_peer(FRESH, size)
@@ -180,9 +172,9 @@ def test_raw_bar_address_faults(each_ground: Ground, reasons: Reasons, observe: 
     before = ground.fill_peer(THEIRS, PAGE_BYTES)
     local = ground.map_local()
     raw = peer.bus_address + PEER_OFFSET
-    observe.require(ground.refused(local, raw, access=Access.WRITE, reasons=reasons.unmapped_write))
+    observe.require(ground.write_refused(local, raw, reasons.unmapped_write))
     observe.require(peer.judge(PEER_OFFSET, before))
-    observe.require(ground.refused(raw, local, access=Access.READ, reasons=reasons.unmapped_read))
+    observe.require(ground.read_refused(raw, local, reasons.unmapped_read))
     if ground.local.read(LOCAL_OFFSET, PROBE_BYTES) == before[:PROBE_BYTES]:
         raise Refuted("the read was refused, and yet the peer's bytes arrived")
     observe.conclude(f"write and read of bus address {raw:#x} fault; the target is unchanged")
@@ -198,9 +190,7 @@ def test_read_only_mapping(ground: Ground, reasons: Reasons, observe: Observer) 
     local = ground.map_local()
     mapping = ground.mapper.map(ground.peer, PEER_OFFSET, size, write=False)
     observe.add(mapping.evidence)
-    observe.require(
-        ground.refused(local, mapping.iova, access=Access.WRITE, reasons=reasons.forbidden_write)
-    )
+    observe.require(ground.write_refused(local, mapping.iova, reasons.forbidden_write))
     observe.require(ground.peer.judge(PEER_OFFSET, theirs))
     observe.require(ground.deliver_to_local(mapping.iova, local, theirs))
     # Once the read-only translation is cached, QEMU refuses a write without recording a fault
@@ -220,11 +210,7 @@ def test_beyond_the_width(
     width = rack.topology.nodes[pair.node].iommu.aw_bits
     ground.fill_local(MINE, PROBE_BYTES)
     address = (1 << width) + ground.mapper.hole()
-    observe.require(
-        ground.refused(
-            ground.map_local(), address, access=Access.WRITE, reasons=reasons.beyond_width
-        )
-    )
+    observe.require(ground.write_refused(ground.map_local(), address, reasons.beyond_width))
     observe.conclude(f"{address:#x} is beyond {width} bits and faults")
 
 
@@ -241,11 +227,7 @@ def test_unmapped_after_use(each_ground: Ground, reasons: Reasons, observe: Obse
     before = ground.fill_peer(THEIRS, size)
     ground.mapper.unmap(mapping)
     for offset in (0, size // 2 & -PAGE_BYTES, size - PAGE_BYTES):
-        observe.require(
-            ground.refused(
-                local, mapping.iova + offset, access=Access.WRITE, reasons=reasons.unmapped_write
-            )
-        )
+        observe.require(ground.write_refused(local, mapping.iova + offset, reasons.unmapped_write))
     observe.require(ground.peer.judge(PEER_OFFSET, before))
     observe.conclude("every page of the old mapping faults at once; the target is unchanged")
 
@@ -271,17 +253,7 @@ def test_doorbell_rung_by_a_peer(
         page.acknowledge()
 
         beyond = mapping.iova + PAGE_BYTES + RING_OFFSET
-        with bench.watch() as watch:
-            engine.write32(beyond, value)
-        observe.require(
-            judge_fault(
-                watch.window,
-                requester=engine.requester,
-                address=beyond,
-                access=Access.WRITE,
-                reasons=reasons_of(iommu).unmapped_write,
-            )
-        )
+        observe.require(page.ring_refused(engine, beyond, reasons_of(iommu).unmapped_write))
         observe.require(page.judge_silent())
     finally:
         bench.clean()
@@ -422,7 +394,7 @@ def test_scalable_mode(variant: Variant, pair: Pair, mutation: Mutation, observe
         (1 << 48, FIRST_STAGE.beyond_width),
     )
     for address, codes in refusals:
-        observe.require(ground.refused(local, address, access=Access.WRITE, reasons=codes))
+        observe.require(ground.write_refused(local, address, codes))
     observe.require(ground.peer.judge(PEER_OFFSET, theirs))
     bench.clean()
     observe.conclude("copies work; refusals have the reasons 0x71, 0x85 and 0x80")
