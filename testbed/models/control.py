@@ -188,15 +188,19 @@ class Control:
         return None
 
     def remove(self, params: Params) -> Json:
-        """{device, how: "orderly" | "surprise"}: ask QEMU to unplug it, or be gone at once."""
+        """{device, how: "orderly" | "surprise"}: ask QEMU to unplug it, or be gone at once; until
+        the next machine connects.
+        """
         listener = self._device(params)
         how = _get(params, "how", str)
+        if listener.session is None:
+            raise InputError(f"no machine has '{listener.device.name}'")
         if how == "surprise":
-            listener.close()
+            listener.session.remove()
         elif how != "orderly":
             raise InputError("'how' is orderly or surprise")
         elif not listener.device.interrupts.request_removal():
-            raise InputError(f"no machine listens to '{listener.device.name}'")
+            raise InputError(f"the machine cannot unplug '{listener.device.name}'")
         return None
 
     def _device(self, params: Params) -> Listener:

@@ -2,21 +2,22 @@
 """`python -m testbed.models.serve`: the model process of one rack node.
 
 It reads one line of JSON from its standard input (:mod:`testbed.models.spec`), opens every socket,
-and says ``{"ready": true}`` on its standard output. From then on QEMU may connect. It ends at
-SIGTERM, or when its standard input ends (a pipe that its owner holds), and leaves no socket behind.
-All else goes to standard error.
+and says ``{"ready": true, "pid": N}`` on its standard output, N being the process with the models
+(:mod:`testbed.models.supervisor`). From then on QEMU may connect. It ends at SIGTERM, or when its
+standard input ends (a pipe that its owner holds), and leaves no socket behind. Should the models'
+process die, ``{"lost": [device, ...], "status": N}`` follows. All else goes to standard error.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import importlib.util
 import json
 import os
 import signal
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +29,7 @@ from testbed.models.memory import MemoryCache, SharedMemory
 from testbed.models.nic import NicModel
 from testbed.models.server import Listener
 from testbed.models.spec import DeviceSpec, MemorySpec, ServeSpec, parse
+from testbed.models.supervisor import Lifeline, supervise
 
 MAX_SPEC_BYTES: Final = 4 << 20
 TRUST: Final = "--trust"
@@ -84,12 +86,22 @@ def make_device(spec: DeviceSpec, memories: Mapping[str, SharedMemory], *, trust
 class ModelProcess:
     """All devices of one process, and their sockets."""
 
-    def __init__(self, spec: ServeSpec, *, trusted: bool = False) -> None:
-        """HostError if a memory cannot be opened, InputError if a device cannot be made."""
+    def __init__(
+        self,
+        spec: ServeSpec,
+        on_change: Callable[[Device, socket.socket | None], None],
+        *,
+        trusted: bool = False,
+    ) -> None:
+        """``on_change`` hears of each connection and its end. HostError if a memory cannot be
+        opened, InputError if a device cannot be made.
+        """
         cache = MemoryCache()
         memories = {item.name: cache.add(_open_memory(item)) for item in spec.memories}
         self.listeners = {
-            item.name: Listener(make_device(item, memories, trusted=trusted), item.socket, cache)
+            item.name: Listener(
+                make_device(item, memories, trusted=trusted), item.socket, cache, on_change
+            )
             for item in spec.devices
         }
         self._control = ControlServer(spec.control, Control(self.listeners, memories))
@@ -113,24 +125,17 @@ class ModelProcess:
             listener.device.close()
 
 
-async def serve(spec: ServeSpec, stop_fd: int, *, trusted: bool) -> None:
-    """Serve until ``stop_fd`` reaches its end, or SIGTERM or SIGINT comes."""
+async def serve(spec: ServeSpec, lifeline: Lifeline, *, trusted: bool) -> None:
+    """Serve until SIGTERM comes or the supervisor is gone."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    process = ModelProcess(spec, trusted=trusted)
+    process = ModelProcess(spec, lifeline.connection, trusted=trusted)
     await process.open()
-
-    def owner_spoke() -> None:
-        if not os.read(stop_fd, 4096):
-            loop.remove_reader(stop_fd)
-            stop.set()
-
-    with contextlib.suppress(PermissionError):  # a file: it has no end to wait for
-        loop.add_reader(stop_fd, owner_spoke)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    sys.stdout.write(json.dumps({"ready": True}) + "\n")
-    sys.stdout.flush()
+    loop.add_reader(lifeline.socket, stop.set)  # it says nothing: this is its end
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    # Ctrl-C reaches the whole process group; the supervisor passes on what it means.
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    lifeline.ready()
     try:
         await stop.wait()
     finally:
@@ -148,21 +153,38 @@ def _read_line(fd: int) -> bytes:
     return bytes(line)
 
 
-def main(arguments: list[str]) -> int:
-    """Exit code as :class:`testbed.errors.ExitCode`; one line on standard error says why."""
+def _attempt(action: Callable[[], int]) -> int:
+    """Its exit code, or that of the error it ends in, with one line on standard error."""
     try:
-        if set(arguments) - {TRUST}:
-            raise InputError(f"the only argument is {TRUST}")
-        try:
-            data: object = json.loads(_read_line(0))
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"the specification is no JSON: {error}") from error
-        asyncio.run(serve(parse(data), 0, trusted=TRUST in arguments))
+        return action()
     except TestbedError as error:
         hint = f" ({error.hint})" if error.hint else ""
         sys.stderr.write(f"models: {error}{hint}\n")
-        return error.exit_code
-    return 0
+        return int(error.exit_code)
+
+
+def _run(arguments: list[str]) -> int:
+    if set(arguments) - {TRUST}:
+        raise InputError(f"the only argument is {TRUST}")
+    try:
+        data: object = json.loads(_read_line(0))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the specification is no JSON: {error}") from error
+    spec = parse(data)
+
+    def child(lifeline: Lifeline) -> int:
+        def serve_it() -> int:
+            asyncio.run(serve(spec, lifeline, trusted=TRUST in arguments))
+            return 0
+
+        return _attempt(serve_it)
+
+    return supervise(child, 0)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code as :class:`testbed.errors.ExitCode`; one line on standard error says why."""
+    return _attempt(lambda: _run(arguments))
 
 
 if __name__ == "__main__":

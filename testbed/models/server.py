@@ -56,11 +56,15 @@ class Session:
         device: Device,
         memories: MemoryCache,
         on_end: Callable[[Session, str], None],
+        *,
+        removed: bool = False,
     ) -> None:
+        """``removed``: it begins after VERSION, with a device that is gone already."""
         self._device = device
         self._memories = memories
         self._on_end = on_end
-        self._peer: wire.Capabilities | None = None  # None until VERSION
+        self._negotiated = removed
+        self._removed = removed
         self._pending: dict[int, asyncio.Future[bytes]] = {}
         self._slots = asyncio.Semaphore(MAX_PENDING)
         self._next_id = 0
@@ -77,8 +81,20 @@ class Session:
             Command.DEVICE_RESET: self._reset,
             Command.DEVICE_FEATURE: self._feature,
         }
+        if not removed:
+            device.plug(self)
         self._channel = Channel(connection, self)
-        device.plug(self)
+
+    def remove(self) -> None:
+        """Be as a card that was pulled out: reads are all ones, all else goes nowhere.
+
+        The connection stays: QEMU would log every access to one that is closed, and may not
+        survive its end (see :meth:`Channel._drain`).
+        """
+        if not self._removed:
+            self._removed = True
+            self._forget_pending("the device was removed")
+            self._device.unplug()
 
     def close(self, reason: str) -> None:
         """End the connection."""
@@ -91,7 +107,7 @@ class Session:
         if header.is_reply:
             self._take_reply(header, payload)
             return
-        if self._peer is None:
+        if not self._negotiated:
             if header.command != Command.VERSION:
                 raise Malformed("the first message is not VERSION")
             self._version(header, payload)
@@ -117,12 +133,16 @@ class Session:
 
     def closed(self, reason: str) -> None:
         """See :class:`testbed.models.channel.Receiver`."""
+        self._forget_pending(reason)
+        if not self._removed:
+            self._device.unplug()
+        self._on_end(self, reason)
+
+    def _forget_pending(self, reason: str) -> None:
         pending, self._pending = self._pending, {}
         for future in pending.values():
             if not future.done():
                 future.set_exception(ConnectionResetError(reason))
-        self._device.unplug()
-        self._on_end(self, reason)
 
     # --- what the device calls
 
@@ -176,9 +196,10 @@ class Session:
     # --- commands
 
     def _version(self, header: wire.Header, payload: memoryview) -> None:
-        major, _, self._peer = wire.decode_version(payload)
+        major, _, _ = wire.decode_version(payload)
         if major != 0:
             raise Malformed(f"major version {major}")
+        self._negotiated = True
         # QEMU refuses every minor version above its own, which is 0.
         body = wire.encode_version(0, 0, wire.OURS)
         head = wire.encode_header(header.message_id, Command.VERSION, len(body), HeaderFlag.REPLY)
@@ -186,6 +207,8 @@ class Session:
 
     def _dma_map(self, payload: memoryview, fds: list[int]) -> Reply:
         request = wire.DMA_MAP.decode(payload)
+        if self._removed:
+            return NOTHING
         memory: SharedMemory | None = None
         if len(fds) > 1 or request.flags & ~wire.DMA_FLAGS:
             raise Refused(errno.EINVAL)
@@ -276,6 +299,8 @@ class Session:
 
     def _set_irqs(self, payload: memoryview, fds: list[int]) -> Reply:
         request = wire.IRQ_SET.decode(payload, exact=False)
+        if self._removed:
+            return NOTHING
         try:
             self._device.interrupts.set(request, payload[wire.IRQ_SET.size_bytes :], fds)
         except IrqRefused as error:
@@ -286,6 +311,8 @@ class Session:
         access = wire.REGION_ACCESS.decode(payload)
         if access.size_bytes > wire.MAX_TRANSFER_BYTES:
             raise Refused(errno.EINVAL)
+        if self._removed:
+            return bytes(payload) + b"\xff" * access.size_bytes, ()
         try:
             data = self._device.region_read(access.region, access.offset, access.size_bytes)
         except ValueError as error:
@@ -293,6 +320,8 @@ class Session:
         return bytes(payload) + data, ()
 
     def _write(self, access: wire.RegionAccess, data: bytes | memoryview) -> None:
+        if self._removed:
+            return
         try:
             self._device.region_write(access.region, access.offset, data)
         except ValueError as error:
@@ -315,7 +344,8 @@ class Session:
     def _reset(self, payload: memoryview, _fds: list[int]) -> Reply:
         if len(payload):
             raise Refused(errno.EINVAL)
-        self._device.function_reset()
+        if not self._removed:
+            self._device.function_reset()
         return NOTHING
 
     def _feature(self, payload: memoryview, _fds: list[int]) -> Reply:
@@ -326,11 +356,19 @@ class Session:
 class Listener:
     """A device's socket. A second machine has to wait until the first is gone."""
 
-    def __init__(self, device: Device, path: FilePath, memories: MemoryCache) -> None:
+    def __init__(
+        self,
+        device: Device,
+        path: FilePath,
+        memories: MemoryCache,
+        on_change: Callable[[Device, socket.socket | None], None] = lambda _device, _socket: None,
+    ) -> None:
+        """``on_change`` is told of each connection, and of its end."""
         self.device = device
         self.path = path
         self.session: Session | None = None
         self._memories = memories
+        self._on_change = on_change
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.setblocking(False)
         self._listening = False
@@ -365,10 +403,12 @@ class Listener:
         except OSError:  # gone again, or no descriptor is left
             return
         self._ignore()
+        self._on_change(self.device, connection)
         self.session = Session(connection, self.device, self._memories, self._ended)
 
     def _ended(self, _session: Session, reason: str) -> None:
         self.session = None
+        self._on_change(self.device, None)
         sys.stderr.write(f"device {self.device.name}: machine disconnected: {reason}\n")
         if self._socket.fileno() >= 0:
             self._wait()
