@@ -42,6 +42,11 @@ _KINDS_OUTSIDE_QEMU = ("model", "vfio")
 Properties = dict[str, Any]
 
 
+# Emulated, `rep movsb` is a loop of single bytes. Without the promise that it is fast, the kernel
+# copies and clears memory by words; nothing else depends on these two.
+TCG_CPU_FLAGS = ",erms=off,fsrm=off"
+
+
 def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:
     """The QEMU command of one node, and the shared memory that it inherits.
 
@@ -80,7 +85,7 @@ def _machine(plan: NodePlan, node: Node, context: LaunchContext) -> list[str]:
         # Interrupt remapping needs the split interrupt controller.
         *("-machine", "q35,kernel-irqchip=split,memory-backend=ram0,sata=off,smbus=off,usb=off"),
         *("-accel", context.accelerator),
-        *("-cpu", machine.cpu),
+        *("-cpu", machine.cpu + (TCG_CPU_FLAGS if context.accelerator == "tcg" else "")),
         *("-smp", str(machine.vcpus)),
         *("-m", f"{machine.memory_bytes // MIB}M"),
         *_object("memory-backend-memfd", ram),

@@ -151,7 +151,7 @@ def test_a_qemu_that_exits_at_once(
 
 def call_for_ever(node: RackNode) -> None:
     while True:
-        node.agent.call("system.info", timeout_s=20)
+        node.agent.call("system.info", 20)
 
 
 def test_a_panic_and_a_killed_qemu_in_the_middle_of_calls(
@@ -169,7 +169,7 @@ def test_a_panic_and_a_killed_qemu_in_the_middle_of_calls(
         assert node.agent.call("system.info")
         two.keeper.kill(node.name)
         with pytest.raises(LinkLost) as caught:
-            node.agent.call("system.info", timeout_s=20)
+            node.agent.call("system.info", 20)
         assert caught.value.exit_status == -signal.SIGKILL
 
 
