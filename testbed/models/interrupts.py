@@ -16,7 +16,7 @@ from testbed.models.wire import IRQ_SET_FLAGS, Irq, IrqFlag, IrqSet, IrqSetFlag
 
 # QEMU warns if it is missing; but firing it would stop the machine (vfio_err_notifier_handler).
 ERR_COUNT: Final = 1
-REQ_COUNT: Final = 1
+REQ_COUNT: Final = 0  # QEMU listens to it for vfio-pci only, not for vfio-user
 
 
 class IrqRefused(Exception):
@@ -106,10 +106,6 @@ class Interrupts:
                     line.masked = True
                 return delivered
         return False
-
-    def request_removal(self) -> bool:
-        """Ask QEMU to unplug the device in good order; False if it cannot be asked."""
-        return self._signal(self._lines[Irq.REQ][0])
 
     def pending_bits(self) -> bytes:
         """The MSI-X pending bit array."""

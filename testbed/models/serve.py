@@ -11,6 +11,7 @@ process die, ``{"lost": [device, ...], "status": N}`` follows. All else goes to 
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib.util
 import json
 import os
@@ -135,6 +136,8 @@ async def serve(spec: ServeSpec, lifeline: Lifeline, *, trusted: bool) -> None:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     # Ctrl-C reaches the whole process group; the supervisor passes on what it means.
     loop.add_signal_handler(signal.SIGINT, lambda: None)
+    gc.collect()
+    gc.freeze()  # what is there now stays: the collector need not look at it after each command
     lifeline.ready()
     try:
         await stop.wait()

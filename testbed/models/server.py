@@ -112,7 +112,7 @@ class Session:
                 raise Malformed("the first message is not VERSION")
             self._version(header, payload)
             return
-        silent = header.flags & HeaderFlag.NO_REPLY
+        silent = header.flags & wire.NO_REPLY
         try:
             handler = self._handlers.get(header.command)
             if handler is None:
@@ -120,15 +120,13 @@ class Session:
             body, passed = handler(payload, fds)
         except Refused as error:
             if not silent:
-                flags = HeaderFlag.REPLY | HeaderFlag.ERROR
-                self._channel.send(
-                    wire.encode_header(header.message_id, header.command, 0, flags, error.number)
+                head = wire.encode_header(
+                    header.message_id, header.command, 0, wire.ERROR_REPLY, error.number
                 )
+                self._channel.send(head)
             return
         if not silent:
-            head = wire.encode_header(
-                header.message_id, header.command, len(body), HeaderFlag.REPLY
-            )
+            head = wire.encode_header(header.message_id, header.command, len(body), wire.REPLY)
             self._channel.send(head, body, passed)
 
     def closed(self, reason: str) -> None:
@@ -202,7 +200,7 @@ class Session:
         self._negotiated = True
         # QEMU refuses every minor version above its own, which is 0.
         body = wire.encode_version(0, 0, wire.OURS)
-        head = wire.encode_header(header.message_id, Command.VERSION, len(body), HeaderFlag.REPLY)
+        head = wire.encode_header(header.message_id, Command.VERSION, len(body), wire.REPLY)
         self._channel.send(head, body)
 
     def _dma_map(self, payload: memoryview, fds: list[int]) -> Reply:
