@@ -172,7 +172,9 @@ class Session:
                 self._channel.send(wire.encode_header(number, command, len(payload)), payload)
                 if not self._channel.is_open:
                     raise AccessError(Cause.DEVICE_GONE, address, write=write)
-                return await asyncio.wait_for(future, DMA_TIMEOUT_S)
+                # Not `wait_for`: before Python 3.12 it drops a cancellation that meets the answer.
+                async with asyncio.timeout(DMA_TIMEOUT_S):
+                    return await future
             except TimeoutError:
                 raise AccessError(Cause.TIMEOUT, address, write=write) from None
             except ConnectionResetError:

@@ -59,8 +59,10 @@ class FakeQemu:
         self.faults: list[Fault] = []
         self.closed_because = ""
         self.memories = MemoryCache()
+        self.hold_answers = False  # keep the answers to the device's DMA messages
         self._loop = asyncio.new_event_loop()
         self._replies: dict[int, asyncio.Future[tuple[bytes, list[int]]]] = {}
+        self._held_answers: list[bytes] = []
         self._by_message: list[tuple[int, SharedMemory]] = []
         self._eventfds: dict[int, int] = {}
         self._next_id = 0
@@ -180,6 +182,16 @@ class FakeQemu:
         request = wire.DmaUnmap(wire.DMA_UNMAP.size_bytes, 0, address, size_bytes)
         self.call(Command.DMA_UNMAP, wire.DMA_UNMAP.encode(request))
 
+    @property
+    def held_answers(self) -> int:
+        """How many of the device's DMA messages wait for :meth:`release_answers`."""
+        return len(self._held_answers)
+
+    def release_answers(self) -> bytes:
+        """The answers that were held back; send them with :meth:`send_raw`."""
+        held, self._held_answers = b"".join(self._held_answers), []
+        return held
+
     # --- interrupts
 
     def arm(self, vector: int = 0, *, kind: Irq = Irq.MSIX) -> None:
@@ -270,7 +282,7 @@ class FakeQemu:
             self.faults.append(Fault(access.address, access.size_bytes, write))
             flags = HeaderFlag.REPLY | HeaderFlag.ERROR
             head = wire.encode_header(header.message_id, header.command, 0, flags, errno.EFAULT)
-            self._channel.send(head)
+            self._answer(head)
             return
         body = b""
         if write:
@@ -278,7 +290,13 @@ class FakeQemu:
         else:
             body = wire.DMA_ACCESS.encode(access) + bytes(view)
         head = wire.encode_header(header.message_id, header.command, len(body), HeaderFlag.REPLY)
-        self._channel.send(head, body)
+        self._answer(head + body)
+
+    def _answer(self, data: bytes) -> None:
+        if self.hold_answers:
+            self._held_answers.append(data)
+        else:
+            self._channel.send(data)
 
     def _message_view(self, access: wire.DmaAccess) -> memoryview | None:
         for start, memory in self._by_message:

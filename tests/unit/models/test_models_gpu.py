@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from testbed.models import registers as hw
+from testbed.models import wire
 from testbed.models.access import Cause
 from testbed.models.registers import (
     Aperture,
@@ -256,6 +257,22 @@ class TestErrors:
             assert bench.read(Common.STATUS) == hw.Status.BUSY
         assert bench.gpu.failure is None
         assert not bench.gpu.ring.busy
+
+    def test_reset_in_the_moment_of_an_answer(self, bench: Bench) -> None:
+        """The reset counts, although what the engine waited for has arrived as well."""
+        bench.qemu.add_message_memory(1 << 40, 4096)
+        bench.qemu.hold_answers = True
+        bench.put(copy(1 << 40, 0, 16, of=Aperture.SYSTEM))
+        bench.ring()
+        bench.qemu.wait(lambda: bench.qemu.held_answers == 1)
+        access = wire.REGION_ACCESS.encode(wire.RegionAccess(Common.RESET, 0, 4)) + b"\1\0\0\0"
+        head = wire.encode_header(1, wire.Command.REGION_WRITE, len(access), wire.NO_REPLY)
+        bench.qemu.send_raw(bench.qemu.release_answers() + head + access)
+        assert bench.gpu.failure is None
+        assert bench.read(Common.STATUS) == 0
+        bench.qemu.hold_answers = False
+        bench.set_up()
+        bench.run(Command(Opcode.NOP))
 
 
 class TestMmu:
