@@ -39,12 +39,11 @@ ALL_ADDRESS_BITS = (1 << 64) - 1
 
 _KINDS_OUTSIDE_QEMU = ("model", "vfio")
 
-Properties = dict[str, Any]
-
-
 # Emulated, `rep movsb` is a loop of single bytes. Without the promise that it is fast, the kernel
 # copies and clears memory by words; nothing else depends on these two.
 TCG_CPU_FLAGS = ",erms=off,fsrm=off"
+
+Properties = dict[str, Any]
 
 
 def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:

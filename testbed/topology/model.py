@@ -87,9 +87,9 @@ class Iommu(_Model):
     mode: IommuMode = Field(
         "strict",
         description="What the guest's kernel is told. `off`: do not use it. `passthrough`: "
-        "identity domains. `lazy`: translate, invalidate in batches (but at once where kind "
-        "`intel` meets `model` engines or passed-through devices). `strict`: translate, invalidate "
-        "at once. The default is `strict`, and `off` for kind `none`.",
+        "identity domains. `lazy`: translate, invalidate in batches (but at once on kind "
+        "`amd`, and where `intel` meets `model` engines or passed-through devices). `strict`: "
+        "translate, invalidate at once. The default is `strict`, and `off` for kind `none`.",
     )
     scalable: Flag = Field(
         False,

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The oracle against IOMMU groups that a Linux 7.2 guest really showed in sysfs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed.topology import load
+from testbed.topology.model import from_data
+from testbed.topology.oracle import iommu_groups
+from testbed.topology.placement import place
+
+SHIPPED = Path(__file__).parents[3] / "topologies"
+
+
+def groups(data: dict[str, Any]) -> list[list[str]]:
+    topology = from_data({"rack": "r", "nodes": {"h": data}})
+    plan = place(topology).nodes["h"]
+    found = iommu_groups(plan, topology.nodes["h"])
+    return [sorted(bdf.removeprefix("0000:") for bdf in group) for group in found]
+
+
+def test_groups_of_a_booted_guest() -> None:
+    """Switches with and without ACS, a root port without, multifunction; recorded on 7.2.12."""
+    nic = {"nic": "n", "engine": "edu"}
+    topology = {
+        "pcie": [
+            {
+                "root_port": "rp0",
+                "below": [
+                    {
+                        "switch": "plain",
+                        "below": [
+                            {"gpu": "g0", "vram": "1M", "engine": "igb"},
+                            {"nic": "a", "engine": "edu"},
+                        ],
+                    }
+                ],
+            },
+            {
+                "root_port": "rp1",
+                "below": [
+                    {
+                        "switch": "redirecting",
+                        "acs": "redirect",
+                        "below": [
+                            {"gpu": "g1", "vram": "1M", "engine": "igb", "doorbell": True},
+                            {"nic": "b", "engine": "edu"},
+                        ],
+                    }
+                ],
+            },
+            {"root_port": "rp2", "acs": "none", "below": [nic]},
+        ]
+    }
+    assert groups(topology) == [
+        ["00:00.0"],
+        ["00:02.0"],
+        ["00:03.0"],
+        ["00:04.0", "09:00.0"],  # the port has no ACS: its device joins it
+        ["00:1e.0"],
+        ["00:1f.0"],
+        ["01:00.0"],
+        ["02:00.0", "03:00.0", "03:00.1"],  # downstream ports without ACS, each with its slot
+        ["02:01.0", "04:00.0"],
+        ["05:00.0"],
+        ["06:00.0"],
+        ["06:01.0"],
+        ["07:00.0", "07:00.2"],  # functions of one slot, but
+        ["07:00.1"],  # the 82576 (igb) is known to keep to itself
+        ["08:00.0"],
+    ]
+
+
+def test_a_redirecting_switch_below_a_plain_one_isolates_nothing() -> None:
+    plan = place(load.load(SHIPPED / "nested-switches.yaml", {}))
+    found = iommu_groups(plan.nodes["host0"], plan.topology.nodes["host0"])
+    (group,) = (g for g in found if plan.nodes["host0"].function("gpu2.vram").bdf in g)
+    assert plan.nodes["host0"].function("gpu3.vram").bdf in group
+
+
+@pytest.mark.parametrize(
+    "iommu", [{"kind": "none"}, {"kind": "intel", "mode": "off"}, {"kind": "virtio", "mode": "off"}]
+)
+def test_without_translation_there_are_no_groups(iommu: dict[str, str]) -> None:
+    assert groups({"iommu": iommu}) == []
+
+
+def test_the_iommus_own_function_is_in_no_group() -> None:
+    for kind in ("amd", "virtio"):
+        assert groups({"iommu": {"kind": kind}}) == [["00:00.0"], ["00:1e.0"], ["00:1f.0"]]
+
+
+def test_root_ports_that_share_a_slot() -> None:
+    ports = [
+        {"root_port": "a", "address": "04.0", "acs": "none"},
+        {"root_port": "b", "address": "04.1", "acs": "none"},
+        {"root_port": "c", "address": "04.2"},
+    ]
+    found = groups({"pcie": ports})
+    assert ["00:04.0", "00:04.1"] in found
+    assert ["00:04.2"] in found
