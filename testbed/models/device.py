@@ -30,6 +30,7 @@ from testbed.models.routing import Router, TableRouter
 from testbed.models.witness import Event, Path, Witness
 
 ACCESS_SIZES: Final = (1, 2, 4, 8)
+PROBE_BYTES: Final = 8
 Answer = TypeVar("Answer")
 
 
@@ -71,8 +72,9 @@ class BusSpace(Space):
             return Window(found.size_bytes, found.view, Path.IOMMU, target, self, address)
         size = min(found.size_bytes, wire.MAX_TRANSFER_BYTES)
         if mapping is None or not (mapping.writable if write else mapping.readable):
-            # Nothing is mapped here: one page at a time, so that the first fault names its page.
-            size = min(size, wire.PAGE_BYTES - address % wire.PAGE_BYTES)
+            # Nothing is mapped here: a register of another device, or a fault. QEMU takes a refused
+            # access apart, and with virtio-iommu each part is a fault of its own.
+            size = min(size, PROBE_BYTES - address % PROBE_BYTES)
         return Window(size, None, Path.MESSAGE, "", self, address)
 
     async def fetch(self, address: int, size_bytes: int) -> bytes:

@@ -198,7 +198,7 @@ class TestDma:
         source = 0x900000 if target == 0x10000 else 0x10000
         device = self.copy(qemu, source, target)
         qemu.wait(lambda: bool(qemu.faults))
-        assert qemu.faults == [(0x900000, 0x20, target == 0x900000)]
+        assert qemu.faults == [(0x900000, 8, target == 0x900000)]
         assert device.copies == 0
         assert bytes(memory.view[:4]) == b"here"
 
@@ -207,7 +207,7 @@ class TestDma:
         qemu.map(0x10000, memory, write=False)
         self.copy(qemu, 0x10000, 0x10800)
         qemu.wait(lambda: bool(qemu.faults))
-        assert qemu.faults == [(0x10800, 0x20, True)]
+        assert qemu.faults == [(0x10800, 8, True)]
 
     def test_unmapped_means_unreachable_at_once(self, qemu: FakeQemu) -> None:
         qemu.add_memory(0x10000, 2 * PAGE)
