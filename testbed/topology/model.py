@@ -228,7 +228,9 @@ class RootPort(_Entry):
         "redirect", description="`redirect`: the port has the ACS capability. `none`: it has not."
     )
     below: Entries[BelowEntry] = Field(
-        (), description="What is plugged into it: at most one entry."
+        (),
+        description="What is plugged into it: at most one entry.",
+        json_schema_extra={"maxItems": 1},
     )
 
     @property

@@ -46,6 +46,14 @@ def test_from_a_file_and_from_standard_input(
     assert load("-", {}) == expected
 
 
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_places_do_not_depend_on_how_lines_end(newline: str) -> None:
+    text = TEXT.replace("{{ size }}", "{{ size }}0M").replace("\n", newline)
+    with pytest.raises(InputError) as caught:
+        load_text(text, "x", {})
+    assert {(d.line, d.column) for d in caught.value.diagnostics} == {(8, 15)}
+
+
 def test_a_missing_file_has_a_nearest_one() -> None:
     with pytest.raises(InputError, match=r"no such file.*did you mean 'quad-gpu.yaml'") as caught:
         load(SHIPPED / "quad-gpus.yaml", {})

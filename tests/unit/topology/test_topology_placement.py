@@ -133,9 +133,12 @@ def test_the_window_above_4_gib_holds_all_vram(sizes: list[str], hole_gib: int) 
 
 
 def test_windows_grow_at_each_level_of_bridges() -> None:
-    """16G + 1M below one switch need 32G there; a plain sum would be half of that."""
-    gpus = [{"gpu": "g0", "vram": "16G", "engine": "edu"}, {"gpu": "g1", "vram": "1M"}]
-    assert planned(port("p", switch("s", *gpus))).pci_hole64_bytes == 64 * GIB
+    """16G + 1M below one switch need 32G there; plain sums would make it 64G in all."""
+    switches = []
+    for i in range(2):
+        large, small = {"gpu": f"large{i}", "vram": "16G"}, {"gpu": f"small{i}", "vram": "1M"}
+        switches.append(port(f"p{i}", switch(f"s{i}", large, small)))
+    assert planned(*switches).pci_hole64_bytes == 128 * GIB
 
 
 def test_a_passed_through_device_is_given_room_and_not_counted_against_tcg() -> None:
