@@ -107,8 +107,8 @@ class Device:
 
     identity: ClassVar[Identity]
     bars: tuple[Bar, ...] = ()
-    msix: ClassVar[MsixLayout | None] = None
-    msi_vectors: ClassVar[int] = 0
+    msix: MsixLayout | None = None
+    msi_vectors: int = 0
     intx: ClassVar[bool] = False
 
     def __init__(self, name: str) -> None:

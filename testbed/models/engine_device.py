@@ -34,12 +34,25 @@ class EngineDevice(Device, ABC, Generic[Record]):
 
     identity_word: ClassVar[int]
     bars = (Bar(hw.REGISTER_BAR, hw.REGISTER_BAR_BYTES),)
-    msix: ClassVar[MsixLayout] = MsixLayout(
+    msix: MsixLayout | None = MsixLayout(
         hw.MSIX_VECTORS, hw.REGISTER_BAR, hw.MSIX_TABLE_OFFSET, hw.MSIX_PENDING_OFFSET
     )
 
-    def __init__(self, name: str, layout: RecordLayout[Record], fault_space: Space | None) -> None:
-        """``fault_space`` holds the fault buffer; None for the bus."""
+    def __init__(
+        self,
+        name: str,
+        layout: RecordLayout[Record],
+        fault_space: Space | None,
+        *,
+        msi: bool = False,
+    ) -> None:
+        """``fault_space`` holds the fault buffer; None for the bus.
+
+        ``msi``: with MSI instead of MSI-X. QEMU 11.1 cannot unplug a vfio-user device with MSI-X
+        (it asserts in memory_region_del_subregion); one with MSI it can.
+        """
+        if msi:
+            self.msix, self.msi_vectors = None, hw.MSIX_VECTORS
         super().__init__(name)
         self.ring = Ring(
             self.mover,

@@ -37,12 +37,19 @@ class GpuModel(EngineDevice[Command]):
     identity = Identity(hw.VENDOR_ID, hw.GPU_DEVICE_ID, hw.GPU_CLASS)
     identity_word = hw.GPU_IDENTITY
 
-    def __init__(self, name: str, memory: SharedMemory, links: Sequence[LinkEnd] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        memory: SharedMemory,
+        links: Sequence[LinkEnd] = (),
+        *,
+        msi: bool = False,
+    ) -> None:
         if len(links) > hw.MAX_LINKS:
             raise ValueError(f"{name}: more than {hw.MAX_LINKS} links")
         self.memory = memory
         self.local = LocalSpace(memory)
-        super().__init__(name, hw.COMMAND, self.local)
+        super().__init__(name, hw.COMMAND, self.local, msi=msi)
         self.virtual = VirtualSpace(
             memory,
             self.witness,

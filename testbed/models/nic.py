@@ -43,8 +43,9 @@ class NicModel(EngineDevice[WorkRequest]):
         address: int = 0,
         socket: FilePath | None = None,
         peers: dict[int, FilePath] | None = None,
+        msi: bool = False,
     ) -> None:
-        super().__init__(name, hw.WORK_REQUEST, None)
+        super().__init__(name, hw.WORK_REQUEST, None, msi=msi)
         self.address = address
         self.wire = WirePort(address, socket, peers or {}) if socket is not None else None
         self.regions = Regions(self.witness)

@@ -72,9 +72,12 @@ def make_device(spec: DeviceSpec, memories: Mapping[str, SharedMemory], *, trust
     if spec.kind == "gpu":
         if spec.memory not in memories:
             raise InputError(f"device '{spec.name}': a gpu needs its memory")
-        return GpuModel(spec.name, memories[spec.memory], spec.links)
+        return GpuModel(spec.name, memories[spec.memory], spec.links, msi=spec.msi)
     if spec.kind == "nic":
-        return NicModel(spec.name, address=spec.address, socket=spec.wire, peers=dict(spec.peers))
+        peers = dict(spec.peers)
+        return NicModel(
+            spec.name, address=spec.address, socket=spec.wire, peers=peers, msi=spec.msi
+        )
     if not trusted:
         raise InputError(f"device '{spec.name}': '{spec.kind}' is code of your own", hint=TRUST)
     cls = _load_class(spec.name, spec.kind)

@@ -49,6 +49,7 @@ class DeviceSpec:
 
     ``address``, ``wire`` and ``peers`` are a NIC's: its number on the rack's network, its socket
     there, and the sockets of others by their numbers.
+    ``msi``: a gpu or nic interrupts by MSI instead of MSI-X, and QEMU 11.1 can unplug it.
     ``options`` are handed to a device of one's own as keywords.
     """
 
@@ -60,6 +61,7 @@ class DeviceSpec:
     address: int = 0
     wire: Path | None = None
     peers: Mapping[int, Path] = field(default_factory=dict)
+    msi: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -165,6 +167,7 @@ def _device(data: object, where: str) -> DeviceSpec:
         address=reader.take("address", int, 0),
         wire=reader.checked("wire", wire) if wire else None,
         peers=_peers(reader),
+        msi=reader.take("msi", bool, False),
         options=reader.take("options", dict, {}),
     )
     reader.end()

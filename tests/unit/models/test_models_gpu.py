@@ -10,6 +10,9 @@ import pytest
 from testbed.models import registers as hw
 from testbed.models import wire
 from testbed.models.access import Cause
+from testbed.models.config import Capability
+from testbed.models.gpu import GpuModel
+from testbed.models.memory import SharedMemory
 from testbed.models.registers import (
     Aperture,
     Command,
@@ -23,6 +26,8 @@ from testbed.models.registers import (
     Replay,
 )
 from testbed.models.tables import Access
+from testbed.models.testing import FakeQemu
+from testbed.models.wire import Irq
 from testbed.models.witness import Event, Path
 from tests.unit.models.gpu_bench import FAULTS, FREE, MIB, RAM, RAM_BYTES, RING_ENTRIES, Bench
 
@@ -79,6 +84,26 @@ class TestRegisters:
             other.qemu.reset()
             fresh = {register: other.read(register) for register in (*Common, *Gpu)}
         assert {register: bench.read(register) for register in (*Common, *Gpu)} == fresh
+
+    def test_with_msi_instead_of_msix(self) -> None:
+        vram = SharedMemory.create(MIB, name="vram")
+        with FakeQemu(GpuModel("gpu0", vram, msi=True)) as qemu:
+            numbers = capabilities(qemu)
+            assert Capability.MSI in numbers
+            assert Capability.MSIX not in numbers
+            qemu.arm(0, kind=Irq.MSI)
+            qemu.write(0, Common.INTERRUPT_ENABLE, InterruptCause.NOTIFY)
+            qemu.write(0, Common.DOORBELL_NOTIFY, 1)
+            assert qemu.interrupts(0) == 1
+
+
+def capabilities(qemu: FakeQemu) -> list[int]:
+    numbers = []
+    at = qemu.config_read(0x34, 1)
+    while at:
+        numbers.append(qemu.config_read(at, 1))
+        at = qemu.config_read(at + 1, 1)
+    return numbers
 
 
 class TestCommands:
