@@ -54,6 +54,7 @@ def _load_class(name: str, kind: str) -> type[Device]:
     if not file.endswith(".py") or spec is None or spec.loader is None:
         raise InputError(f"device '{name}': no kind '{kind}'", hint="gpu, nic or FILE.py:CLASS")
     module = importlib.util.module_from_spec(spec)
+    sys.dont_write_bytecode = True  # the user's folder is not ours to write to
     try:
         spec.loader.exec_module(module)
     except Exception as error:
