@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ def qemu() -> Iterator[FakeQemu]:
 
 
 def open_descriptors() -> int:
+    gc.collect()
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
@@ -432,6 +434,24 @@ class TestConnection:
         assert device.bus.machine is None
         assert device.values == {}
 
+    def test_its_interrupts_are_let_go_of(self) -> None:
+        device = Card()
+        fd = os.eventfd(0, os.EFD_NONBLOCK)
+        before = open_descriptors()
+        with FakeQemu(device) as qemu:
+            flags = IrqSetFlag.DATA_EVENTFD | IrqSetFlag.ACTION_TRIGGER
+            request = wire.IRQ_SET.encode(wire.IrqSet(20, flags, Irq.MSIX, 0, 1))
+            qemu.call(Command.DEVICE_SET_IRQS, request, (fd,))
+        assert open_descriptors() == before
+        device.raise_interrupt(0)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(fd)
+        os.close(fd)
+
+    def test_closed_with_requests_unread_it_does_not_reset_the_connection(self) -> None:
+        """QEMU does not survive a reset: the end has to be an end of file."""
+        assert asyncio.run(close_unread()) == b""
+
     def test_another_machine_may_come(self) -> None:
         device = Card()
         for _ in range(3):
@@ -454,6 +474,18 @@ class TestConnection:
         for _ in range(40):
             qemu.send_raw(one * 1000)
         assert theirs._unsent_bytes < 2 * (4 << 20)
+
+
+async def close_unread() -> bytes:
+    """What the client reads last when the server closes with requests in its socket."""
+    ours, theirs = socket.socketpair()
+    session = Session(theirs, Card(), MemoryCache(), lambda _session, _reason: None)
+    for _ in range(100):
+        ours.sendall(wire.encode_header(1, Command.DEVICE_RESET, 0))
+    session.close("enough")
+    ours.settimeout(2)
+    with ours:
+        return ours.recv(1)
 
 
 async def first_words(data: bytes) -> list[str]:

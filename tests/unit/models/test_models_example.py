@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 
 import pytest
@@ -11,14 +11,15 @@ import pytest
 from testbed.models.serve import make_device
 from testbed.models.spec import DeviceSpec
 from testbed.models.testing import FakeQemu
+from testbed.models.witness import Path
 
-EXAMPLE = Path(__file__).parents[3] / "docs" / "examples" / "adder.py"
+EXAMPLE = FilePath(__file__).parents[3] / "docs" / "examples" / "adder.py"
 ADDRESS, COUNT, SUM, STATE = 0x00, 0x08, 0x10, 0x18
 
 
 @pytest.fixture
 def adder() -> Any:
-    spec = DeviceSpec("adder0", f"{EXAMPLE}:Adder", Path("adder0.vfu"))
+    spec = DeviceSpec("adder0", f"{EXAMPLE}:Adder", FilePath("adder0.vfu"))
     return make_device(spec, {}, trusted=True)
 
 
@@ -50,6 +51,7 @@ def test_a_guest_cannot_make_it_grow(adder: Any) -> None:
         qemu.write(0, COUNT, 0xFFFFFFFF)
         qemu.wait(lambda: qemu.interrupts(0) == 1)
         assert qemu.read(0, STATE) == 3
+        assert adder.witness.bytes_by(Path.IOMMU, write=False) == 0
 
 
 def test_it_is_short() -> None:

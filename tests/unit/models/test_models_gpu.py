@@ -321,6 +321,21 @@ class TestMmu:
         bench.run(copy(VIRTUAL, 0, 64 * 4096, of=Aperture.VIRTUAL))
         assert bench.gpu.witness.counters()["local"]["reads"] == 1
 
+    def test_pages_that_do_not_continue_each_other(self, bench: Bench) -> None:
+        bench.use_mmu()
+        bench.enter(VIRTUAL, 9 * 4096, Aperture.VRAM)
+        bench.enter(VIRTUAL + 4096, 3 * 4096, Aperture.VRAM)
+        bench.enter(VIRTUAL + 8192, FREE, Aperture.SYSTEM)
+        bench.enter(VIRTUAL + 12288, FREE + 8192, Aperture.SYSTEM)
+        bench.vram.view[: 4 * 4096] = b"".join(bytes([n]) * 4096 for n in (1, 2, 3, 4))
+        data = bytes(bench.vram.view[: 4 * 4096])
+        bench.run(copy(0, VIRTUAL, 3 * 4096, to=3), copy(4096, VIRTUAL + 12288, 4096, to=3))
+        assert bytes(bench.vram.view[9 * 4096 : 10 * 4096]) == data[:4096]
+        assert bytes(bench.vram.view[3 * 4096 : 4 * 4096]) == data[4096:8192]
+        at = FREE - RAM
+        assert bytes(bench.ram.view[at : at + 4096]) == data[8192:12288]
+        assert bytes(bench.ram.view[at + 4096 : at + 8192]) == bytes(4096)
+
     def test_read_only_page(self, bench: Bench) -> None:
         bench.use_mmu()
         bench.enter(VIRTUAL, 0, Aperture.VRAM, bits=1)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from testbed.errors import InputError
+from testbed.models import registers as hw
 from testbed.models.access import Cause
 from testbed.models.inject import MAX_RULES, Action, Rule, Rules
 from testbed.models.memory import SharedMemory
@@ -166,10 +167,20 @@ class TestWhat:
     def test_reordering_lets_the_next_write_pass(self, bench: Bench) -> None:
         """The fence arrives before the data it stands for: what a driver has to survive."""
         bench.gpu.rules.add(on_data(Action.REORDER, write=True))
-        bench.run(store(1))
-        writes = [e["address"] for e in bench.gpu.witness.trace() if e["what"] == "write"]
-        assert writes == [RAM + 4088, FREE]
-        assert at(bench) == 1
+        bench.run(store(1), store(2, FREE + 64))
+        fence = RAM + 4088
+        assert self.writes(bench) == [fence, FREE, FREE + 64, fence]
+        assert (at(bench), at(bench, FREE + 64)) == (1, 2)
+
+    def test_what_is_put_back_happens_before_the_engine_rests(self, bench: Bench) -> None:
+        bench.gpu.rules.add(on_data(Action.REORDER, write=True))
+        bench.put_raw(hw.COMMAND.encode(store(1)))  # without a fence: nothing follows
+        bench.ring()
+        bench.qemu.wait(lambda: at(bench) == 1)
+        assert self.writes(bench) == [FREE]
+
+    def writes(self, bench: Bench) -> list[object]:
+        return [e["address"] for e in bench.gpu.witness.trace() if e["what"] == "write"]
 
     def test_big_copies_are_struck_in_parts(self, bench: Bench) -> None:
         bench.gpu.rules.add(on_data(Action.DROP, write=True, skip=1, end=1 << 60))

@@ -343,6 +343,25 @@ class TestOnDemand:
         two.a.post(request(NicOpcode.WRITE, mine, theirs, 4))
         two.wait(lambda: two.a.read(Common.FAULT_PUT) == 1)
 
+    def test_a_source_that_goes_while_its_target_is_repaired(self, two: Two) -> None:
+        nic = two.a
+        source = nic.region(0, iova=TABLE, flags=self.FLAGS)
+        target = nic.region(1, iova=TABLE + 2 * PAGE, flags=self.FLAGS)
+        self.entry(nic, 0, DATA)
+        value = nic.post(request(NicOpcode.WRITE, source, target, 4, peer=1))
+        two.wait(lambda: nic.read(Common.FAULT_PUT) == 1)
+        self.entry(nic, 0, 0, bits=0)  # the source is evicted
+        nic.write(Nic.REGION_INVALIDATE, 0)
+        self.entry(nic, 2 * PAGE // 8, DATA + PAGE)
+        nic.write(Common.FAULT_REPLAY, Replay.AGAIN)
+        two.wait(lambda: nic.read(Common.FAULT_PUT) == 2)
+        assert [self.record(nic, n).write for n in (0, 1)] == [1, 0]
+        nic.at(DATA + 2 * PAGE, 4)[:] = b"back"
+        self.entry(nic, 0, DATA + 2 * PAGE)
+        nic.write(Common.FAULT_REPLAY, Replay.AGAIN)
+        two.wait(lambda: nic.fence == value)
+        assert bytes(nic.at(DATA + PAGE, 4)) == b"back"
+
     def test_read_only_page(self, two: Two) -> None:
         mine = two.a.region(0)
         theirs = two.b.region(0, iova=TABLE, flags=self.FLAGS)
