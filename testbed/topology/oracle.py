@@ -2,13 +2,15 @@
 """What the guest's kernel must make of a rack, predicted from its placement.
 
 IOMMU groups follow Linux 7.2 ``drivers/iommu/iommu.c`` (``pci_device_group``) and
-``drivers/pci/pci.c`` (``pci_acs_enabled``, ``pci_acs_path_enabled``).
+``drivers/pci/pci.c`` (``pci_acs_enabled``, ``pci_acs_path_enabled``); the path of peer-to-peer DMA
+follows ``drivers/pci/p2pdma.c`` (``calc_map_type_and_dist``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from testbed.topology.model import Node
 from testbed.topology.plan import Function, NodePlan, Role
@@ -73,3 +75,96 @@ class _Walk:
         if function.role in (Role.ROOT_PORT, Role.SWITCH_DOWNSTREAM):
             return function.acs
         return not function.multifunction
+
+
+class MapType(StrEnum):
+    """How one device's DMA reaches another's memory (``enum pci_p2pdma_map_type``)."""
+
+    BUS = "bus"  # by bus address, inside the switch
+    HOST_BRIDGE = "host-bridge"  # up through the root complex, translated if an IOMMU is in use
+    NONE = "none"  # not allowed
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """What ``/proc/cpuinfo`` says: vendor_id, such as ``AuthenticAMD``, and cpu family."""
+
+    vendor: str
+    family: int
+
+
+@dataclass(frozen=True)
+class P2pDecision:
+    """The kernel's decision for a pair, how far apart they are, and which ports redirect."""
+
+    map_type: MapType
+    distance: int
+    redirects: tuple[str, ...]
+
+
+Q35_HOST_BRIDGE = (0x8086, 0x29C0)
+FIRST_ZEN_FAMILY = 0x17
+
+# Host bridges known to pass peer traffic between root ports (p2pdma.c, pci_p2pdma_whitelist).
+# A rack's node has one host bridge, so that those good for one bridge only need no list of theirs.
+_GOOD_INTEL_BRIDGES = frozenset(
+    (
+        *(0x3C00, 0x3C01, 0x2F00, 0x2F01, 0x2030, 0x2031, 0x2032, 0x2033, 0x2020, 0x09A2, 0x0B25),
+        *(0x0CFE, 0x11FB, 0x1212, 0x1216, 0x4940, 0x4942, 0x4944, 0x4946, 0x4948),
+    )
+)
+_INTEL, _GOOGLE = 0x8086, 0x1AE0
+
+
+def redirecting_ports(plan: NodePlan, node: Node) -> frozenset[str]:
+    """The addresses of the ports that redirect once the kernel is up.
+
+    Linux turns redirection on in every port that has ACS, if an IOMMU is in use (``pci_enable_acs``
+    after ``pci_request_acs``). What a running guest says of its ports counts for more than this.
+    """
+    if node.iommu.mode == "off":
+        return frozenset()
+    return frozenset(f.bdf for f in plan.functions if f.acs)
+
+
+def p2p_decision(
+    plan: NodePlan,
+    provider: Function,
+    client: Function,
+    *,
+    cpu: Cpu,
+    redirecting: Collection[str],
+    host_bridge: tuple[int, int] = Q35_HOST_BRIDGE,
+) -> P2pDecision:
+    """How ``client`` may reach memory of ``provider``.
+
+    ``host_bridge`` is the (vendor, device) of the root bus's first device; ``redirecting`` the
+    addresses of the ports with any of ACS P2P request redirect, completion redirect or egress
+    control turned on.
+    """
+    bridges = {f.qemu_id: f for f in plan.functions if f.secondary_bus}
+    up = list(_path_to_root(bridges, provider))
+    down = list(_path_to_root(bridges, client))
+    common = next((f for f in up if f in down), None)
+    if common is None:
+        # The kernel has then walked both ways to their ends.
+        return P2pDecision(_through_host(cpu, host_bridge), len(up) + len(down), ())
+    steps_up, steps_down = up.index(common), down.index(common)
+    on_the_way = [*up[: steps_up + 1], *down[:steps_down]]
+    redirects = tuple(f.name for f in on_the_way if f.bdf in redirecting)
+    map_type = _through_host(cpu, host_bridge) if redirects else MapType.BUS
+    return P2pDecision(map_type, steps_up + steps_down, redirects)
+
+
+def _path_to_root(bridges: Mapping[str, Function], function: Function) -> Iterator[Function]:
+    step: Function | None = function
+    while step is not None:
+        yield step
+        step = bridges.get(step.parent)
+
+
+def _through_host(cpu: Cpu, host_bridge: tuple[int, int]) -> MapType:
+    vendor, device = host_bridge
+    is_zen = cpu.vendor == "AuthenticAMD" and cpu.family >= FIRST_ZEN_FAMILY
+    is_good = vendor == _GOOGLE or (vendor == _INTEL and device in _GOOD_INTEL_BRIDGES)
+    return MapType.HOST_BRIDGE if is_zen or is_good else MapType.NONE

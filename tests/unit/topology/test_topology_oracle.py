@@ -10,7 +10,14 @@ import pytest
 
 from testbed.topology import load
 from testbed.topology.model import from_data
-from testbed.topology.oracle import iommu_groups
+from testbed.topology.oracle import (
+    Cpu,
+    MapType,
+    P2pDecision,
+    iommu_groups,
+    p2p_decision,
+    redirecting_ports,
+)
 from testbed.topology.placement import place
 
 SHIPPED = Path(__file__).parents[3] / "topologies"
@@ -103,3 +110,66 @@ def test_root_ports_that_share_a_slot() -> None:
     found = groups({"pcie": ports})
     assert ["00:04.0", "00:04.1"] in found
     assert ["00:04.2"] in found
+
+
+EPYC, MAX = Cpu("AuthenticAMD", 0x17), Cpu("AuthenticAMD", 6)
+
+
+def decision(file: str, provider: str, client: str, cpu: Cpu = MAX, **more: Any) -> P2pDecision:
+    topology = load.load(SHIPPED / f"{file}.yaml", {})
+    plan, node = place(topology).nodes["host0"], topology.nodes["host0"]
+    more.setdefault("redirecting", redirecting_ports(plan, node))
+    return p2p_decision(plan, plan.function(provider), plan.function(client), cpu=cpu, **more)
+
+
+def test_one_switch_without_redirect_is_the_bus() -> None:
+    near = decision("dgx-8gpu", "gpu0.vram", "gpu1.engine")
+    assert near == P2pDecision(MapType.BUS, 4, ())
+
+
+def test_itself_and_functions_of_one_slot() -> None:
+    assert decision("dgx-8gpu", "gpu0.vram", "gpu0.vram") == P2pDecision(MapType.BUS, 0, ())
+    assert decision("dgx-8gpu", "gpu0.vram", "gpu0.engine") == P2pDecision(MapType.BUS, 2, ())
+
+
+def test_a_redirecting_root_port_is_on_the_way_between_functions_of_its_slot() -> None:
+    found = decision("minimal", "gpu0.vram", "gpu0.engine")
+    assert found == P2pDecision(MapType.NONE, 2, ("rp0",))
+
+
+@pytest.mark.parametrize(
+    ("cpu", "host_bridge", "map_type"),
+    [
+        (MAX, (0x8086, 0x29C0), MapType.NONE),
+        (EPYC, (0x8086, 0x29C0), MapType.HOST_BRIDGE),
+        (Cpu("GenuineIntel", 0x17), (0x8086, 0x29C0), MapType.NONE),
+        (MAX, (0x8086, 0x2032), MapType.HOST_BRIDGE),
+        (MAX, (0x1022, 0x2032), MapType.NONE),
+        (MAX, (0x1AE0, 0x0001), MapType.HOST_BRIDGE),
+    ],
+)
+def test_redirect_and_two_root_ports_need_a_host_bridge(
+    cpu: Cpu, host_bridge: tuple[int, int], map_type: MapType
+) -> None:
+    apart = decision("two-root-ports", "gpu0.vram", "gpu1.vram", cpu, host_bridge=host_bridge)
+    assert apart == P2pDecision(map_type, 4, ())
+    redirected = decision("quad-gpu", "gpu0.vram", "gpu1.vram", cpu, host_bridge=host_bridge)
+    assert redirected == P2pDecision(map_type, 4, ("sw0.port0", "sw0.port1"))
+
+
+def test_redirect_turned_off_opens_the_bus() -> None:
+    assert decision("quad-gpu", "gpu0.vram", "gpu1.vram", redirecting=()).map_type is MapType.BUS
+    topology = load.load(SHIPPED / "quad-gpu.yaml", {})
+    plan, node = place(topology).nodes["host0"], topology.nodes["host0"]
+    assert redirecting_ports(plan, node) == {plan.function("rp0").bdf, plan.function("rp1").bdf} | {
+        plan.function(f"sw0.port{i}").bdf for i in range(4)
+    }
+    off = node.model_copy(update={"iommu": node.iommu.model_copy(update={"mode": "off"})})
+    assert redirecting_ports(plan, off) == frozenset()
+
+
+def test_one_redirecting_port_on_a_longer_way_is_enough() -> None:
+    found = decision("nested-switches", "gpu0.vram", "gpu2.vram")
+    assert found == P2pDecision(MapType.NONE, 8, ("redirecting.port0",))
+    assert decision("nested-switches", "gpu0.vram", "gpu1.vram").map_type is MapType.BUS
+    assert decision("nested-switches", "gpu0.vram", "nic0") == P2pDecision(MapType.BUS, 6, ())
