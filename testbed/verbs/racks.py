@@ -122,7 +122,7 @@ def _end(name: str, now: bool) -> str:
 
     if not now:
         try:
-            how = attach(name).stop(StopDeadlines(agent_s=5, acpi_s=0))
+            how = attach(name).stop(StopDeadlines())
             return ", ".join(f"{node} by {step}" for node, step in how.items())
         except TestbedError as error:
             # Whatever ails it, it must end.
