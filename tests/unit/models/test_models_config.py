@@ -169,6 +169,7 @@ def test_a_function_level_reset_is_seen_once() -> None:
     config = space()
     control = walk(config)[Capability.PCIE] + 8
     assert config.write(control, pack("<H", 0x2810 | 0x8000))
+    assert unpack_from("<H", config.bytes, control) == (0x2810,)
     assert not config.write(control, pack("<H", 0x2810))
     assert unpack_from("<H", config.bytes, control) == (0x2810,)
 

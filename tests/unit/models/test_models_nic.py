@@ -343,6 +343,22 @@ class TestOnDemand:
         two.a.post(request(NicOpcode.WRITE, mine, theirs, 4))
         two.wait(lambda: two.a.read(Common.FAULT_PUT) == 1)
 
+    def test_a_late_answer_meets_no_other_request(self, two: Two) -> None:
+        mine = two.a.region(0)
+        slow = two.b.region(0, iova=TABLE, flags=self.FLAGS)
+        quick = two.b.region(1, iova=DATA + PAGE)
+        two.a.post(request(NicOpcode.READ, mine, slow, 4))
+        two.wait(lambda: two.b.read(Common.FAULT_PUT) == 1)
+        two.a.write(Common.RESET, 1)
+        two.a.set_up()
+        mine = two.a.region(0)
+        two.b.at(DATA, 4)[:] = b"slow"
+        two.b.at(DATA + PAGE, 4)[:] = b"fast"
+        self.entry(two.b, 0, DATA)
+        two.b.write(Common.FAULT_REPLAY, Replay.AGAIN)
+        two.run(request(NicOpcode.READ, mine, quick, 4))
+        assert bytes(two.a.at(DATA, 4)) == b"fast"
+
     def test_a_source_that_goes_while_its_target_is_repaired(self, two: Two) -> None:
         nic = two.a
         source = nic.region(0, iova=TABLE, flags=self.FLAGS)
