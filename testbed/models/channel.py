@@ -226,16 +226,3 @@ class Channel:
             self._body = memoryview(whole)[:room]
             self._have = 0
         return True
-
-
-async def connect(path: str, receiver: Receiver) -> Channel:
-    """A channel to the listening socket at ``path``; OSError if nobody listens."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.setblocking(False)
-    try:
-        await asyncio.get_running_loop().sock_connect(connection, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            connection.close()
-        raise
-    return Channel(connection, receiver)

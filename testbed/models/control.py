@@ -21,9 +21,9 @@ from testbed.errors import InputError
 from testbed.models.engine_device import EngineDevice
 from testbed.models.gpu import GpuModel
 from testbed.models.inject import Rule
+from testbed.models.listener import Listener
 from testbed.models.memory import SharedMemory
 from testbed.models.routing import Route
-from testbed.models.server import Listener
 
 MAX_LINE_BYTES: Final = 4 << 20
 

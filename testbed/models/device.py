@@ -37,6 +37,8 @@ Answer = TypeVar("Answer")
 class Machine(Protocol):
     """The QEMU that a device is plugged into, as far as the device needs it."""
 
+    max_transfer_bytes: int  # what one message may carry
+
     async def dma_read(self, address: int, size_bytes: int) -> bytes:
         """Read at an IOVA by message; AccessError if the machine refuses or is gone."""
 
@@ -70,7 +72,7 @@ class BusSpace(Space):
         if found.view is not None and mapping is not None and mapping.memory is not None:
             target = mapping.memory.name
             return Window(found.size_bytes, found.view, Path.IOMMU, target, self, address)
-        size = min(found.size_bytes, wire.MAX_TRANSFER_BYTES)
+        size = min(found.size_bytes, self.machine.max_transfer_bytes)
         if mapping is None or not (mapping.writable if write else mapping.readable):
             # Nothing is mapped here: a register of another device, or a fault. QEMU takes a refused
             # access apart, and with virtio-iommu each part is a fault of its own.

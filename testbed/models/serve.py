@@ -26,9 +26,9 @@ from testbed.errors import HostError, InputError, TestbedError
 from testbed.models.control import Control, ControlServer
 from testbed.models.device import Device
 from testbed.models.gpu import GpuModel
+from testbed.models.listener import Listener
 from testbed.models.memory import MemoryCache, SharedMemory
 from testbed.models.nic import NicModel
-from testbed.models.server import Listener
 from testbed.models.spec import DeviceSpec, MemorySpec, ServeSpec, parse
 from testbed.models.supervisor import Lifeline, supervise
 

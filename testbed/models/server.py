@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vfio-user server: one listening socket a device, one machine at a time on it.
+"""The vfio-user server: one machine's connection to one device.
 
 Commands are answered in the order in which they come, at once: none of them waits for anything.
 That is what keeps QEMU and the models from waiting for each other: QEMU holds its big lock while it
@@ -15,9 +15,7 @@ import asyncio
 import errno
 import os
 import socket
-import sys
 from collections.abc import Callable
-from pathlib import Path as FilePath
 from typing import Final
 
 from testbed.models import wire
@@ -63,6 +61,7 @@ class Session:
         self._device = device
         self._memories = memories
         self._on_end = on_end
+        self.max_transfer_bytes = wire.MAX_TRANSFER_BYTES
         self._negotiated = removed
         self._removed = removed
         self._pending: dict[int, asyncio.Future[bytes]] = {}
@@ -196,9 +195,10 @@ class Session:
     # --- commands
 
     def _version(self, header: wire.Header, payload: memoryview) -> None:
-        major, _, _ = wire.decode_version(payload)
+        major, _, capabilities = wire.decode_version(payload)
         if major != 0:
             raise Malformed(f"major version {major}")
+        self.max_transfer_bytes = capabilities.max_transfer_bytes
         self._negotiated = True
         # QEMU refuses every minor version above its own, which is 0.
         body = wire.encode_version(0, 0, wire.OURS)
@@ -351,64 +351,3 @@ class Session:
     def _feature(self, payload: memoryview, _fds: list[int]) -> Reply:
         wire.FEATURE.decode(payload, exact=False)
         raise Refused(errno.ENOTTY)  # no migration, no dma-buf
-
-
-class Listener:
-    """A device's socket. A second machine has to wait until the first is gone."""
-
-    def __init__(
-        self,
-        device: Device,
-        path: FilePath,
-        memories: MemoryCache,
-        on_change: Callable[[Device, socket.socket | None], None] = lambda _device, _socket: None,
-    ) -> None:
-        """``on_change`` is told of each connection, and of its end."""
-        self.device = device
-        self.path = path
-        self.session: Session | None = None
-        self._memories = memories
-        self._on_change = on_change
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.setblocking(False)
-        self._listening = False
-
-    def open(self) -> None:
-        """Listen; OSError if the path cannot be bound. Needs a running loop."""
-        self._socket.bind(str(self.path))
-        self._socket.listen(1)
-        self._wait()
-
-    def close(self) -> None:
-        """End the session, stop listening and remove the socket file."""
-        self._ignore()
-        self._socket.close()
-        self.path.unlink(missing_ok=True)
-        if self.session is not None:
-            self.session.close("the model is stopped")
-
-    def _wait(self) -> None:
-        if not self._listening:
-            asyncio.get_running_loop().add_reader(self._socket, self._accept)
-            self._listening = True
-
-    def _ignore(self) -> None:
-        if self._listening:
-            asyncio.get_running_loop().remove_reader(self._socket)
-            self._listening = False
-
-    def _accept(self) -> None:
-        try:
-            connection, _ = self._socket.accept()
-        except OSError:  # gone again, or no descriptor is left
-            return
-        self._ignore()
-        self._on_change(self.device, connection)
-        self.session = Session(connection, self.device, self._memories, self._ended)
-
-    def _ended(self, _session: Session, reason: str) -> None:
-        self.session = None
-        self._on_change(self.device, None)
-        sys.stderr.write(f"device {self.device.name}: machine disconnected: {reason}\n")
-        if self._socket.fileno() >= 0:
-            self._wait()

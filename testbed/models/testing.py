@@ -54,7 +54,7 @@ class CommandFailed(Exception):
 class FakeQemu:
     """The client side of vfio-user, with one device plugged in; a context manager."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, capabilities: wire.Capabilities = wire.OURS) -> None:
         self.device = device
         self.faults: list[Fault] = []
         self.closed_because = ""
@@ -66,7 +66,7 @@ class FakeQemu:
         self._by_message: list[tuple[int, SharedMemory]] = []
         self._eventfds: dict[int, int] = {}
         self._next_id = 0
-        self.run(self._connect())
+        self.run(self._connect(capabilities))
 
     def __enter__(self) -> Self:
         return self
@@ -244,13 +244,13 @@ class FakeQemu:
                 future.set_exception(ConnectionResetError(reason))
         self._replies.clear()
 
-    async def _connect(self) -> None:
+    async def _connect(self, capabilities: wire.Capabilities) -> None:
         await self.device.open()
         ours, theirs = socket.socketpair()
         self._session = Session(theirs, self.device, self.memories, lambda _session, _reason: None)
         self._client = _Client(self)
         self._channel = Channel(ours, self._client)
-        await self._call(Command.VERSION, wire.encode_version(0, 0, wire.OURS))
+        await self._call(Command.VERSION, wire.encode_version(0, 0, capabilities))
         enabled = config.COMMAND_MEMORY | config.COMMAND_MASTER
         request = wire.RegionAccess(config.COMMAND, wire.Region.CONFIG, 2)
         data = wire.REGION_ACCESS.encode(request) + enabled.to_bytes(2, "little")

@@ -317,14 +317,15 @@ def decode_version(payload: bytes | bytearray | memoryview) -> tuple[int, int, C
     entries = data.get("capabilities", {}) if isinstance(data, dict) else None
     if not isinstance(entries, dict):
         raise Malformed("the capabilities are no object")
+    most = _number(entries, "max_data_xfer_size", MAX_TRANSFER_BYTES, MAX_TRANSFER_BYTES)
+    if not most:
+        raise Malformed("no data can be transferred")
     return (
         major,
         minor,
         Capabilities(
             max_message_fds=_number(entries, "max_msg_fds", 1, MAX_MESSAGE_FDS),
-            max_transfer_bytes=_number(
-                entries, "max_data_xfer_size", MAX_TRANSFER_BYTES, MAX_TRANSFER_BYTES
-            ),
+            max_transfer_bytes=most,
             page_sizes=_number(entries, "pgsizes", PAGE_BYTES, (1 << 64) - 1),
             max_dma_mappings=_number(entries, "max_dma_maps", MAX_DMA_MAPPINGS, MAX_DMA_MAPPINGS),
             write_multiple=entries.get("write_multiple") is True,

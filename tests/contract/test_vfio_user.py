@@ -193,6 +193,15 @@ class TestDma:
         qemu.wait(lambda: device.copies == 1)
         assert bytes(target.view[:32]) == b"first mapped parthen the message"
 
+    def test_no_message_is_larger_than_the_machine_takes(self) -> None:
+        with FakeQemu(Card(), wire.Capabilities(max_transfer_bytes=12)) as qemu:
+            memory = qemu.add_message_memory(0x10000, PAGE)
+            memory.view[:0x20] = bytes(range(0x20))
+            device = self.copy(qemu, 0x10000, 0x10800)
+            qemu.wait(lambda: device.copies == 1)
+            assert bytes(memory.view[0x800:0x820]) == bytes(range(0x20))
+            assert device.witness.counters()["message"]["reads"] == 3
+
     @pytest.mark.parametrize("target", [0x10000, 0x900000])
     def test_unmapped_faults(self, qemu: FakeQemu, target: int) -> None:
         memory = qemu.add_memory(0x10000, PAGE)

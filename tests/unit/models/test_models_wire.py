@@ -74,6 +74,7 @@ def test_a_version_without_data_means_the_defaults() -> None:
         b'{"capabilities": {"max_msg_fds": "many"}}',
         b'{"capabilities": {"max_msg_fds": true}}',
         b'{"capabilities": {"pgsizes": -1}}',
+        b'{"capabilities": {"max_data_xfer_size": 0}}',
         b"[" * 4000,
         b"\xff\xfe",
         b"x" * wire.MAX_VERSION_BYTES,
