@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The control socket of a model process: what the devices saw, and what shall go wrong.
+"""What can be asked of a device's process: what the device saw, and what shall go wrong.
 
-One JSON object a line, as the guest agent's protocol: ``{"id": 1, "method": "counters", "params":
-{"device": "gpu0"}}`` is answered by ``{"id": 1, "result": ...}`` or ``{"id": 1, "error": {"type":
-..., "message": ...}}``, in order. The methods are those of :class:`Control`, without underscore.
+Requests come from the node's control socket (:mod:`testbed.models.hub`). The methods are those of
+:class:`Control`, without underscore.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import sys
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 
 from testbed.errors import InputError
@@ -25,7 +22,12 @@ from testbed.models.listener import Listener
 from testbed.models.memory import SharedMemory
 from testbed.models.routing import Route
 
-MAX_LINE_BYTES: Final = 4 << 20
+MAX_LINE_BYTES: Final = 16 << 20
+
+METHODS: Final = (
+    *("devices", "counters", "trace", "reset_trace", "mappings"),
+    *("inject", "rules", "clear", "stick", "lose", "link", "routes", "remove"),
+)
 
 Params = Mapping[str, Any]
 Json = dict[str, Any] | list[Any] | None
@@ -48,27 +50,13 @@ class Control:
     ) -> None:
         self._listeners = listeners
         self._memories = memories
-        self._methods: dict[str, Callable[[Params], Json]] = {
-            "devices": self.devices,
-            "counters": self.counters,
-            "trace": self.trace,
-            "reset_trace": self.reset_trace,
-            "mappings": self.mappings,
-            "inject": self.inject,
-            "rules": self.rules,
-            "clear": self.clear,
-            "stick": self.stick,
-            "lose": self.lose,
-            "link": self.link,
-            "routes": self.routes,
-            "remove": self.remove,
-        }
 
     def call(self, method: str, params: Params) -> Json:
         """Any method by name. InputError if there is none, or the parameters are wrong."""
-        if method not in self._methods:
+        if method not in METHODS:
             raise InputError(f"no method '{method}'")
-        return self._methods[method](params)
+        answer: Json = getattr(self, method)(params)
+        return answer
 
     def devices(self, params: Params) -> Json:
         """Every device: name, socket, whether a machine is connected, its model's last failure."""
@@ -210,60 +198,24 @@ class Control:
         return device
 
 
-class ControlServer:
-    """Serves :class:`Control` on a unix socket, to any number of clients."""
+async def serve(stream: socket.socket, control: Control) -> None:
+    """Answer requests on ``stream`` until it ends."""
+    reader, writer = await asyncio.open_connection(sock=stream, limit=MAX_LINE_BYTES)
+    try:
+        while line := await reader.readline():
+            writer.write(_answer(control, line))
+            await writer.drain()
+    except (OSError, ValueError):  # the supervisor is gone
+        pass
+    finally:
+        writer.close()
 
-    def __init__(self, path: Path, control: Control) -> None:
-        self._path = path
-        self._control = control
-        self._server: asyncio.Server | None = None
-        self._clients: set[asyncio.StreamWriter] = set()
 
-    async def open(self) -> None:
-        """Listen. OSError if the path is not free."""
-        self._server = await asyncio.start_unix_server(
-            self._connected, self._path, limit=MAX_LINE_BYTES
-        )
-        self._path.chmod(0o600)
-
-    def close(self) -> None:
-        """Hang up and remove the socket."""
-        if self._server is not None:
-            self._server.close()
-            self._path.unlink(missing_ok=True)
-        for writer in self._clients:
-            writer.close()
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._clients.add(writer)
-        try:
-            while line := await reader.readline():
-                writer.write(self._answer(line))
-                await writer.drain()
-        except ValueError:
-            sys.stderr.write("control: a line is too long\n")
-        except OSError:
-            pass
-        finally:
-            self._clients.discard(writer)
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
-
-    def _answer(self, line: bytes) -> bytes:
-        number: object = None
-        try:
-            request = json.loads(line)
-            if not isinstance(request, Mapping):
-                raise InputError("a request is an object")
-            number = request.get("id")
-            params = request.get("params", {})
-            if not isinstance(params, Mapping):
-                raise InputError("'params' is an object")
-            answer = {
-                "id": number,
-                "result": self._control.call(str(request.get("method")), params),
-            }
-        except (InputError, ValueError, RecursionError) as error:
-            answer = {"id": number, "error": {"type": "InputError", "message": str(error)}}
-        return json.dumps(answer).encode() + b"\n"
+def _answer(control: Control, line: bytes) -> bytes:
+    request = json.loads(line)  # by the hub, which has checked what its client said
+    number = request["id"]
+    try:
+        answer = {"id": number, "result": control.call(request["method"], request["params"])}
+    except (InputError, ValueError, RecursionError) as error:
+        answer = {"id": number, "error": {"type": "InputError", "message": str(error)}}
+    return json.dumps(answer).encode() + b"\n"

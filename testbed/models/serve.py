@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m testbed.models.serve`: the model process of one rack node.
+"""`python -m testbed.models.serve SPECIFICATION.json`: the device models of one rack node.
 
-It reads one line of JSON from its standard input (:mod:`testbed.models.spec`), opens every socket,
-and says ``{"ready": true, "pid": N}`` on its standard output, N being the process with the models
-(:mod:`testbed.models.supervisor`). From then on QEMU may connect. It ends at SIGTERM, or when its
-standard input ends (a pipe that its owner holds), and leaves no socket behind. Should the models'
-process die, ``{"lost": [device, ...], "status": N}`` follows. All else goes to standard error.
+It reads what to serve (:mod:`testbed.models.spec`), starts a process for each device
+(:mod:`testbed.models.supervisor`), and when every socket is open says ``{"ready": true, "pids":
+{device: N}}`` on its standard output. From then on QEMU may connect. It ends at SIGTERM and leaves
+no socket behind. Should a device's process die, ``{"lost": device, "status": N}`` follows. All else
+goes to standard error.
+
+With ``-`` the specification is the first line of standard input, whose end (a pipe that the owner
+holds) is then its end too.
 """
 
 from __future__ import annotations
@@ -18,12 +21,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from testbed.errors import HostError, InputError, TestbedError
-from testbed.models.control import Control, ControlServer
+from testbed.models import control
+from testbed.models.control import Control
 from testbed.models.device import Device
 from testbed.models.gpu import GpuModel
 from testbed.models.listener import Listener
@@ -34,6 +38,7 @@ from testbed.models.supervisor import Lifeline, supervise
 
 MAX_SPEC_BYTES: Final = 4 << 20
 TRUST: Final = "--trust"
+STDIN: Final = "-"
 
 
 def _open_memory(spec: MemorySpec) -> SharedMemory:
@@ -89,63 +94,57 @@ def make_device(spec: DeviceSpec, memories: Mapping[str, SharedMemory], *, trust
 
 
 class ModelProcess:
-    """All devices of one process, and their sockets."""
+    """One device, and its sockets."""
 
     def __init__(
         self,
-        spec: ServeSpec,
+        spec: DeviceSpec,
+        memories: Sequence[MemorySpec],
         on_change: Callable[[Device, socket.socket | None], None],
         *,
         trusted: bool = False,
     ) -> None:
         """``on_change`` hears of each connection and its end. HostError if a memory cannot be
-        opened, InputError if a device cannot be made.
+        opened, InputError if the device cannot be made.
         """
         cache = MemoryCache()
-        memories = {item.name: cache.add(_open_memory(item)) for item in spec.memories}
-        self.listeners = {
-            item.name: Listener(
-                make_device(item, memories, trusted=trusted), item.socket, cache, on_change
-            )
-            for item in spec.devices
-        }
-        self._control = ControlServer(spec.control, Control(self.listeners, memories))
+        opened = {item.name: cache.add(_open_memory(item)) for item in memories}
+        device = make_device(spec, opened, trusted=trusted)
+        self._listener = Listener(device, spec.socket, cache, on_change)
+        self.control = Control({spec.name: self._listener}, opened)
 
     async def open(self) -> None:
         """Open every socket. HostError, with all closed again, if one cannot be."""
         try:
-            for listener in self.listeners.values():
-                await listener.device.open()
-                listener.open()
-            await self._control.open()
+            await self._listener.device.open()
+            self._listener.open()
         except OSError as error:
             self.close()
             raise HostError(f"a socket could not be opened: {error}") from error
 
     def close(self) -> None:
         """Close and remove every socket."""
-        self._control.close()
-        for listener in self.listeners.values():
-            listener.close()
-            listener.device.close()
+        self._listener.close()
+        self._listener.device.close()
 
 
-async def serve(spec: ServeSpec, lifeline: Lifeline, *, trusted: bool) -> None:
+async def serve(process: ModelProcess, lifeline: Lifeline) -> None:
     """Serve until SIGTERM comes or the supervisor is gone."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
-    process = ModelProcess(spec, lifeline.connection, trusted=trusted)
     await process.open()
     loop.add_reader(lifeline.socket, stop.set)  # it says nothing: this is its end
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     # Ctrl-C reaches the whole process group; the supervisor passes on what it means.
     loop.add_signal_handler(signal.SIGINT, lambda: None)
+    calls = loop.create_task(control.serve(lifeline.calls, process.control))
     gc.collect()
     gc.freeze()  # what is there now stays: the collector need not look at it after each command
     lifeline.ready()
     try:
         await stop.wait()
     finally:
+        calls.cancel()
         process.close()
 
 
@@ -170,23 +169,40 @@ def _attempt(action: Callable[[], int]) -> int:
         return int(error.exit_code)
 
 
-def _run(arguments: list[str]) -> int:
-    if set(arguments) - {TRUST}:
-        raise InputError(f"the only argument is {TRUST}")
+def _read_spec(word: str) -> ServeSpec:
     try:
-        data: object = json.loads(_read_line(0))
+        text = _read_line(0) if word == STDIN else Path(word).read_bytes()
+        data: object = json.loads(text)
+    except OSError as error:
+        raise InputError(f"{word}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"the specification is no JSON: {error}") from error
-    spec = parse(data)
+    return parse(data)
 
-    def child(lifeline: Lifeline) -> int:
-        def serve_it() -> int:
-            asyncio.run(serve(spec, lifeline, trusted=TRUST in arguments))
-            return 0
 
-        return _attempt(serve_it)
+def _child(spec: ServeSpec, device: DeviceSpec, *, trusted: bool) -> Callable[[Lifeline], int]:
+    def serve_it(lifeline: Lifeline) -> int:
+        process = ModelProcess(device, spec.memories, lifeline.connection, trusted=trusted)
+        asyncio.run(serve(process, lifeline))
+        return 0
 
-    return supervise(child, 0)
+    return lambda lifeline: _attempt(lambda: serve_it(lifeline))
+
+
+def _run(arguments: list[str]) -> int:
+    words = [word for word in arguments if word != TRUST]
+    if len(words) != 1 or words[0].startswith("--"):
+        raise InputError(f"arguments: [{TRUST}] SPECIFICATION.json, or {STDIN}")
+    spec = _read_spec(words[0])
+    trusted = TRUST in arguments
+    gc.collect()
+    gc.freeze()  # shared with the children, as long as nobody touches it
+    return supervise(
+        {device.name: _child(spec, device, trusted=trusted) for device in spec.devices},
+        control=spec.control,
+        ready=spec.ready,
+        owner_fd=0 if words[0] == STDIN else -1,
+    )
 
 
 def main(arguments: list[str]) -> int:

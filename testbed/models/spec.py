@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one model process is to serve, from JSON to values; nothing is opened here.
+"""What the models of one rack node are, from JSON to values; nothing is opened here.
 
 ::
 
-    {"control": "models.sock",
+    {"control": "models.sock", "ready": "models.ready",
      "memories": [{"name": "gpu0.vram", "fd": 100},
                   {"name": "gpu1.vram", "path": "/proc/7/fd/101"}],
      "devices": [{"name": "gpu0", "kind": "gpu", "socket": "gpu0.vfu", "memory": "gpu0.vram",
@@ -14,7 +14,8 @@
 
 ``memories`` are the rack's memory files: a descriptor that the process inherits, or a path under
 /proc. A device of kind ``gpu`` names the one that is its video memory; all are known by name to the
-trace and to routes. Paths are relative to the process's working directory.
+trace and to routes. ``ready`` (optional) is a file that is made when every socket is there. Paths
+are relative to the process's working directory.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class ServeSpec:
     control: Path
     memories: tuple[MemorySpec, ...]
     devices: tuple[DeviceSpec, ...]
+    ready: Path | None = None
 
 
 class _Reader:
@@ -115,6 +117,7 @@ def parse(data: object) -> ServeSpec:
     """The specification in parsed JSON. InputError says where it is wrong."""
     reader = _Reader(data, "specification")
     control = reader.path("control")
+    ready = reader.take("ready", str, "")
     memories = tuple(
         _memory(item, f"memories[{number}]")
         for number, item in enumerate(reader.take("memories", list, []))
@@ -138,7 +141,7 @@ def parse(data: object) -> ServeSpec:
     for device in devices:
         if device.memory and device.memory not in known:
             raise InputError(f"device '{device.name}': no memory '{device.memory}'")
-    return ServeSpec(control, memories, devices)
+    return ServeSpec(control, memories, devices, Path(ready) if ready else None)
 
 
 def _memory(data: object, where: str) -> MemorySpec:

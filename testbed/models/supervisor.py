@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands between QEMU and the sudden death of a model process.
+"""What stands between QEMU and the sudden death of a device model.
 
-QEMU 11.1 does not survive a vfio-user connection that is reset under it. So the model process is a
-child of a small one that holds a second descriptor of every connection. When the child dies, in
-whatever way, its connections stay open, and the supervisor answers on them as a slot answers whose
-card was pulled out: reads are all ones, all else goes nowhere. The guest sees a lost device, the
-machine goes on, and the owner is told by a line on standard output.
+QEMU 11.1 does not survive a vfio-user connection that is reset under it. So each device has a
+process of its own, a child of one small supervisor that holds a second descriptor of every
+connection. When a child dies, in whatever way, its connection stays open, and the supervisor
+answers on it as a slot answers whose card was pulled out: reads are all ones, all else goes
+nowhere. The guest sees one lost device; the machine and the other devices go on.
+
+The supervisor also serves the control socket (:mod:`testbed.models.hub`).
 """
 
 from __future__ import annotations
@@ -13,22 +15,27 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from testbed.errors import ExitCode
 from testbed.models.config import Identity
 from testbed.models.device import Device
+from testbed.models.hub import Hub, Member
 from testbed.models.memory import MemoryCache
 from testbed.models.server import Session
 
 END_TIMEOUT_S: Final = 5.0
 MAX_WORDS: Final = 4096
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
 class PulledOut(Device):
@@ -38,10 +45,14 @@ class PulledOut(Device):
 
 
 class Lifeline:
-    """The child's end: tells the supervisor of connections, and of being ready."""
+    """A child's end: tells the supervisor of connections, and of being ready.
 
-    def __init__(self, words: socket.socket) -> None:
+    ``words`` carries that; ``calls`` is a stream of control requests, one JSON object a line.
+    """
+
+    def __init__(self, words: socket.socket, calls: socket.socket) -> None:
         self.socket = words
+        self.calls = calls
 
     def ready(self) -> None:
         """Every socket is open."""
@@ -57,91 +68,143 @@ class Lifeline:
             socket.send_fds(self.socket, [json.dumps(message).encode()], fds or [])
 
 
+ChildMain = Callable[[Lifeline], int]
+
+
+@dataclass
+class _Child:
+    """One device's process, as its supervisor sees it."""
+
+    name: str
+    pid: int
+    words: socket.socket
+    calls: socket.socket
+    held: socket.socket | None = None  # a second descriptor of its machine's connection
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    dead: asyncio.Event = field(default_factory=asyncio.Event)
+    status: int = 0  # valid once it is dead; see `_exit_status`
+
+
 class Supervisor:
     """The parent's end, in a running loop."""
 
-    def __init__(self, pid: int, words: socket.socket, owner_fd: int) -> None:
-        self._pid = pid
-        self._words = words
+    def __init__(
+        self, children: Mapping[str, _Child], control: Path, ready: Path | None, owner_fd: int
+    ) -> None:
+        self._children = children
+        self._ready = ready
         self._owner_fd = owner_fd
-        self._held: dict[str, socket.socket] = {}
         self._sessions: set[Session] = set()
         self._stop = asyncio.Event()
-        self._dead = asyncio.Event()
-        self._ready = asyncio.Event()
+        self._failed = asyncio.Event()  # one ended before it was ready
+        self._serving = False
+        self._bereaved = False
+        self._hub = Hub(
+            control, {child.name: Member(child.pid, child.calls) for child in children.values()}
+        )
 
     async def run(self) -> int:
-        """Until the owner is gone or SIGTERM comes; or, before it is ready, the child ends.
+        """Until the owner is gone or SIGTERM comes; or, before all are ready, a child ends.
 
-        Answers the exit status.
+        Answers the exit status: that of the first child that failed, if one did.
         """
         loop = asyncio.get_running_loop()
-        pidfd = os.pidfd_open(self._pid)
-
-        def died() -> None:
-            loop.remove_reader(pidfd)
-            self._dead.set()
-
-        loop.add_reader(pidfd, died)
-        loop.add_reader(self._words, self._hear)
-        with contextlib.suppress(PermissionError):  # a file: it has no end to wait for
-            loop.add_reader(self._owner_fd, self._owner_spoke)
+        for child in self._children.values():
+            self._watch(child)
+        if self._owner_fd >= 0:
+            with contextlib.suppress(PermissionError):  # a file: it has no end to wait for
+                loop.add_reader(self._owner_fd, self._owner_spoke)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         try:
-            await self._first(self._dead.wait(), self._stop.wait())
-            if self._dead.is_set():
-                self._hear_all()
-                return await self._bereaved()
+            await self._begin()
+            if not self._failed.is_set():
+                await self._stop.wait()
             return await self._end()
         finally:
+            for child in self._children.values():
+                if child.held is not None:
+                    child.held.close()
+
+    async def _begin(self) -> None:
+        """Wait until all are ready, and say so; or until one fails, or the owner goes."""
+        try:
+            await self._hub.open()
+        except OSError as error:
+            sys.stderr.write(f"models: the control socket could not be opened: {error}\n")
+            self._failed.set()
+            return
+
+        async def everyone() -> None:
+            for child in self._children.values():
+                await child.ready.wait()
+
+        await _first(everyone(), self._stop.wait(), self._failed.wait())
+        if self._stop.is_set() or self._failed.is_set():
+            return
+        self._serving = True
+        _say({"ready": True, "pids": {name: child.pid for name, child in self._children.items()}})
+        if self._ready is not None:
+            self._ready.touch(mode=0o600)
+
+    def _watch(self, child: _Child) -> None:
+        loop = asyncio.get_running_loop()
+        pidfd = os.pidfd_open(child.pid)
+
+        def died() -> None:
             loop.remove_reader(pidfd)
             os.close(pidfd)
-            for connection in self._held.values():
-                connection.close()
+            while self._hear(child):  # its last words: which connections there are
+                pass
+            child.status = _exit_status(child.pid)
+            child.dead.set()
+            if self._serving and not self._stop.is_set():
+                self._stand_in(child)
+            elif not self._serving:
+                self._failed.set()
 
-    @staticmethod
-    async def _first(*waits: Coroutine[None, None, bool]) -> None:
-        tasks = [asyncio.ensure_future(wait) for wait in waits]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
+        loop.add_reader(pidfd, died)
+        loop.add_reader(child.words, self._hear, child)
 
     async def _end(self) -> int:
-        """Have the child end in good order; but if it cannot even begin, let it say why."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(END_TIMEOUT_S):
-                await self._first(self._ready.wait(), self._dead.wait())
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGTERM)
-        try:
-            await asyncio.wait_for(self._dead.wait(), END_TIMEOUT_S)
-        except TimeoutError:
-            os.kill(self._pid, signal.SIGKILL)
-            await self._dead.wait()
-        return _exit_status(self._pid)
-
-    async def _bereaved(self) -> int:
-        """The child is dead: stand in for its devices until the owner ends it."""
-        status = _exit_status(self._pid)
-        if not self._ready.is_set():
-            return status
-        names = sorted(self._held)
-        sys.stderr.write(f"models: the model process died (status {status})\n")
-        _say({"lost": names, "status": status})
-        memories = MemoryCache()
-        for name, connection in self._held.items():
-            session = Session(
-                connection, PulledOut(name), memories, self._session_ended, removed=True
-            )
-            self._sessions.add(session)
-        self._held.clear()
-        await self._stop.wait()
+        """Have the children end in good order; but if one cannot even begin, let it say why."""
+        living = [child for child in self._children.values() if not child.dead.is_set()]
+        for child in living:
+            # Before it is ready it may not have its signal handlers.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_TIMEOUT_S):
+                    await _first(child.ready.wait(), child.dead.wait())
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGTERM)
+        for child in living:
+            try:
+                await asyncio.wait_for(child.dead.wait(), END_TIMEOUT_S)
+            except TimeoutError:
+                os.kill(child.pid, signal.SIGKILL)
+                await child.dead.wait()
         for session in tuple(self._sessions):
             session.close("the supervisor ends")
-        return int(ExitCode.ERROR)
+        self._hub.close()
+        if self._ready is not None:
+            self._ready.unlink(missing_ok=True)
+        if self._bereaved:
+            return int(ExitCode.ERROR)
+        return next((child.status for child in self._children.values() if child.status), 0) or (
+            int(ExitCode.ERROR) if self._failed.is_set() else 0
+        )
+
+    def _stand_in(self, child: _Child) -> None:
+        """The child is dead: answer for its device until the owner ends it all."""
+        self._bereaved = True
+        sys.stderr.write(f"device {child.name}: its model died (status {child.status})\n")
+        _say({"lost": child.name, "status": child.status})
+        self._hub.lose(child.name, child.status)
+        if child.held is not None:
+            session = Session(
+                child.held, PulledOut(child.name), MemoryCache(), self._session_ended, removed=True
+            )
+            self._sessions.add(session)
+            child.held = None
 
     def _session_ended(self, session: Session, _reason: str) -> None:
         self._sessions.discard(session)
@@ -151,35 +214,38 @@ class Supervisor:
             asyncio.get_running_loop().remove_reader(self._owner_fd)
             self._stop.set()
 
-    def _hear_all(self) -> None:
-        while self._hear():
-            pass
-
-    def _hear(self) -> bool:
+    def _hear(self, child: _Child) -> bool:
         """One word from the child; False if there is none."""
         fds = array.array("i")
         try:
-            data, ancillary, _, _ = self._words.recvmsg(
+            data, ancillary, _, _ = child.words.recvmsg(
                 MAX_WORDS, socket.CMSG_SPACE(fds.itemsize), socket.MSG_CMSG_CLOEXEC
             )
         except OSError:
             data, ancillary = b"", []
         if not data:
-            asyncio.get_running_loop().remove_reader(self._words)
+            asyncio.get_running_loop().remove_reader(child.words)
             return False
         for _, _, content in ancillary:
             fds.frombytes(content)
         message = json.loads(data)
         if "ready" in message:
-            self._ready.set()
-            _say({"ready": True, "pid": self._pid})
+            child.ready.set()
             return True
-        before = self._held.pop(message["device"], None)
-        if before is not None:
-            before.close()
-        if message["connected"]:
-            self._held[message["device"]] = socket.socket(fileno=fds[0])
+        if child.held is not None:
+            child.held.close()
+        child.held = socket.socket(fileno=fds[0]) if message["connected"] else None
         return True
+
+
+async def _first(*waits: Coroutine[None, None, object]) -> None:
+    """Return when one of them does; the others are given up."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _say(message: dict[str, object]) -> None:
@@ -193,27 +259,55 @@ def _exit_status(pid: int) -> int:
     return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 256 + os.WTERMSIG(status)
 
 
-def supervise(child: Callable[[Lifeline], int], owner_fd: int) -> int:
-    """Run ``child`` in a process of its own, and outlive it; answers the exit status."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sys.stdout.flush()
-    sys.stderr.flush()
+def _fork(name: str, main: ChildMain, others: list[_Child]) -> _Child:
+    words, their_words = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    calls, their_calls = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    supervisor = os.getpid()
     pid = os.fork()
     if not pid:
-        ours.close()
         status = int(ExitCode.ERROR)
         try:
-            status = child(Lifeline(theirs))
+            # A model that hangs must not outlive its supervisor either.
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() == supervisor:
+                for end in (words, calls, *(s for c in others for s in (c.words, c.calls))):
+                    end.close()
+                status = main(Lifeline(their_words, their_calls))
         finally:
             sys.stderr.flush()
             os._exit(status)
-    theirs.close()
-    ours.setblocking(False)
+    their_words.close()
+    their_calls.close()
+    words.setblocking(False)
+    return _Child(name, pid, words, calls)
+
+
+def supervise(
+    children: Mapping[str, ChildMain],
+    *,
+    control: Path,
+    ready: Path | None = None,
+    owner_fd: int = -1,
+) -> int:
+    """Run each of ``children`` in a process of its own, and outlive them.
+
+    :param control: the control socket to serve. :param ready: a file to make when all serve.
+    :param owner_fd: its end of file is the end, as SIGTERM is; -1 for none.
+    :returns: the exit status.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    forked: list[_Child] = []
+    for name, main in children.items():
+        forked.append(_fork(name, main, forked))
 
     async def run() -> int:
-        return await Supervisor(pid, ours, owner_fd).run()
+        by_name = {child.name: child for child in forked}
+        return await Supervisor(by_name, control, ready, owner_fd).run()
 
     try:
         return min(asyncio.run(run()), 255)
     finally:
-        ours.close()
+        for child in forked:
+            child.words.close()
+            child.calls.close()
