@@ -9,13 +9,16 @@
     │   └── NoSuchRack                2
     ├── HostError                   128  this machine cannot, or set-up is not done
     │   ├── SetupError              128  the tool root, image or kernel could not be made
-    │   │   └── MirrorError         128  the package mirror does not answer
+    │   │   ├── MirrorError         128  the package mirror does not answer
+    │   │   └── ModuleBuildError    128  a kernel module of ours does not compile, with the reasons
     │   └── LaunchError             128  QEMU did not start: exit status, command line, its words
     ├── LostError                     3  the machine or the link died (LOST), with the console tail
     │   ├── GuestPanic                3
     │   ├── NoHello                   3  it runs, but the agent never answered
     │   └── LinkLost                  3  QEMU ended, a closed channel, a missed deadline, garbage
+    ├── DeviceLost                  128  one device's model died; the machine and the others go on
     ├── AgentError                  128  a call failed in the guest: remote type, errno, where
+    ├── ModuleError                 128  the guest's kernel refuses a module, or keeps it: why
     ├── QmpError                    128  QEMU refused a command: its error class and description
     ├── CapabilityMissing           125  cannot be shown here (SKIP), naming the capability
     └── Interrupted                 130  Ctrl-C
@@ -120,6 +123,10 @@ class MirrorError(SetupError):
     """The package mirror does not answer, or answers with something else."""
 
 
+class ModuleBuildError(SetupError):
+    """A kernel module of the testbed does not compile for a kernel; the compiler's first words."""
+
+
 class LaunchError(HostError):
     """QEMU ended before its control socket answered."""
 
@@ -180,6 +187,14 @@ class LinkLost(LostError):
     """QEMU ended, the channel closed, a call passed its deadline, or the guest sent garbage."""
 
 
+class DeviceLost(TestbedError):
+    """One device is no more: its model died. The machine and its other devices go on."""
+
+    def __init__(self, message: str, *, node: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.node = node
+
+
 class AgentError(TestbedError):
     """A call failed inside the guest; the machine is fine.
 
@@ -197,6 +212,10 @@ class AgentError(TestbedError):
 
     def __str__(self) -> str:
         return f"{self.remote_type}: {self.message}" + (f" (at {self.where})" if self.where else "")
+
+
+class ModuleError(TestbedError):
+    """The guest's kernel refuses to load a module, or to let it go; it says why."""
 
 
 class QmpError(TestbedError):

@@ -62,6 +62,10 @@ Acquire::IndexTargets::deb::DEP-11::DefaultEnabled "false"; Acquire::PDiffs "fal
 """
 
 
+class NotOffered(SetupError):
+    """The mirror has no such package, or not together with what it needs."""
+
+
 @dataclass(frozen=True)
 class Archive:
     """One ``.deb`` as apt names it, with what the lock keeps of it."""
@@ -110,7 +114,7 @@ class Apt:
     def resolve(self) -> tuple[Archive, ...]:
         """What the set consists of today.
 
-        :raises SetupError: a package does not exist, or cannot be had together with the others.
+        :raises NotOffered: a package does not exist, or cannot be had together with the others.
         """
         nowhere = f"Dir::Cache::Archives={self._state / 'nowhere'}"
         (self._state / "nowhere/partial").mkdir(parents=True, exist_ok=True)
@@ -232,7 +236,7 @@ def _failure(mirror: str, verb: str, said: str) -> SetupError:
     text = "; ".join(complaints[:3]) or said.strip()[-500:] or "no reason given"
     unresolved = re.search(r"Unable to locate|no installation candidate|broken packages", said)
     if unresolved and verb == "install":
-        return SetupError(f"the packages cannot be had from {mirror}: {text}")
+        return NotOffered(f"the packages cannot be had from {mirror}: {text}")
     if "No space left" in said:
         return SetupError(text, hint="free some space, or set TESTBED_CACHE_DIR")
     return MirrorError(
@@ -284,11 +288,12 @@ def _sources(packages: PackageSet, mirror: str) -> str:
 
 def _status(assumed: Sequence[str]) -> str:
     """A dpkg status file in which only the assumed packages are installed."""
+    named = (word.partition("=") for word in assumed)
     return "".join(
-        f"Package: {name}\nStatus: install ok installed\nVersion: 99:0\n"
+        f"Package: {name}\nStatus: install ok installed\nVersion: {version or '99:0'}\n"
         f"Architecture: {ARCHITECTURE}\nMulti-Arch: foreign\n"
         "Maintainer: testbed\nDescription: assumed\n\n"
-        for name in assumed
+        for name, _, version in named
     )
 
 

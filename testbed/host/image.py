@@ -19,7 +19,7 @@ from testbed.errors import SetupError
 from testbed.host import cpio, paths, product
 from testbed.host.manifest import GuestFiles, digest
 from testbed.host.packages import PackageRoot, SetupOptions
-from testbed.host.toolroot import through_loader
+from testbed.host.toolroot import loader_words, through_loader
 
 BUILDER = 1
 _BUSYBOX = "usr/bin/busybox"
@@ -184,7 +184,7 @@ def _libraries(root: Path, program: Path) -> Iterator[Path]:
 
 
 def _loader(root: Path, verb: str, program: Path) -> subprocess.CompletedProcess[str]:
-    return _run([*through_loader(root, "")[:-1], verb, str(program)])
+    return _run([*loader_words(root), verb, str(program)])
 
 
 def _run(words: Sequence[str]) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ import lzma
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,8 +27,8 @@ from testbed.errors import InputError
 _ELF_MAGIC = b"\x7fELF"
 _EM_X86_64 = 62
 _PT_NOTE = 4
-_PVH_NOTE_TYPE = 18
-_PVH_NOTE_NAME = b"Xen\0"
+_PVH_NOTE = (18, b"Xen\0")
+_BUILD_ID_NOTE = (3, b"GNU\0")
 _BOOT_FLAG = 0xAA55
 _HEADER_MAGIC = b"HdrS"
 _MIN_HEADER_BYTES = 0x268
@@ -41,11 +41,13 @@ class KernelFile:
 
     ``release``  as ``uname -r`` will say, "" if the file does not tell.
     ``pvh``      ``data`` is an ELF file with a PVH entry; otherwise it is the bzImage itself.
+    ``build_id`` hexadecimal, "" if there is none, or it is compressed in a way not known here.
     """
 
     release: str
     pvh: bool
     data: bytes
+    build_id: str = ""
 
 
 def read(path: Path) -> KernelFile:
@@ -66,7 +68,7 @@ def read(path: Path) -> KernelFile:
                 f"kernel {path}: an ELF file without a PVH entry, which QEMU cannot start",
                 hint="give the bzImage, or build the kernel with CONFIG_PVH=y",
             )
-        return KernelFile(_release_in_vmlinux(data), True, data)
+        return KernelFile(_release_in_vmlinux(data), True, data, build_id(data))
     if not is_bzimage(data):
         raise InputError(
             f"kernel {path}: neither a bzImage nor a vmlinux",
@@ -75,8 +77,8 @@ def read(path: Path) -> KernelFile:
     release = _release_in_bzimage(data)
     vmlinux = extract_vmlinux(data)
     if vmlinux is not None and has_pvh_entry(vmlinux):
-        return KernelFile(release, True, vmlinux)
-    return KernelFile(release, False, data)
+        return KernelFile(release, True, vmlinux, build_id(vmlinux))
+    return KernelFile(release, False, data, build_id(vmlinux) if vmlinux else "")
 
 
 def is_bzimage(data: bytes) -> bool:
@@ -137,35 +139,43 @@ def _is_x86_64(elf: bytes) -> bool:
 
 def has_pvh_entry(elf: bytes) -> bool:
     """A PT_NOTE segment holds XEN_ELFNOTE_PHYS32_ENTRY."""
+    return any((kind, name) == _PVH_NOTE for kind, name, _ in _notes(elf))
+
+
+def build_id(elf: bytes) -> str:
+    """The linker's hash of the program, "" if there is none (ld(1), ``--build-id``)."""
+    found = (content for kind, name, content in _notes(elf) if (kind, name) == _BUILD_ID_NOTE)
+    return next(found, b"").hex()
+
+
+def _notes(elf: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """The notes in all PT_NOTE segments: type, owner, content."""
     table, size, count = (
         struct.unpack_from("<Q", elf, 32)[0],
         *struct.unpack_from("<HH", elf, 54),
     )
     if size < 56:
-        return False
+        return
     for index in range(count):
         header = elf[table + index * size : table + index * size + 56]
         if len(header) < 56:
-            return False
+            return
         if struct.unpack_from("<I", header)[0] == _PT_NOTE:
             offset, file_size = (
                 struct.unpack_from("<Q", header, 8)[0],
                 struct.unpack_from("<Q", header, 32)[0],
             )
-            if _note_in(elf[offset : offset + file_size]):
-                return True
-    return False
+            yield from _notes_in(elf[offset : offset + file_size])
 
 
-def _note_in(notes: bytes) -> bool:
+def _notes_in(notes: bytes) -> Iterator[tuple[int, bytes, bytes]]:
     position = 0
     while position + 12 <= len(notes):
-        name_size, description_size, kind = struct.unpack_from("<III", notes, position)
-        name = notes[position + 12 : position + 12 + name_size]
-        if kind == _PVH_NOTE_TYPE and name == _PVH_NOTE_NAME:
-            return True
-        position += 12 + (name_size + 3 & ~3) + (description_size + 3 & ~3)
-    return False
+        name_size, content_size, kind = struct.unpack_from("<III", notes, position)
+        name = position + 12
+        content = name + (name_size + 3 & ~3)
+        yield kind, notes[name : name + name_size], notes[content : content + content_size]
+        position = content + (content_size + 3 & ~3)
 
 
 def _release_in_bzimage(data: bytes) -> str:

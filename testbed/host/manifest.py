@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from testbed.host import paths
 
 _NAME = r"^[a-z0-9][a-z0-9+.-]*$"
 PackageName = Annotated[str, Field(pattern=_NAME)]
+AssumedName = Annotated[str, Field(pattern=_NAME.rstrip("$") + r"(=[A-Za-z0-9.+:~-]+)?$")]
 ModuleName = Annotated[str, Field(pattern=r"^[a-z0-9_]+$")]
 
 
@@ -30,13 +31,37 @@ class PackageSet(_Strict):
     ``suites``       where they come from (component ``main``, amd64).
     ``date_waived``  take an index past its validity date; its signature is checked all the same.
     ``packages``     what is wanted; dependencies follow, recommendations do not.
-    ``assumed``      dependencies that are left out, as nothing here needs them.
+    ``assumed``      dependencies that are left out, as nothing here needs them: ``name``, or
+                     ``name=version`` where another package wants exactly one version.
     """
 
     suites: tuple[PackageName, ...] = Field(min_length=1)
     date_waived: bool = False
     packages: tuple[PackageName, ...] = Field(min_length=1)
+    assumed: tuple[AssumedName, ...] = ()
+
+
+class Headers(_Strict):
+    """What it takes to build modules for a kernel of Debian's.
+
+    ``package``  with ``{release}`` where the kernel's release stands; of the kernel's own suites.
+    ``assumed``  as of a package set; the packages of the kernel itself are assumed too.
+    """
+
+    package: str
     assumed: tuple[PackageName, ...] = ()
+
+    def of(self, kernel: PackageSet, release: str, present: Sequence[str]) -> PackageSet:
+        """The package set for the kernel of that release.
+
+        :param present: the kernel's own packages, ``name=version``.
+        """
+        return PackageSet(
+            suites=kernel.suites,
+            date_waived=kernel.date_waived,
+            packages=(self.package.format(release=release),),
+            assumed=(*self.assumed, *present),
+        )
 
 
 class ModuleLists(_Strict):
@@ -70,6 +95,8 @@ class Manifest(_Strict):
 
     version: int = Field(ge=1, le=1)
     toolroot: PackageSet
+    toolchain: PackageSet
+    headers: Headers
     guest: PackageSet
     image: GuestFiles
     modules: ModuleLists

@@ -22,12 +22,13 @@ from pathlib import Path
 
 import zstandard
 
-from testbed.errors import SetupError
+from testbed.errors import InputError, SetupError
 from testbed.host import cpio
 from testbed.host.manifest import ModuleLists
 
 _SUFFIX = re.compile(r"\.ko(\.xz|\.zst|\.gz)?$")
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
+_VERMAGIC = re.compile(rb"\0vermagic=(\S+) ")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def find(folder: Path | None) -> ModuleFiles:
 def build(release: str, available: ModuleFiles, wanted: ModuleLists) -> ModuleArchive:
     """The archive of the wanted modules; those that cannot be found are named, not refused.
 
+    :param release: the kernel's, "" if that is not known.
+    :raises InputError: a module is for another release.
     :raises SetupError: a module file is broken.
     """
     contents: dict[str, bytes] = {}
@@ -86,7 +89,15 @@ def build(release: str, available: ModuleFiles, wanted: ModuleLists) -> ModuleAr
         orders[name] = order or ()
         if order is None:
             missing.append(name)
-    folder = f"/usr/lib/modules/{release}"
+    for name, data in contents.items():
+        made_for = release_of(data)
+        if release and made_for and made_for != release:
+            raise InputError(
+                f"kernel module {available.files[name]}: it is for {made_for},"
+                f" but the kernel is {release}",
+                hint="give the modules that were built with the kernel (make modules)",
+            )
+    folder = f"/usr/lib/modules/{release or 'unknown'}"
     boot = _distinct(module for name in wanted.boot for module in orders[name])
     entries = [cpio.regular(f"{folder}/{name}.ko", data) for name, data in contents.items()]
     entries.append(cpio.regular(f"{folder}/boot", _lines(boot)))
@@ -118,6 +129,12 @@ def dependencies(module: bytes) -> tuple[str, ...]:
     """The names in ``depends=``."""
     found = _DEPENDS.search(module)
     return tuple(canonical(word) for word in found[1].decode().split(",") if word) if found else ()
+
+
+def release_of(module: bytes) -> str:
+    """The kernel release in ``vermagic=``, "" if there is none."""
+    found = _VERMAGIC.search(module)
+    return found[1].decode(errors="replace") if found else ""
 
 
 def uncompressed(path: Path) -> bytes:

@@ -7,6 +7,7 @@ package sets come from different indices and are fetched at the same time.
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,12 +92,13 @@ def prepare(
     """
     setup = setup or options()
     described = manifest.load()
-    named = {name: _source(name, described) for name in dict.fromkeys(kernels)}
+    named = tuple(dict.fromkeys(kernels))
+    for name in named:
+        _is_packaged(name, described)  # refuses what is neither, before anything is made
     sets = {GUEST: described.guest}
     qemu = qemu or os.environ.get(toolroot.QEMU_VARIABLE) or None
     if qemu is None:
         sets[TOOLROOT] = described.toolroot
-    sets |= {_set(name): described.kernels[name] for name, path in named.items() if path is None}
 
     def ensure(name: str) -> PackageRoot:
         return packages.ensure(name, sets[name], setup)
@@ -105,18 +107,10 @@ def prepare(
         root = ensure(GUEST)
         return root, image.prepare(root, described.image, setup)
 
-    def ready_kernel(name: str) -> tuple[PackageRoot | None, KernelImage]:
-        path = named[name]
-        if path is not None:
-            return None, kernel.prepare(name, path, described.modules, setup)
-        root = ensure(_set(name))
-        made = kernel.prepare(name, root.root, described.modules, setup, origin=root.key)
-        return root, made
-
     with ThreadPoolExecutor(max_workers=len(sets) + len(named)) as pool:
         guest = pool.submit(ready_image)
         tools = pool.submit(ensure, TOOLROOT) if TOOLROOT in sets else None
-        each = {name: pool.submit(ready_kernel, name) for name in named}
+        each = {name: pool.submit(prepare_kernel, name, described, setup) for name in named}
         try:
             guest_root, guest_image = guest.result()
             roots = [guest_root]
@@ -136,27 +130,45 @@ def prepare(
     )
 
 
-def update_lock(installation: Installation, file: Path | None = None) -> None:
-    """Record what this installation consists of as reviewed.
+def update_lock(sets: Mapping[str, Lock], file: Path | None = None) -> None:
+    """Record what these package sets consist of as reviewed.
 
     :raises SetupError: the file cannot be written.
     """
-    lock.write_reviewed(file or lock_file(), installation.packages)
+    lock.write_reviewed(file or lock_file(), sets)
 
 
-def _set(kernel_name: str) -> str:
-    return f"kernel:{kernel_name}"
+def prepare_kernel(
+    name: str, described: Manifest, setup: SetupOptions
+) -> tuple[PackageRoot | None, KernelImage]:
+    """One kernel, and the packages that it is from if it is one of the manifest's.
+
+    :param name: a name from the manifest, a path, or ``PATH,modules=FOLDER``.
+    :raises InputError: it does not exist or is no kernel. :raises SetupError: as :func:`prepare`.
+    """
+    if _is_packaged(name, described):
+        root = packages.ensure(f"kernel:{name}", described.kernels[name], setup)
+        return root, kernel.prepare(name, root.root, described.modules, setup, origin=root.key)
+    path, module_folder = kernel.split_word(name)
+    image = kernel.prepare(
+        name, Path(path).expanduser(), described.modules, setup, module_folder=module_folder
+    )
+    return None, image
 
 
-def _source(name: str, described: Manifest) -> Path | None:
-    """None for a kernel of the manifest, else the path that the user means.
+def _is_packaged(name: str, described: Manifest) -> bool:
+    """True for a kernel of the manifest, False for a path.
 
     :raises InputError: neither.
     """
     if name in described.kernels:
-        return None
-    path = Path(name).expanduser()
-    if "/" not in name and not path.exists():
-        known = ", ".join(sorted(described.kernels))
-        raise InputError(f"kernel '{name}' is neither one of {known} nor a path")
-    return path
+        return True
+    path, _ = kernel.split_word(name)
+    if "/" not in path and not Path(path).exists():
+        known = sorted(described.kernels)
+        near = difflib.get_close_matches(name, known, 1)
+        raise InputError(
+            f"kernel '{name}' is neither one of {', '.join(known)} nor a path",
+            hint=f"did you mean '{near[0]}'?" if near else "",
+        )
+    return False

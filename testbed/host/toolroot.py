@@ -37,6 +37,14 @@ class Qemu:
     identity: str = ""
 
 
+def loader_words(root: Path) -> tuple[str, ...]:
+    """The loader of ``root`` with its libraries; options of ld.so(8) and a program may follow."""
+    return (
+        str(root / "usr/lib64/ld-linux-x86-64.so.2"),
+        *("--library-path", str(root / _LIBRARIES)),
+    )
+
+
 def through_loader(root: Path, program: str, *, preload: str = "") -> tuple[str, ...]:
     """The words that start ``root/program`` with the loader and the libraries of ``root``.
 
@@ -45,8 +53,7 @@ def through_loader(root: Path, program: str, *, preload: str = "") -> tuple[str,
     :param preload: a library of ``root`` that comes before all others.
     """
     return (
-        str(root / "usr/lib64/ld-linux-x86-64.so.2"),
-        *("--library-path", str(root / _LIBRARIES)),
+        *loader_words(root),
         *(("--preload", str(root / preload)) if preload else ()),
         str(root / program),
     )

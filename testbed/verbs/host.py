@@ -46,6 +46,11 @@ def doctor(qemu: str | None, fresh: bool, form: str) -> int:
 @click.option("--refresh", is_flag=True, help="Ask the mirror again, even if all is made.")
 @click.option("--update-lock", is_flag=True, help="Record what is used as the reviewed versions.")
 @click.option("--qemu", metavar="PATH", help="Another QEMU; the tool root is then not made.")
+@click.option(
+    "--toolchain",
+    is_flag=True,
+    help="Also make ready what builds kernel modules for these kernels (otherwise: when needed).",
+)
 @click.option("--quiet", is_flag=True, help="Say nothing unless something is downloaded.")
 @format_option("text", "json")
 def setup(
@@ -55,6 +60,7 @@ def setup(
     refresh: bool,
     update_lock: bool,
     qemu: str | None,
+    toolchain: bool,
     quiet: bool,
     form: str,
 ) -> None:
@@ -64,13 +70,17 @@ def setup(
     """
     from testbed import deploy
     from testbed.host import prepare, probe
-    from testbed.verbs.install import install
+    from testbed.verbs.install import builders, install
 
     installation = install(
         [prepare.DEFAULT_KERNEL, *kernels], qemu=qemu, mirror=mirror, locked=locked, refresh=refresh
     )
+    sets = dict(installation.packages)
+    if toolchain:
+        for builder in builders(installation.kernels, locked=locked, refresh=refresh):
+            sets |= builder.packages
     if update_lock:
-        prepare.update_lock(installation)
+        prepare.update_lock(sets)
     accelerator = probe.accelerator(installation)
     versions = deploy.versions_of(installation, accelerator)
     if form == "json":

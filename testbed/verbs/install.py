@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from testbed.errors import CapabilityMissing
 from testbed.host import prepare
+from testbed.host.packages import SetupOptions
 from testbed.host.progress import shown
 
 if TYPE_CHECKING:
+    from testbed.host.guest_modules import ModuleBuilder
     from testbed.topology.model import Topology
 
 
@@ -26,14 +30,7 @@ def install(
 
     :raises SetupError: as :func:`testbed.host.prepare.prepare`.
     """
-    with shown() as progress:
-        options = prepare.options(
-            # The verbs that set up on the way have no --mirror of their own.
-            mirror=mirror or os.environ.get("TESTBED_SETUP_MIRROR") or None,
-            locked=locked,
-            refresh=refresh,
-            progress=progress,
-        )
+    with _options(mirror, locked, refresh) as options:
         return prepare.prepare(tuple(dict.fromkeys(kernels)), qemu=qemu, setup=options)
 
 
@@ -41,3 +38,38 @@ def install_for(topologies: Iterable[Topology], *, qemu: str | None = None) -> p
     """What these topologies' nodes need."""
     kernels = [node.kernel for topology in topologies for node in topology.nodes.values()]
     return install(kernels, qemu=qemu)
+
+
+def builders(
+    kernels: Iterable[str],
+    *,
+    mirror: str | None = None,
+    locked: bool = False,
+    refresh: bool = False,
+) -> list[ModuleBuilder]:
+    """What builds modules for these kernels; one for which nothing can be had is named and left.
+
+    :raises SetupError: as :func:`testbed.host.guest_modules.builder`.
+    """
+    from testbed.host import guest_modules
+
+    made = []
+    with _options(mirror, locked, refresh) as options:
+        for kernel in dict.fromkeys(kernels):
+            try:
+                made.append(guest_modules.builder(kernel, options))
+            except CapabilityMissing as error:
+                options.progress.say(f"no modules can be built for kernel {kernel}: {error}")
+    return made
+
+
+@contextmanager
+def _options(mirror: str | None, locked: bool, refresh: bool) -> Iterator[SetupOptions]:
+    with shown() as progress:
+        yield prepare.options(
+            # The verbs that set up on the way have no --mirror of their own.
+            mirror=mirror or os.environ.get("TESTBED_SETUP_MIRROR") or None,
+            locked=locked,
+            refresh=refresh,
+            progress=progress,
+        )

@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * What the running kernel itself decides about peer-to-peer DMA between two PCI functions.
+ *
+ * No rule of drivers/pci/p2pdma.c is repeated here: the distance is the return value of
+ * pci_p2pdma_distance_many(), and the kind of a mapping is what dma_map_sgtable() made of a page
+ * of peer-to-peer memory.
+ *
+ * Interface: open /dev/p2p_probe, write one command, read its answer (lines of key=value words).
+ *
+ *   distance PROVIDER CLIENT...        a line for each client, and one for all of them
+ *   provide PROVIDER BAR SIZE OFFSET   make a part of a BAR peer-to-peer memory; SIZE 0: the rest
+ *   map PROVIDER CLIENT SIZE           map a piece of PROVIDER's memory for CLIENT, and unmap it
+ *
+ * Functions are named 0000:05:00.0. "provide" wants the function bound to the driver of this
+ * module (driver_override p2p_probe); unbinding it takes the memory back.
+ */
+
+#include <linux/device.h>
+#include <linux/dma-mapping.h>
+#include <linux/errno.h>
+#include <linux/fs.h>
+#include <linux/iommu.h>
+#include <linux/miscdevice.h>
+#include <linux/module.h>
+#include <linux/mutex.h>
+#include <linux/pci-p2pdma.h>
+#include <linux/pci.h>
+#include <linux/scatterlist.h>
+#include <linux/slab.h>
+#include <linux/string.h>
+#include <linux/uaccess.h>
+
+#define NAME		"p2p_probe"
+#define MAX_COMMAND	4096
+#define MAX_WORDS	130
+#define MAX_ANSWER	8192
+
+struct session {
+	struct mutex lock;	/* one command at a time */
+	size_t length;
+	char answer[MAX_ANSWER];
+};
+
+static void __printf(2, 3) say(struct session *session, const char *format, ...)
+{
+	va_list arguments;
+
+	va_start(arguments, format);
+	session->length += vscnprintf(session->answer + session->length,
+				      MAX_ANSWER - session->length, format, arguments);
+	va_end(arguments);
+}
+
+/* The function of that name, with a reference, or an ERR_PTR. */
+static struct pci_dev *function(const char *name)
+{
+	unsigned int domain, bus, slot, number;
+	struct pci_dev *pdev;
+	char after;
+
+	if (sscanf(name, "%x:%x:%x.%x%c", &domain, &bus, &slot, &number, &after) != 4)
+		return ERR_PTR(-EINVAL);
+	pdev = pci_get_domain_bus_and_slot(domain, bus, PCI_DEVFN(slot, number));
+	return pdev ?: ERR_PTR(-ENODEV);
+}
+
+static void say_distance(struct session *session, const char *name, int distance)
+{
+	if (distance < 0)
+		say(session, "client=%s distance=none\n", name);
+	else
+		say(session, "client=%s distance=%d\n", name, distance);
+}
+
+static int do_distance(struct session *session, int count, char **words)
+{
+	struct pci_dev *provider, **clients;
+	struct device **devices;
+	int i, found = 0, error = 0;
+
+	if (count < 2)
+		return -EINVAL;
+	provider = function(words[0]);
+	if (IS_ERR(provider))
+		return PTR_ERR(provider);
+	count--;
+	clients = kcalloc(count, sizeof(*clients), GFP_KERNEL);
+	devices = kcalloc(count, sizeof(*devices), GFP_KERNEL);
+	if (!clients || !devices) {
+		error = -ENOMEM;
+		goto out;
+	}
+	for (; found < count; found++) {
+		clients[found] = function(words[found + 1]);
+		if (IS_ERR(clients[found])) {
+			error = PTR_ERR(clients[found]);
+			goto out;
+		}
+		devices[found] = &clients[found]->dev;
+	}
+	for (i = 0; i < count; i++)
+		say_distance(session, words[i + 1],
+			     pci_p2pdma_distance_many(provider, &devices[i], 1, false));
+	say_distance(session, "all", pci_p2pdma_distance_many(provider, devices, count, false));
+out:
+	while (found--)
+		pci_dev_put(clients[found]);
+	kfree(devices);
+	kfree(clients);
+	pci_dev_put(provider);
+	return error;
+}
+
+static struct pci_driver driver;
+
+static int do_provide(struct session *session, int count, char **words)
+{
+	unsigned long long size, offset;
+	struct pci_dev *pdev;
+	unsigned int bar;
+	int error;
+
+	if (count != 4 || kstrtouint(words[1], 0, &bar) || bar >= PCI_STD_NUM_BARS ||
+	    kstrtoull(words[2], 0, &size) || kstrtoull(words[3], 0, &offset))
+		return -EINVAL;
+	pdev = function(words[0]);
+	if (IS_ERR(pdev))
+		return PTR_ERR(pdev);
+	device_lock(&pdev->dev);
+	if (pdev->dev.driver == &driver.driver)
+		error = pci_p2pdma_add_resource(pdev, bar, size, offset);
+	else
+		error = -EPERM;
+	device_unlock(&pdev->dev);
+	if (!error)
+		say(session, "start=0x%llx\n",
+		    (unsigned long long)pci_resource_start(pdev, bar) + offset);
+	pci_dev_put(pdev);
+	return error;
+}
+
+/* DMA by the kernel is possible: the function is in no domain of a VFIO user's. */
+static int check_client(struct pci_dev *client, bool *translated)
+{
+	struct iommu_domain *domain = iommu_get_domain_for_dev(&client->dev);
+
+	*translated = domain && (domain->type & __IOMMU_DOMAIN_DMA_API);
+	if (!domain || *translated || domain->type == IOMMU_DOMAIN_IDENTITY)
+		return 0;
+	return -EBUSY;
+}
+
+static void say_mapping(struct session *session, struct sg_table *table, phys_addr_t physical,
+			bool translated)
+{
+	const char *kind = translated ? "iova" : "physical";
+
+	/* The kernel's own mark of an address that no IOMMU translates (linux/scatterlist.h). */
+	if (sg_dma_is_bus_address(table->sgl))
+		kind = "bus";
+	say(session, "type=%s error=0 address=0x%llx physical=0x%llx\n", kind,
+	    (unsigned long long)sg_dma_address(table->sgl), (unsigned long long)physical);
+}
+
+static int map_for(struct session *session, struct pci_dev *client, struct page *page, size_t size)
+{
+	u64 mask = client->dma_mask;
+	struct sg_table table;
+	bool translated;
+	int error;
+
+	error = check_client(client, &translated);
+	if (error)
+		return error;
+	error = sg_alloc_table(&table, 1, GFP_KERNEL);
+	if (error)
+		return error;
+	sg_set_page(table.sgl, page, size, 0);
+	/* Without a driver nobody has said yet how wide the function's addresses are. */
+	if (!client->dev.driver)
+		dma_set_mask(&client->dev, DMA_BIT_MASK(64));
+	error = dma_map_sgtable(&client->dev, &table, DMA_BIDIRECTIONAL, 0);
+	if (error) {
+		say(session, "type=refused error=%d address=0 physical=0x%llx\n", -error,
+		    (unsigned long long)page_to_phys(page));
+	} else {
+		say_mapping(session, &table, page_to_phys(page), translated);
+		dma_unmap_sgtable(&client->dev, &table, DMA_BIDIRECTIONAL, 0);
+	}
+	if (!client->dev.driver)
+		dma_set_mask(&client->dev, mask);
+	sg_free_table(&table);
+	return 0;
+}
+
+static int do_map(struct session *session, int count, char **words)
+{
+	struct pci_dev *provider, *client;
+	unsigned int size;
+	void *memory;
+	int error;
+
+	if (count != 3 || kstrtouint(words[2], 0, &size) || !size || size % PAGE_SIZE)
+		return -EINVAL;
+	provider = function(words[0]);
+	if (IS_ERR(provider))
+		return PTR_ERR(provider);
+	client = function(words[1]);
+	if (IS_ERR(client)) {
+		pci_dev_put(provider);
+		return PTR_ERR(client);
+	}
+	memory = pci_alloc_p2pmem(provider, size);
+	if (memory) {
+		device_lock(&client->dev);
+		error = map_for(session, client, virt_to_page(memory), size);
+		device_unlock(&client->dev);
+		pci_free_p2pmem(provider, memory, size);
+	} else {
+		error = -ENXIO;
+	}
+	pci_dev_put(client);
+	pci_dev_put(provider);
+	return error;
+}
+
+static const struct {
+	const char *name;
+	int (*act)(struct session *session, int count, char **words);
+} commands[] = {
+	{ "distance", do_distance },
+	{ "provide", do_provide },
+	{ "map", do_map },
+};
+
+static int act(struct session *session, char *text)
+{
+	char *words[MAX_WORDS], *word;
+	int count = 0, i;
+
+	while ((word = strsep(&text, " \n"))) {
+		if (!*word)
+			continue;
+		if (count == MAX_WORDS)
+			return -E2BIG;
+		words[count++] = word;
+	}
+	session->length = 0;
+	for (i = 0; count && i < ARRAY_SIZE(commands); i++)
+		if (!strcmp(words[0], commands[i].name))
+			return commands[i].act(session, count - 1, words + 1);
+	return -EINVAL;
+}
+
+static int probe_open(struct inode *inode, struct file *file)
+{
+	struct session *session = kvzalloc(sizeof(*session), GFP_KERNEL);
+
+	if (!session)
+		return -ENOMEM;
+	mutex_init(&session->lock);
+	file->private_data = session;
+	return 0;
+}
+
+static int probe_release(struct inode *inode, struct file *file)
+{
+	kvfree(file->private_data);
+	return 0;
+}
+
+static ssize_t probe_write(struct file *file, const char __user *data, size_t size, loff_t *ppos)
+{
+	struct session *session = file->private_data;
+	char *text;
+	int error;
+
+	if (size > MAX_COMMAND)
+		return -E2BIG;
+	text = memdup_user_nul(data, size);
+	if (IS_ERR(text))
+		return PTR_ERR(text);
+	mutex_lock(&session->lock);
+	error = act(session, text);
+	mutex_unlock(&session->lock);
+	kfree(text);
+	return error ?: size;
+}
+
+static ssize_t probe_read(struct file *file, char __user *data, size_t size, loff_t *ppos)
+{
+	struct session *session = file->private_data;
+	ssize_t done;
+
+	mutex_lock(&session->lock);
+	done = simple_read_from_buffer(data, size, ppos, session->answer, session->length);
+	mutex_unlock(&session->lock);
+	return done;
+}
+
+static const struct file_operations operations = {
+	.owner = THIS_MODULE,
+	.open = probe_open,
+	.release = probe_release,
+	.read = probe_read,
+	.write = probe_write,
+	.llseek = default_llseek,
+};
+
+static struct miscdevice device = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = NAME,
+	.fops = &operations,
+	.mode = 0600,
+};
+
+/* Taken only through driver_override. What "provide" adds goes with the binding (devres). */
+static int driver_probe(struct pci_dev *pdev, const struct pci_device_id *id)
+{
+	return pcim_enable_device(pdev);
+}
+
+static struct pci_driver driver = {
+	.name = NAME,
+	.probe = driver_probe,
+};
+
+static int __init probe_init(void)
+{
+	int error = pci_register_driver(&driver);
+
+	if (error)
+		return error;
+	error = misc_register(&device);
+	if (error)
+		pci_unregister_driver(&driver);
+	return error;
+}
+module_init(probe_init);
+
+static void __exit probe_exit(void)
+{
+	misc_deregister(&device);
+	pci_unregister_driver(&driver);
+}
+module_exit(probe_exit);
+
+MODULE_DESCRIPTION("What the kernel decides about peer-to-peer DMA");
+MODULE_LICENSE("GPL");
