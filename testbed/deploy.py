@@ -19,8 +19,9 @@ from testbed.errors import HostError
 from testbed.host import paths, prepare, probe
 from testbed.host.keys import RackKeys
 from testbed.host.overlay import build_initrd
-from testbed.machine import argv, registry, spawn
-from testbed.machine.command import LaunchContext, NodeCommand
+from testbed.machine import argv, models, registry, spawn
+from testbed.machine.command import MODELS_SPEC, LaunchContext, NodeCommand
+from testbed.machine.processes import Command
 from testbed.rack import KEYS_FILE, AccessKeys, Rack, RackNode, on_all, record_of
 from testbed.topology import model, placement
 from testbed.topology.model import Topology
@@ -92,6 +93,7 @@ def start(
         )
         keys = RackKeys.generate()
         commands: dict[str, NodeCommand] = {}
+        processes: list[Command] = []
         for name, node in plan.nodes.items():
             spec = topology.nodes[name]
             folder = reservation.folder / name
@@ -116,12 +118,16 @@ def start(
                 console_verbose=options.verbose_console,
             )
             commands[name] = argv.command(node, spec, context)
-        _write(run_dir / COMMANDS_JSON, {n: dataclasses.asdict(c) for n, c in commands.items()})
+            if models.has_models(node):
+                _write(folder / MODELS_SPEC, models.models_spec(plan, node))
+                processes.append(models.models_command(node))
+            processes.append(commands[name])
+        _write(run_dir / COMMANDS_JSON, [dataclasses.asdict(command) for command in processes])
         versions = versions_of(installation, accelerator)
         _write(run_dir / VERSIONS_JSON, versions)
         access = AccessKeys(keys.client_private, keys.host_public)
         access.write(reservation.folder / KEYS_FILE)
-        keeper = spawn.start_keeper(reservation, list(commands.values()), run_folder=run_dir)
+        keeper = spawn.start_keeper(reservation, processes, run_folder=run_dir)
         rack = Rack(keeper, plan, access, versions, owner=True, commands=commands)
         try:
             reservation.write_record(record_of(rack, time.time(), reservation.folder / KEYS_FILE))

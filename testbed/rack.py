@@ -24,6 +24,7 @@ from testbed.machine import spawn
 from testbed.machine.command import (
     CONSOLE_LOG,
     CONSOLE_SOCKET,
+    MODELS_SOCKET,
     QEMU_LOG,
     QMP_SOCKET,
     QMP_USER_SOCKET,
@@ -32,6 +33,7 @@ from testbed.machine.command import (
 )
 from testbed.machine.console import Console, read_tail
 from testbed.machine.lifecycle import StopDeadlines, Watch, stop_machine
+from testbed.machine.models import Models
 from testbed.machine.registry import RackRecord, find
 
 if TYPE_CHECKING:
@@ -197,6 +199,11 @@ class RackNode:
         :raises HostError: there is no such memory.
         """
         return self._keeper.open_memory(f"{self.name}/{function}")
+
+    @property
+    def models(self) -> Models:
+        """The node's device models: what they saw, and what shall go wrong."""
+        return Models(self.name, self.folder / MODELS_SOCKET)
 
     @property
     def console_socket(self) -> Path:

@@ -170,4 +170,8 @@ def engine_class(kind: str) -> type[Engine]:
         from guest_agent.hw.igb import Igb  # noqa: PLC0415  loaded when needed
 
         return Igb
-    raise ParameterError(f"kind: {kind!r} is none of edu, igb")
+    if kind in ("model", "model-nic"):
+        from guest_agent.hw.model import Model, ModelNic  # noqa: PLC0415  loaded when needed
+
+        return Model if kind == "model" else ModelNic
+    raise ParameterError(f"kind: {kind!r} is none of edu, igb, model, model-nic")

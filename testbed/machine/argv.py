@@ -23,10 +23,11 @@ from testbed.machine.command import (
     LaunchContext,
     MemoryFd,
     NodeCommand,
+    vfio_socket,
 )
 from testbed.machine.kernel_words import kernel_words
 from testbed.topology.model import Iommu, Node
-from testbed.topology.plan import Function, NodePlan, Role
+from testbed.topology.plan import MODEL_KINDS, Function, NodePlan, Role
 from testbed.topology.units import MIB
 
 ROOT_BUS = "pcie.0"
@@ -37,7 +38,11 @@ OWN_FOLDER = "/proc/self/cwd"
 # edu drops the upper bits of its DMA addresses unless told otherwise (QEMU hw/misc/edu.c).
 ALL_ADDRESS_BITS = (1 << 64) - 1
 
-_KINDS_OUTSIDE_QEMU = ("model", "vfio")
+_KINDS_OUTSIDE_QEMU = (*MODEL_KINDS, "vfio")
+
+# A model that is silent for that long is lost to QEMU. One that waits for its turn on a busy host
+# is not.
+MODEL_TIMEOUT_MS = 30_000
 
 # Emulated, `rep movsb` is a loop of single bytes. Without the promise that it is fast, the kernel
 # copies and clears memory by words; nothing else depends on these two.
@@ -177,6 +182,13 @@ def _edu(function: Function, _: Node) -> list[str]:
     return _device("edu", _place(function) | {"dma_mask": ALL_ADDRESS_BITS})
 
 
+def _model(function: Function, _: Node) -> list[str]:
+    """A device served from outside (:mod:`testbed.machine.models`), which waits at its socket."""
+    socket = {"type": "unix", "path": vfio_socket(function.qemu_id)}
+    more = {"socket": socket, "x-msg-timeout": MODEL_TIMEOUT_MS}
+    return _device("vfio-user-pci", _place(function) | more)
+
+
 def _nvme(function: Function, _: Node) -> list[str]:
     """A disk over inherited memory: it holds data, and is gone with QEMU and its keeper."""
     fd_set = function.memory_fd
@@ -218,6 +230,8 @@ _MAKERS: Mapping[tuple[Role, str], Callable[[Function, Node], list[str]]] = {
     (Role.SWITCH_UPSTREAM, "port"): _upstream,
     (Role.SWITCH_DOWNSTREAM, "port"): _downstream,
     (Role.VRAM, "ivshmem"): _vram,
+    (Role.ENGINE, "model"): _model,
+    (Role.ENGINE, "model-nic"): _model,
     (Role.ENGINE, "igb"): _igb,
     (Role.ENGINE, "edu"): _edu,
     (Role.DOORBELL, "edu"): _edu,

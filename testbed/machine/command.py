@@ -13,9 +13,17 @@ QMP_SOCKET = "qmp.sock"  # the harness's control channel
 QMP_USER_SOCKET = "qmp-user.sock"  # `testbed qmp`, while a suite holds the other one
 SSH_SOCKET = "ssh.sock"  # forwarded to the guest's port 22
 CONSOLE_SOCKET = "console.sock"  # the serial console, for a person
+MODELS_SPEC = "models.json"  # what the node's device models are
+MODELS_SOCKET = "models.sock"  # their control socket
+MODELS_READY = "models.ready"  # is there when they may be connected to
 LOG_LINK = "log"  # a link to the node's folder of logs, in the run folder
 CONSOLE_LOG = "console.log"  # in LOG_LINK: all that the serial console said
 QEMU_LOG = "qemu.log"  # in LOG_LINK: QEMU's own standard output and error
+
+
+def vfio_socket(qemu_id: str) -> str:
+    """Where a device model waits for QEMU."""
+    return f"{qemu_id}.vfu"
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from testbed.machine.command import (
 class HelperCommand:
     """A process that QEMU needs: it starts in ``node``'s runtime folder, in the order given.
 
-    ``ready_socket``  in that folder; the next process starts when it exists. The helper listens on
-    a socket of another name and then renames it to this, so that no connection is refused.
-    Its output goes to ``log/NAME.log``.
+    ``ready_file``  in that folder; the next process starts when it exists, so the helper makes it
+    when it can be connected to (a server that makes its socket under another name and then renames
+    it can use that). Its output goes to ``log/NAME.log``.
     """
 
     name: str
@@ -38,7 +38,7 @@ class HelperCommand:
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
     memory: tuple[MemoryFd, ...] = ()
-    ready_socket: str = ""
+    ready_file: str = ""
     ready_timeout_s: float = 10.0
 
 
@@ -87,8 +87,8 @@ def process_value(folder: Path, command: Command, run_folder: Path) -> dict[str,
     log, ready, ready_timeout_s = QEMU_LOG, "", 0.0
     if isinstance(command, HelperCommand):
         log = f"{command.name}.log"
-        if command.ready_socket:
-            ready, ready_timeout_s = str(node / command.ready_socket), command.ready_timeout_s
+        if command.ready_file:
+            ready, ready_timeout_s = str(node / command.ready_file), command.ready_timeout_s
     return {
         "name": _name(command),
         "kind": "helper" if isinstance(command, HelperCommand) else "qemu",

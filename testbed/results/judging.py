@@ -8,7 +8,7 @@ requester, the page, the direction and the reason code, all four.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from testbed.results.evidence import (
@@ -22,6 +22,11 @@ from testbed.results.evidence import (
 )
 
 PAGE_BYTES = 4096
+
+# Bytes that a device read and wrote, by path: ``iommu`` (through a mapping), ``message`` (asked of
+# QEMU), ``peer`` (below a common switch), ``link``, ``network``, ``local``.
+Moved = Mapping[str, tuple[int, int]]
+_TRANSLATED = ("iommu", "message")
 _SAMPLES = 8  # of a storm's records, kept as evidence
 
 
@@ -63,6 +68,30 @@ class FaultWindow:
     def unrecorded(self) -> int:
         """Faults that happened and are not in the guest's log (0 if nobody else watched)."""
         return max(0, self.count - len(self.by(Witness.GUEST)))
+
+
+def judge_path(device: str, moved: Moved, path: str, size_bytes: int) -> Judgement:
+    """Did the device write ``size_bytes`` by ``path``, and nothing by a path that bypasses it?
+
+    ``iommu`` stands for all that the IOMMU translates. What the device reads beside (commands, the
+    source) and its fences may go that way always.
+    """
+    evidence = tuple(
+        Counter(f"{device} {verb} by path '{name}'", count, "bytes")
+        for name, counts in moved.items()
+        for verb, count in zip(("read", "wrote"), counts, strict=True)
+        if count
+    )
+    wanted = _TRANSLATED if path == "iommu" else (path,)
+    written = sum(moved[name][1] for name in wanted if name in moved)
+    if written < size_bytes:
+        reason = f"{device} wrote {written} of {size_bytes} bytes by path '{path}'"
+        return Judgement(False, reason, evidence)
+    allowed = {*wanted, *_TRANSLATED, "local"}
+    past = sorted(name for name, counts in moved.items() if any(counts) and name not in allowed)
+    if past:
+        return Judgement(False, f"{device} also moved bytes by path '{past[0]}'", evidence)
+    return Judgement(True, f"{device} wrote {size_bytes} bytes by path '{path}'", evidence)
 
 
 def judge_bytes(

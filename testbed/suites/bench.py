@@ -20,11 +20,13 @@ from testbed.suites.interface import RackNode
 from testbed.suites.mapper import Mapper
 from testbed.suites.memory import VRAM_BAR, Memory
 from testbed.suites.mutations import Mutation
+from testbed.suites.paths import DeviceWitness, PathWatch
 from testbed.topology.plan import Function, Role
 
 DOORBELL_BAR = 0  # edu: BAR0 is its registers (QEMU docs/specs/edu.rst)
 SCRATCH_BYTES = 64 << 10
 COPY_TIMEOUT_S = 5.0
+CLAIM = "device says copied"
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class CopyStatus:
     def evidence(self) -> tuple[Evidence, ...]:
         """For the outcome."""
         return (
-            Counter("device says copied", self.copied_bytes if self.completed else 0, "bytes"),
+            Counter(CLAIM, self.copied_bytes if self.completed else 0, "bytes"),
             Counter("copy time in the guest", self.elapsed_ns, "ns"),
         )
 
@@ -52,6 +54,7 @@ class Engine:
         self._number = number
         self.function = function
         self.requester = function.bdf
+        self.witness = DeviceWitness.of(node, function)
 
     @property
     def bulk_bytes(self) -> int:
@@ -219,16 +222,19 @@ class Bench:
         into: Memory,
         offset: int,
         expected: bytes,
+        path: str = "iommu",
     ) -> Judgement:
-        """Copy, and judge at the destination: the expected bytes are there, and nothing faulted.
+        """Copy, and judge at the destination: the expected bytes are there, nothing faulted, and
+        a device that keeps count of its paths moved them by ``path``.
 
         The device's own status is kept as evidence and decides nothing; only the mutation
         ``trust-status`` believes it.
         """
-        with self.watch() as watch:
+        with self.watch() as watch, PathWatch(engine.witness) as paths:
             status = engine.copy(source_iova, target_iova, len(expected))
         arrived = into.judge(offset, expected)
-        judgement = all_of(judge_no_fault(watch.window), arrived)
+        went = paths.judge(path, len(expected))
+        judgement = all_of(judge_no_fault(watch.window), arrived, went)
         if self.mutation is Mutation.TRUST_STATUS:
             judgement = Judgement(status.completed, "the device says so")
         return Judgement(judgement.holds, judgement.reason, (*judgement.evidence, *status.evidence))

@@ -109,14 +109,14 @@ def _pairs_of(node: NodePlan) -> Iterator[Pair]:
 
 
 def _doorbell_pages(node: NodePlan, topology: Topology) -> Iterator[Function]:
-    """Functions whose first register page is a GPU's doorbell: its own, or its edu engine's."""
+    """Functions that have a GPU's doorbell among their registers: its own, or its engine."""
     wanted = {
         entry.name
         for entry in topology.nodes[node.name].entries()
         if isinstance(entry, Gpu) and entry.doorbell
     }
     for function in node.functions:
-        if function.device in wanted and function.kind == "edu":
+        if function.device in wanted and function.kind in ("edu", "model"):
             yield function
 
 

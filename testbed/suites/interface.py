@@ -19,6 +19,13 @@ class Agent(Protocol):
         """One call; AgentError if it failed there, LostError if the machine or link died."""
 
 
+class Models(Protocol):
+    """One node's device models."""
+
+    def call(self, method: str, **params: Any) -> Any:
+        """What a device saw, or what shall go wrong; DeviceLost, HostError."""
+
+
 class RackNode(Protocol):
     """One machine of a running rack."""
 
@@ -33,6 +40,10 @@ class RackNode(Protocol):
     @property
     def agent(self) -> Agent:
         """Its agent."""
+
+    @property
+    def models(self) -> Models:
+        """Its device models, if it has some."""
 
     @property
     def alive(self) -> bool:

@@ -177,7 +177,11 @@ class Nic(_Entry):
 
     kind = "nic"
     name: Name = Field(alias="nic", description="The NIC's name.")
-    engine: Literal["igb", "edu"] = Field(DEFAULT_NIC_ENGINE, description="QEMU's device.")
+    engine: Literal["model", "igb", "edu"] = Field(
+        DEFAULT_NIC_ENGINE,
+        description="The device. `model`: the testbed's own, in Python, RDMA-like. `igb`, `edu`: "
+        "QEMU's, as independent witnesses.",
+    )
 
 
 class Nvme(_Entry):

@@ -47,6 +47,9 @@ ROOT_BUS_RESERVED = {
     0x1F: "the chipset's ISA bridge",
 }
 
+# Their own registers have a page that a peer rings.
+ENGINES_WITH_DOORBELL = ("model", "edu")
+
 # Under TCG a physical address has 40 bits (QEMU target/i386/cpu.h, TCG_PHYS_ADDR_BITS); half of
 # that space is left to memory and to the alignment of the window itself.
 MOST_HOLE64_BYTES = 512 * GIB
@@ -186,7 +189,8 @@ class _Placer:
             case Gpu():
                 self._place_gpu(entry, spot)
             case Nic():
-                self._functions.append(spot.function(entry.name, Role.ENGINE, entry.engine))
+                kind = "model-nic" if entry.engine == "model" else entry.engine
+                self._functions.append(spot.function(entry.name, Role.ENGINE, kind))
             case Nvme():
                 options = {"size_bytes": entry.size_bytes, "cmb_bytes": entry.cmb_bytes or 0}
                 memory_fd = self._next_memory_fd()
@@ -277,7 +281,7 @@ class _Placer:
             ),
             engine.function(f"{name}.engine", Role.ENGINE, entry.engine, device=name),
         ]
-        if entry.doorbell and entry.engine != "edu":
+        if entry.doorbell and entry.engine not in ENGINES_WITH_DOORBELL:
             self._functions.append(
                 doorbell.function(f"{name}.doorbell", Role.DOORBELL, "edu", device=name)
             )

@@ -13,6 +13,9 @@ from enum import StrEnum
 
 from testbed.topology.model import Topology
 
+# The kinds of functions that are served from outside QEMU: the GPU's engine and the NIC.
+MODEL_KINDS = ("model", "model-nic")
+
 
 class Role(StrEnum):
     """What one PCI function is there for."""
@@ -35,7 +38,7 @@ class Function:
 
     ``name``      ``gpu0.vram``; for ports and single-function devices the device's own name.
     ``device``    the topology's entry that it stands for (``gpu0``; ``sw0`` for all of a switch).
-    ``kind``      the QEMU-independent kind: ``ivshmem``, ``igb``, ``edu``, ``nvme``, ``port`` …
+    ``kind``      the QEMU-independent kind: ``ivshmem``, ``model``, ``igb``, ``nvme``, ``port`` …
     ``qemu_id``   unique within the node; made of letters, digits, ``-`` and ``_``.
     ``parent``    the ``qemu_id`` of the bridge it is plugged into, or "" for the root bus.
     ``bus``/``slot``/``number``  the address the guest kernel will see (segment 0).

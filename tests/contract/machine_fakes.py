@@ -34,7 +34,7 @@ def fake_helper(
         name,
         node,
         (*_FAKE, json.dumps(options)),
-        ready_socket=f"{name}.sock",
+        ready_file=f"{name}.sock",
         ready_timeout_s=ready_timeout_s,
     )
 

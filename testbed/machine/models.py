@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A node's device models: what to serve, as a command for the keeper, and their control socket.
+
+The models run beside QEMU in a helper process (:mod:`testbed.models.serve`), started before it.
+Socket names are relative to the node's runtime folder, as in QEMU's command line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from testbed.errors import DeviceLost, HostError, InputError
+from testbed.machine.command import MODELS_READY, MODELS_SOCKET, MODELS_SPEC, MemoryFd, vfio_socket
+from testbed.machine.processes import HelperCommand
+from testbed.machine.sockets import ask
+from testbed.topology.plan import MODEL_KINDS, NodePlan, RackPlan, Role
+
+ROOT = Path(__file__).resolve().parents[2]
+# Isolated and without site-packages, as the built-in models need none: a third of the start.
+LAUNCHER = (
+    "import sys; sys.path.append(sys.argv[1]); "
+    "from testbed.models.serve import main; sys.exit(main(sys.argv[2:]))"
+)
+READY_TIMEOUT_S = 20.0
+CALL_TIMEOUT_S = 15.0
+
+
+def has_models(node: NodePlan) -> bool:
+    """Whether a device of this node is served from outside QEMU."""
+    return any(function.kind in MODEL_KINDS for function in node.functions)
+
+
+def models_spec(plan: RackPlan, node: NodePlan) -> dict[str, Any]:
+    """What :mod:`testbed.models.spec` reads: this node's devices, their memories and links."""
+    return {
+        "control": MODELS_SOCKET,
+        "ready": MODELS_READY,
+        "memories": [
+            {"name": f.name, "fd": f.memory_fd} for f in node.by_role(Role.VRAM) if f.memory_fd
+        ],
+        "devices": list(_devices(plan, node)),
+    }
+
+
+def models_command(node: NodePlan) -> HelperCommand:
+    """The helper that serves them; its specification is the file MODELS_SPEC in its folder."""
+    vram = node.by_role(Role.VRAM)
+    return HelperCommand(
+        name=f"{node.name}.models",
+        node=node.name,
+        argv=(sys.executable, "-I", "-S", "-c", LAUNCHER, str(ROOT), MODELS_SPEC),
+        memory=tuple(MemoryFd(f.memory_fd, f.name, f.vram_size_bytes) for f in vram),
+        ready_file=MODELS_READY,
+        ready_timeout_s=READY_TIMEOUT_S,
+    )
+
+
+def _devices(plan: RackPlan, node: NodePlan) -> Iterator[dict[str, Any]]:
+    nics = _nics(plan)
+    for function in node.functions:
+        device = {"name": function.device, "socket": vfio_socket(function.qemu_id)}
+        if function.kind == "model":
+            memory = next(f for f in node.of_device(function.device) if f.role is Role.VRAM)
+            links = list(_links(plan, node.name, function.device))
+            yield {**device, "kind": "gpu", "memory": memory.name, "links": links}
+        elif function.kind == "model-nic":
+            address = nics.index((node.name, function.device)) + 1
+            yield {
+                **device,
+                "kind": "nic",
+                "address": address,
+                "wire": _wire(function.device),
+                "peers": {
+                    str(number): _beside(node.name, other, _wire(name))
+                    for number, (other, name) in enumerate(nics, 1)
+                    if number != address
+                },
+            }
+
+
+def _nics(plan: RackPlan) -> list[tuple[str, str]]:
+    """All NIC models of the rack; the first has network address 1."""
+    return [
+        (node.name, function.device)
+        for node in plan.nodes.values()
+        for function in node.functions
+        if function.kind == "model-nic"
+    ]
+
+
+def _links(plan: RackPlan, node: str, device: str) -> Iterator[dict[str, Any]]:
+    """This GPU's ends of links whose both ends are models; the first named end listens."""
+    here = f"{node}/{device}"
+    for number, link in enumerate(plan.topology.links):
+        ends = [_split(end) for end in link.between]
+        if here not in link.between or not all(_is_model(plan, *end) for end in ends):
+            continue
+        listens = link.between[0] == here
+        yield {
+            "peer": link.between[1 if listens else 0],
+            "socket": _beside(node, ends[0][0], f"link{number}.sock"),
+            "listens": listens,
+            "width": link.width,
+        }
+
+
+def _split(end: str) -> tuple[str, str]:
+    node, _, device = end.partition("/")
+    return node, device
+
+
+def _is_model(plan: RackPlan, node: str, device: str) -> bool:
+    return any(f.kind == "model" for f in plan.nodes[node].of_device(device))
+
+
+def _wire(device: str) -> str:
+    return f"{device}.wire"
+
+
+def _beside(node: str, other: str, name: str) -> str:
+    """A file of ``other``'s folder, as seen from ``node``'s."""
+    return name if node == other else f"../{other}/{name}"
+
+
+class Models:
+    """A node's device models, as far as the host may ask: what they saw, what shall go wrong."""
+
+    def __init__(self, node: str, socket: Path) -> None:
+        self._node = node
+        self._socket = socket
+
+    def call(self, method: str, **params: Any) -> Any:
+        """One of :class:`testbed.models.control.Control`'s methods.
+
+        :raises InputError: no such method or device, or a parameter is wrong.
+        :raises DeviceLost: that device's model is no more.
+        :raises HostError: the models do not answer, or this node has none.
+        """
+        question = {"id": 1, "method": method, "params": params}
+        try:
+            answer = ask(self._socket, question, CALL_TIMEOUT_S)
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise HostError(
+                f"node '{self._node}' has no device models",
+                hint="`engine: model` in the topology makes a GPU or NIC one",
+            ) from None
+        except (OSError, ValueError) as error:
+            raise HostError(f"the models of node '{self._node}': {error}") from error
+        if "error" not in answer:
+            return answer["result"]
+        return self._refused(answer["error"])
+
+    def _refused(self, error: Mapping[str, str]) -> Any:
+        message = f"node '{self._node}': {error['message']}"
+        if error["type"] == "DeviceLost":
+            raise DeviceLost(message, node=self._node)
+        if error["type"] == "InputError":
+            raise InputError(message)
+        raise HostError(message)
