@@ -8,7 +8,8 @@ annotations are what calls are checked against (:mod:`guest_agent.rpc`).
 from __future__ import annotations
 
 from guest_agent import rpc
-from guest_agent.rpc import ParameterError, Registry
+from guest_agent.kernel_methods import KernelMethods, registry
+from guest_agent.rpc import ParameterError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 MAX_TIMEOUT_S = 300.0
 
-registry = Registry()
-
 
 def _check_timeout(timeout_s: float) -> None:
     if timeout_s > MAX_TIMEOUT_S:
@@ -41,10 +40,11 @@ def _check_access(access: str) -> None:
         raise ParameterError(f"access: {access!r} is neither read nor write")
 
 
-class Agent:
+class Agent(KernelMethods):
     """State of one channel: buffers, containers, engines by number, and the kernel log's reader."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._containers: dict[int, VfioContainer | RawContainer] = {}
         self._engines: dict[int, Engine] = {}
         self._next = 1
@@ -69,6 +69,7 @@ class Agent:
             attempt(engine.close)
         for container in self._containers.values():
             attempt(container.close)
+        attempt(self.release_kernel)
         if self._buffers_made is not None:
             attempt(self._buffers_made.close)
         if self._log_made is not None:

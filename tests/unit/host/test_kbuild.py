@@ -109,7 +109,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(parents=True)
     (folder / "module.yaml").write_text("optional: [iommu_map, other]\n")
     (folder / "demo.c").write_text("int x;\n")
-    monkeypatch.setattr(kmod.paths, "data_dir", lambda name: tmp_path / name)
+    monkeypatch.setattr("testbed.host.paths.data_dir", lambda name: tmp_path / name)
     return folder
 
 

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's own decisions about peer-to-peer DMA, through the module ``p2p_probe``.
+
+Its source, ``guest_agent/kmod/p2p_probe``, says what each command means to the kernel.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from guest_agent.hw.binding import Binding
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+MODULE = "p2p_probe"
+DEVICE = f"/dev/{MODULE}"
+_ANSWER_BYTES = 8192
+
+
+class Probe:
+    """Asks the module, and holds the functions that it made providers."""
+
+    def __init__(self, path: str = DEVICE) -> None:
+        self._path = path
+        self._providers: dict[str, Binding] = {}
+
+    def provide(self, bdf: str, bar: int, size_bytes: int, offset: int) -> int:
+        """Make a part of a BAR peer-to-peer memory; a size of 0 is the rest of it.
+
+        The function is taken from its driver until :meth:`release`. Raises OSError: EBUSY while
+        VFIO owns it or its group; EINVAL: no such BAR, or not aligned as the kernel wants it.
+        :returns: the bus address of its start.
+        """
+        fresh = bdf not in self._providers
+        if fresh:
+            self._providers[bdf] = Binding(bdf, MODULE)
+        try:
+            answer = self._ask(f"provide {bdf} {bar} {size_bytes} {offset}")
+        except OSError:
+            if fresh:
+                self.release(bdf)
+            raise
+        return int(answer[0]["start"], 0)
+
+    def release(self, bdf: str) -> None:
+        """Give a provider back to the driver that it had. Raises OSError(ENOENT): it is none."""
+        if bdf not in self._providers:
+            raise OSError(errno.ENOENT, f"{bdf} was not made a provider")
+        self._providers.pop(bdf).restore()
+
+    def close(self) -> None:
+        """Give all providers back."""
+        while self._providers:
+            self._providers.popitem()[1].restore()
+
+    def distance(self, provider: str, clients: list[str]) -> dict[str, int | None]:
+        """``pci_p2pdma_distance_many()`` for each client, and for ``all``; None: no path."""
+        return {
+            each["client"]: None if each["distance"] == "none" else int(each["distance"])
+            for each in self._ask(f"distance {provider} {' '.join(clients)}")
+        }
+
+    def map_type(self, provider: str, client: str, size_bytes: int) -> dict[str, Any]:
+        """What ``dma_map_sgtable()`` makes of a piece of the provider's memory for the client.
+
+        ``type`` is ``bus`` (an address that no IOMMU translates), ``iova``, ``physical`` (there is
+        no IOMMU, or it passes through) or ``refused``, then with the kernel's ``errno``. Raises
+        OSError: ENXIO: the provider has no free peer-to-peer memory; EBUSY: VFIO owns the client.
+        """
+        answer = self._ask(f"map {provider} {client} {size_bytes}")[0]
+        return {
+            "type": answer["type"],
+            "errno": int(answer["error"]) or None,
+            "address": int(answer["address"], 0),
+            "physical": int(answer["physical"], 0),
+        }
+
+    def _ask(self, command: str) -> list[dict[str, str]]:
+        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.write(fd, command.encode())
+            text = os.pread(fd, _ANSWER_BYTES, 0).decode()
+        except OSError as error:
+            raise OSError(error.errno, f"{command}: {error.strerror}") from None
+        finally:
+            os.close(fd)
+        lines = (line.split() for line in text.splitlines())
+        return [dict(word.split("=", 1) for word in words) for words in lines]
