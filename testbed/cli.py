@@ -9,6 +9,7 @@ the exit code of :mod:`testbed.errors`.
 from __future__ import annotations
 
 import importlib
+import keyword
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ VERBS = {
     "validate": ("topology", "Topologies"),
     "plan": ("topology", "Topologies"),
     "schema": ("topology", "Topologies"),
+    "import": ("importing", "Topologies"),
     "doctor": ("host", "This machine"),
     "setup": ("host", "This machine"),
     "bench": ("bench", "This machine"),
@@ -54,7 +56,9 @@ class VerbGroup(click.Group):
         if cmd_name not in VERBS:
             return None
         module = importlib.import_module(f"testbed.verbs.{VERBS[cmd_name][0]}")
-        command: click.Command = getattr(module, cmd_name)
+        # A verb that is a word of Python's own has a function with a '_' after it.
+        attribute = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+        command: click.Command = getattr(module, attribute)
         for parameter in command.params:
             if isinstance(parameter, click.Option):
                 # Named after the option as the user knows it, not after our variable.

@@ -111,7 +111,8 @@ def extended_capabilities(config: bytes) -> Iterator[tuple[int, int]]:
         offset = header >> 20
 
 
-def _acs(config: bytes) -> dict[str, Any] | None:
+def acs(config: bytes) -> dict[str, Any] | None:
+    """The ACS extended capability and its control register, or None if there is none to be seen."""
     for identifier, offset in extended_capabilities(config):
         if identifier == _ID_ACS:
             control = _u16(config, offset + 6)
@@ -123,7 +124,8 @@ def _acs(config: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _pcie_type(config: bytes) -> str:
+def pcie_type(config: bytes) -> str:
+    """The kind of port or endpoint that the PCI Express capability names, or ""."""
     for identifier, offset in capabilities(config):
         if identifier == _ID_EXPRESS:
             return _PCIE_TYPES.get(_u16(config, offset + 2) >> 4 & 0xF, "")
@@ -171,14 +173,14 @@ def device(bdf: str, root: str = sysfs.ROOT) -> dict[str, Any]:
         "subsystem_device": int(sysfs.read_or(f"{folder}/subsystem_device", "0"), 16),
         "header": "bridge" if is_bridge else "endpoint",
         "multifunction": bool(config[HEADER_TYPE] & 0x80),
-        "pcie_type": _pcie_type(config),
+        "pcie_type": pcie_type(config),
         "parent": parent,
         "secondary_bus": config[PRIMARY_BUS + 1] if is_bridge else 0,
         "subordinate_bus": config[PRIMARY_BUS + 2] if is_bridge else 0,
         "bars": bars(sysfs.read(f"{folder}/resource")),
         "capabilities": _named(capabilities(config), CAPABILITY_NAMES),
         "extended": _named(extended_capabilities(config), EXTENDED_NAMES),
-        "acs": _acs(config),
+        "acs": acs(config),
         "iommu_group": int(group) if group else None,
         "driver": sysfs.link_name(f"{folder}/driver"),
     }

@@ -169,14 +169,12 @@ def shown(value: object) -> str:
     return f"'{text if len(text) <= 60 else text[:57] + '...'}'"
 
 
-Name = Annotated[
-    str,
-    Text(
-        what="a name",
-        pattern=r"[A-Za-z][A-Za-z0-9_-]{0,31}",
-        expected="a letter, then up to 31 letters, digits, '-' or '_'",
-    ),
-]
+NAME = Text(
+    what="a name",
+    pattern=r"[A-Za-z][A-Za-z0-9_-]{0,31}",
+    expected="a letter, then up to 31 letters, digits, '-' or '_'",
+)
+Name = Annotated[str, NAME]
 Address = Annotated[
     str,
     Text(
@@ -217,6 +215,18 @@ KernelWord = Annotated[
         expected="printable ASCII without spaces; one list entry a word",
     ),
 ]
+DeviceClass = Annotated[
+    str,
+    Text(
+        what="a device class",
+        pattern=r"[^\x00-\x1f\x7f]{1,4096}\.py:[A-Za-z_][A-Za-z0-9_]*",
+        expected="FILE.py:CLASS, such as cards/mine.py:Card",
+    ),
+]
+Sha256 = Annotated[
+    str,
+    Text(what="a SHA-256 sum", pattern=r"[0-9a-f]{64}", expected="64 hexadecimal digits"),
+]
 GpuRef = Annotated[
     str,
     Text(
@@ -227,6 +237,7 @@ GpuRef = Annotated[
 ]
 VariableValue = Annotated[Scalar | tuple[Scalar, ...], Variable()]
 MemorySize = Annotated[int, Size(least_bytes=128 * MIB, multiple_bytes=MIB)]
-BarSize = Annotated[int, Size(least_bytes=MIB, power_of_two=True)]
+BAR_SIZE = Size(least_bytes=MIB, power_of_two=True)
+BarSize = Annotated[int, BAR_SIZE]
 DiskSize = Annotated[int, Size(least_bytes=MIB, multiple_bytes=MIB)]
 Flag = Annotated[bool, Field(strict=True)]

@@ -148,11 +148,11 @@ def p2p_decision(
     common = next((f for f in up if f in down), None)
     if common is None:
         # The kernel has then walked both ways to their ends.
-        return P2pDecision(_through_host(cpu, host_bridge), len(up) + len(down), ())
+        return P2pDecision(through_host(cpu, host_bridge), len(up) + len(down), ())
     steps_up, steps_down = up.index(common), down.index(common)
     on_the_way = [*up[: steps_up + 1], *down[:steps_down]]
     redirects = tuple(f.name for f in on_the_way if f.bdf in redirecting)
-    map_type = _through_host(cpu, host_bridge) if redirects else MapType.BUS
+    map_type = through_host(cpu, host_bridge) if redirects else MapType.BUS
     return P2pDecision(map_type, steps_up + steps_down, redirects)
 
 
@@ -163,7 +163,8 @@ def _path_to_root(bridges: Mapping[str, Function], function: Function) -> Iterat
         step = bridges.get(step.parent)
 
 
-def _through_host(cpu: Cpu, host_bridge: tuple[int, int]) -> MapType:
+def through_host(cpu: Cpu, host_bridge: tuple[int, int]) -> MapType:
+    """Whether peers reach one another up through the root complex (``host_bridge_whitelist``)."""
     vendor, device = host_bridge
     is_zen = cpu.vendor == "AuthenticAMD" and cpu.family >= FIRST_ZEN_FAMILY
     is_good = vendor == _GOOGLE or (vendor == _INTEL and device in _GOOD_INTEL_BRIDGES)
