@@ -10,10 +10,10 @@ a ``not ok`` say what was seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TextIO
 
-from testbed.results.verdicts import Outcome, Verdict
+from testbed.results.verdicts import Outcome, Verdict, combine
 
 _MAX_LINES = 40
 
@@ -21,20 +21,34 @@ _MAX_LINES = 40
 class KtapStream:
     """Writes each outcome when it is there, and flushes: a reader may wait for it."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, indent: str = "", name: str = "") -> None:
         self._stream = stream
+        self._name = name
+        self._indent = indent
         self._number = 0
         self._planned: int | None = None
 
     def plan(self, tests: int) -> None:
         """The header; once, before the first outcome."""
         self._planned = tests
-        self._write("KTAP version 1", f"1..{tests}")
+        subtest = [f"# Subtest: {self._name}"] if self._name else []
+        self._write("KTAP version 1", *subtest, f"1..{tests}")
 
     def outcome(self, outcome: Outcome) -> None:
         """One test ended."""
         self._number += 1
         self._write(*_diagnostics(outcome), _result_line(self._number, outcome))
+
+    def subtest(self, name: str) -> KtapStream:
+        """A stream for tests that together are the next one of this stream."""
+        return KtapStream(self._stream, self._indent + "  ", name)
+
+    def subtest_ended(self, name: str, outcomes: Sequence[Outcome]) -> None:
+        """The result line that a subtest ends with."""
+        verdict = combine(o.verdict for o in outcomes) if outcomes else Verdict.SKIP
+        reason = "" if verdict in (Verdict.PASS, Verdict.FAIL) else "see its tests"
+        self._number += 1
+        self._write(_result_line(self._number, Outcome((), name, verdict, reason)))
 
     def end(self, note: str = "") -> None:
         """Nothing more will come; says so where tests of the plan were not run."""
@@ -45,7 +59,7 @@ class KtapStream:
             self._write(f"# {one_line(note)}")
 
     def _write(self, *lines: str) -> None:
-        self._stream.write("".join(f"{line}\n" for line in lines))
+        self._stream.write("".join(f"{self._indent}{line}\n" for line in lines))
         self._stream.flush()
 
 

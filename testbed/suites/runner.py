@@ -23,12 +23,13 @@ from typing import Any, TextIO
 import pytest
 from rich.console import Console
 
-from testbed.errors import Diagnostic, ExitCode, InputError
+from testbed.errors import CapabilityMissing, Diagnostic, ExitCode, InputError
 from testbed.results import junit, record
 from testbed.results.ktap import KtapStream
 from testbed.results.table import print_table
 from testbed.results.verdicts import Outcome, Verdict
 from testbed.suites import pytest_plugin
+from testbed.suites.engines import agreement, labelled
 from testbed.suites.interface import RackSource
 from testbed.suites.mutations import Mutation, parse_mutation
 from testbed.suites.session import ConformanceSession
@@ -50,23 +51,78 @@ class RunResult:
     record: record.RunRecord
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What of the suites is run, and how.
+
+    ``suites``    names (``p2p-iommu``), or test files of the user's own (``path[::test]``); none
+        means all that there are.
+    ``keyword``   as pytest's ``-k``; the gates of what it chooses run too.
+    """
+
+    suites: Sequence[str] = ()
+    keyword: str = ""
+    mutation: Mutation = Mutation.NONE
+
+
+def run_engines(
+    choice: Choice,
+    sources: Mapping[str, RackSource | CapabilityMissing],
+    run_dir: Path,
+    *,
+    stream: TextIO | None = None,
+    console: Console | None = None,
+    command: Sequence[str] = (),
+) -> RunResult:
+    """Run suites on one rack with one engine after the other, and compare what they say.
+
+    :param sources: by engine, or why there is none: a SKIP. What each leaves is in a folder of its
+        own below ``run_dir``, the record and JUnit file of all in ``run_dir``. KTAP is nested: one
+        subtest an engine.
+
+    Raises:
+        InputError: as :func:`run_suites`.
+    """
+    out = stream or sys.stdout
+    ktap = KtapStream(out)
+    writer = _Writer(run_dir, command or sys.argv)
+    ktap.plan(len(sources) + 1)
+    found: dict[str, list[Outcome]] = {}
+    session = None
+    for engine, source in sources.items():
+        if isinstance(source, CapabilityMissing):
+            found[engine] = [Outcome((), "rack", Verdict.SKIP, str(source))]
+            ktap.outcome(*labelled(engine, found[engine]))
+            continue
+        folder = run_dir / engine
+        folder.mkdir(mode=0o700, exist_ok=True)
+        session = _run_session(choice, source, folder, ktap.subtest(engine))
+        found[engine] = session.outcomes
+        ktap.subtest_ended(engine, session.outcomes)
+        if session.interrupted:
+            break
+    if session is None:
+        raise InputError("no engine can be placed in this topology")
+    outcomes = [o for engine, some in found.items() for o in labelled(engine, some)]
+    if len(found) == len(sources):
+        outcomes.append(agreement(found))
+        ktap.outcome(outcomes[-1])
+    session.outcomes[:] = outcomes
+    return _conclude(writer, session, ktap, run_dir, console)
+
+
 def run_suites(
-    suites: Sequence[str],
+    choice: Choice,
     source: RackSource,
     run_dir: Path,
     *,
-    keyword: str = "",
-    mutation: Mutation = Mutation.NONE,
     stream: TextIO | None = None,
     console: Console | None = None,
     command: Sequence[str] = (),
 ) -> RunResult:
     """Run suites on one rack, write what they found, and say how it ended.
 
-    :param suites: names (``p2p-iommu``), or test files of the user's own (``path[::test]``);
-        none means all that there are.
     :param run_dir: an existing folder for everything that is kept.
-    :param keyword: as pytest's ``-k``; the gates of what it chooses run too.
     :param stream: for KTAP; standard output if None.
     :param console: for the table; standard error if None.
 
@@ -74,10 +130,30 @@ def run_suites(
         InputError: no such suite or file, or no test is left to run.
     """
     ktap = KtapStream(stream or sys.stdout)
-    paths = [_suite_path(word) for word in suites or SUITES]
     writer = _Writer(run_dir, command or sys.argv)
+    session = _run_session(choice, source, run_dir, ktap)
+    return _conclude(writer, session, ktap, run_dir, console)
+
+
+def _conclude(
+    writer: _Writer,
+    session: ConformanceSession,
+    ktap: KtapStream,
+    run_dir: Path,
+    console: Console | None,
+) -> RunResult:
+    ktap.end("interrupted" if session.interrupted else "")
+    written = writer.write(session)
+    print_table(written, run_dir, console or Console(stderr=True))
+    return RunResult(ExitCode(written.exit_code), written)
+
+
+def _run_session(
+    choice: Choice, source: RackSource, run_dir: Path, ktap: KtapStream
+) -> ConformanceSession:
+    paths = [_suite_path(word) for word in choice.suites or SUITES]
     session = ConformanceSession(
-        source, mutation=mutation, on_plan=ktap.plan, on_outcome=ktap.outcome
+        source, mutation=choice.mutation, on_plan=ktap.plan, on_outcome=ktap.outcome
     )
     ini = run_dir / _PYTEST_INI
     ini.write_text(f"[pytest]\ntimeout = {_TEST_TIMEOUT_S}\n")
@@ -85,7 +161,7 @@ def run_suites(
         f"--config-file={ini}",
         "--capture=sys",  # KTAP goes to descriptor 1 while a test runs
         *("-p", "no:cacheprovider", "-p", "pytest_timeout"),
-        *("-k", keyword),
+        *("-k", choice.keyword),
         "-rA",
         *paths,
     ]
@@ -98,17 +174,14 @@ def run_suites(
         code = pytest.main(arguments, plugins=[pytest_plugin, session])
     if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise InputError(
-            f"no test to run: {' '.join(suites) or 'all suites'}"
-            + (f" with -k '{keyword}'" if keyword else ""),
+            f"no test to run: {' '.join(choice.suites) or 'all suites'}"
+            + (f" with -k '{choice.keyword}'" if choice.keyword else ""),
             hint=f"pytest's own words are in {run_dir / PYTEST_LOG}",
         )
     if code == pytest.ExitCode.INTERNAL_ERROR:
         reason = f"pytest's internal error, see {run_dir / PYTEST_LOG}"
         session.outcomes.append(Outcome((), "pytest", Verdict.ERROR, reason))
-    ktap.end("interrupted" if session.interrupted else "")
-    written = writer.write(session)
-    print_table(written, run_dir, console or Console(stderr=True))
-    return RunResult(ExitCode(written.exit_code), written)
+    return session
 
 
 def session_from_options(

@@ -9,6 +9,7 @@ Sources: PCI Express Base Specification 6.0 (what may stand below what); QEMU ``
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -29,6 +30,7 @@ from testbed.topology.fields import (
     Address,
     BarSize,
     CpuModel,
+    DeviceClass,
     DiskSize,
     Flag,
     GpuRef,
@@ -37,6 +39,7 @@ from testbed.topology.fields import (
     KernelWord,
     MemorySize,
     Name,
+    Sha256,
     VariableValue,
     rule_error,
 )
@@ -44,13 +47,15 @@ from testbed.topology.units import GIB, MIB
 from testbed.topology.validation import explain
 
 # The copy engine of a GPU or NIC that names none.
-DEFAULT_GPU_ENGINE: Literal["igb"] = "igb"
-DEFAULT_NIC_ENGINE: Literal["igb"] = "igb"
+DEFAULT_ENGINE: Literal["model"] = "model"
 
 # Names that the testbed gives to functions of its own.
 NETWORK_NAME = "net0"
 IOMMU_NAME = "iommu0"
 RESERVED_NAMES = (NETWORK_NAME, IOMMU_NAME)
+
+# In the context of a validation: where files are sought that the topology names.
+FOLDER = "folder"
 
 IommuKind = Literal["none", "intel", "amd", "virtio"]
 IommuMode = Literal["off", "passthrough", "lazy", "strict"]
@@ -163,7 +168,7 @@ class Gpu(_Entry):
     name: Name = Field(alias="gpu", description="The GPU's name.")
     vram_bytes: BarSize = Field(alias="vram", description="Video memory: the size of its BAR.")
     engine: Literal["model", "igb", "edu"] = Field(
-        DEFAULT_GPU_ENGINE,
+        DEFAULT_ENGINE,
         description="The copy engine. `model`: the testbed's own, in Python. `igb`, `edu`: QEMU's, "
         "fast and slow, as independent witnesses.",
     )
@@ -178,7 +183,7 @@ class Nic(_Entry):
     kind = "nic"
     name: Name = Field(alias="nic", description="The NIC's name.")
     engine: Literal["model", "igb", "edu"] = Field(
-        DEFAULT_NIC_ENGINE,
+        DEFAULT_ENGINE,
         description="The device. `model`: the testbed's own, in Python, RDMA-like. `igb`, `edu`: "
         "QEMU's, as independent witnesses.",
     )
@@ -203,6 +208,39 @@ class Passthrough(_Entry):
     kind = "passthrough"
     name: Name = Field(alias="passthrough", description="The device's name in the rack.")
     host: HostAddress = Field(description="The device's address on the host (`lspci -D`).")
+
+
+class OwnDevice(_Entry):
+    """A device of your own: a Python class (docs/own-device.md), run only with `--trust`."""
+
+    kind = "device"
+    name: Name = Field(alias="device", description="The device's name.")
+    model: DeviceClass = Field(
+        description="The class, as `FILE.py:CLASS`; the file is sought beside the topology's."
+    )
+    options: Mapping[str, Any] = Field(
+        default_factory=dict, description="Keyword arguments for the class."
+    )
+    bars_bytes: BarSize | None = Field(
+        None,
+        alias="bars",
+        description="Address space above 4 GiB for its 64-bit prefetchable BARs. With `--trust` "
+        "the class is asked, and this need not be given.",
+    )
+    sha256: Sha256 | None = Field(
+        None, description="What the file must hold; records say here what it held."
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _beside_the_topology(cls, model: str, info: ValidationInfo) -> str:
+        folder = (info.context or {}).get(FOLDER)
+        return str(folder / model) if folder else model
+
+    @property
+    def file(self) -> str:
+        """The file of the class."""
+        return self.model.rpartition(":")[0]
 
 
 class Switch(_Entry):
@@ -243,7 +281,7 @@ class RootPort(_Entry):
         return self.below
 
 
-DEVICE_KINDS = ("gpu", "nic", "nvme", "passthrough")
+DEVICE_KINDS = ("gpu", "nic", "nvme", "passthrough", "device")
 ROOT_KINDS = ("root_port", *DEVICE_KINDS)
 BELOW_KINDS = ("switch", *DEVICE_KINDS)
 ALL_KINDS = ("root_port", *BELOW_KINDS)
@@ -267,12 +305,13 @@ _Device = (
     | Annotated[Nic, Tag("(nic)")]
     | Annotated[Nvme, Tag("(nvme)")]
     | Annotated[Passthrough, Tag("(passthrough)")]
+    | Annotated[OwnDevice, Tag("(device)")]
 )
 RootEntry = Annotated[Annotated[RootPort, Tag("(root_port)")] | _Device, Discriminator(_tag_of)]
 BelowEntry = Annotated[Annotated[Switch, Tag("(switch)")] | _Device, Discriminator(_tag_of)]
 Switch.model_rebuild()
 RootPort.model_rebuild()
-Entry = RootPort | Switch | Gpu | Nic | Nvme | Passthrough
+Entry = RootPort | Switch | Gpu | Nic | Nvme | Passthrough | OwnDevice
 
 
 class Node(_Model):
@@ -327,12 +366,19 @@ def to_data(topology: Topology) -> dict[str, Any]:
     return topology.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def from_data(data: Mapping[str, Any]) -> Topology:
+def from_data(data: Mapping[str, Any], *, folder: Path | None = None) -> Topology:
     """The topology that :func:`to_data` wrote; pydantic.ValidationError if it is none.
 
-    Unlike the loader it runs no template and knows no line numbers: for stored records.
+    Unlike the loader it runs no template and knows no line numbers: for stored records. Files that
+    it names are sought in ``folder``, if one is given.
     """
-    return Topology.model_validate(data)
+    return Topology.model_validate(data, context={FOLDER: folder})
+
+
+def _entries_of(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for entry in entries:
+        yield entry
+        yield from _entries_of(entry.get("below", []))
 
 
 def with_overrides(
@@ -342,6 +388,7 @@ def with_overrides(
     iommu_mode: str | None = None,
     kernel: str | None = None,
     cpu: str | None = None,
+    engine: str | None = None,
 ) -> Topology:
     """The topology with some values changed on all nodes, validated again.
 
@@ -357,6 +404,10 @@ def with_overrides(
             node["kernel"] = kernel
         if cpu is not None:
             node["machine"]["cpu"] = cpu
+        if engine is not None:
+            for entry in _entries_of(node["pcie"]):
+                if "engine" in entry:
+                    entry["engine"] = engine
     try:
         return from_data(data)
     except ValidationError as error:

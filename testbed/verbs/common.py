@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+ENGINES = ("model", "igb", "edu")
 IOMMU_MODES = ("off", "passthrough", "lazy", "strict")
 
 
@@ -42,6 +43,16 @@ def settings_option(function: F) -> F:
         metavar="NAME=VALUE",
         help="Set one of the topology's vars; may be given several times.",
     )(function)
+
+
+def engine_option(*more: str) -> Callable[[F], F]:
+    """`--engine`, over what the topology says; ``more`` words for verbs that know them."""
+    return click.option(
+        "--engine",
+        type=click.Choice([*ENGINES, *more]),
+        help="The copy engine of every GPU and NIC, over the topology's."
+        + (" `all`: one after the other, and compare what they say." if "all" in more else ""),
+    )
 
 
 def override_options(function: F) -> F:
@@ -96,6 +107,7 @@ def load_topology(
     *,
     kernel: str | None = None,
     iommu_mode: str | None = None,
+    engine: str | None = None,
 ) -> Topology:
     """The topology that the user named, with what the command line changes in it.
 
@@ -104,8 +116,10 @@ def load_topology(
     from testbed.topology import load, model
 
     topology = load.load(find_topology(word), parse_settings(settings))
-    if kernel is not None or iommu_mode is not None:
-        topology = model.with_overrides(topology, kernel=kernel, iommu_mode=iommu_mode)
+    if (kernel, iommu_mode, engine) != (None, None, None):
+        topology = model.with_overrides(
+            topology, kernel=kernel, iommu_mode=iommu_mode, engine=engine
+        )
     return topology
 
 

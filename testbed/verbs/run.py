@@ -9,8 +9,10 @@ from pathlib import Path
 
 import click
 
-from testbed.errors import InputError
+from testbed.errors import CapabilityMissing, InputError
 from testbed.verbs.common import (
+    ENGINES,
+    engine_option,
     load_topology,
     override_options,
     say,
@@ -38,6 +40,7 @@ DEFAULT_TOPOLOGY = "quad-gpu"
 )
 @settings_option
 @override_options
+@engine_option("all")
 @click.option("--qemu", metavar="PATH", help="Another QEMU than the tool root's.")
 @click.option(
     "--break",
@@ -69,6 +72,7 @@ def run(
     settings: tuple[str, ...],
     kernel: str | None,
     iommu_mode: str | None,
+    engine: str | None,
     qemu: str | None,
     mutation: str,
     output: Path | None,
@@ -85,40 +89,52 @@ def run(
     from testbed.suites import runner
     from testbed.suites.mutations import parse_mutation
     from testbed.suites.sources import RunningSource, TopologySource
+    from testbed.topology.model import with_overrides
     from testbed.verbs.install import install_for
 
     if only_list:
         for name in runner.SUITES:
             click.echo(name)
         return 0
-    if rack and (topology or settings or kernel or iommu_mode):
-        raise InputError("--rack uses a rack as it is; -t, -s, --kernel and --iommu boot another")
+    if rack and (topology or settings or kernel or iommu_mode or engine):
+        raise InputError(
+            "--rack uses a rack as it is; -t, -s, --kernel, --iommu and --engine boot another"
+        )
     chosen = parse_mutation(mutation)
     wanted = None
     if not rack:
         wanted = load_topology(
-            topology or DEFAULT_TOPOLOGY, settings, kernel=kernel, iommu_mode=iommu_mode
+            topology or DEFAULT_TOPOLOGY,
+            settings,
+            kernel=kernel,
+            iommu_mode=iommu_mode,
+            engine=None if engine == "all" else engine,
         )
     run_dir = output or deploy.new_run_dir(rack or (wanted.rack if wanted else "run"))
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
-    source: TopologySource
-    if rack or wanted is None:
-        source = RunningSource(rack or "", run_dir)
-    else:
+    choice = runner.Choice(suites, keyword, chosen)
+    stream = io.StringIO() if form == "json" else sys.stdout
+    if wanted is not None:
         install_for([wanted], qemu=qemu)
-        source = TopologySource(wanted, run_dir)
     say(f"run folder: {run_dir}")
-    result = runner.run_suites(
-        suites,
-        source,
-        run_dir,
-        keyword=keyword,
-        mutation=chosen,
-        stream=io.StringIO() if form == "json" else sys.stdout,
-    )
+    if wanted is not None and engine == "all":
+        sources: dict[str, TopologySource | CapabilityMissing] = {}
+        for each in ENGINES:
+            try:
+                sources[each] = TopologySource(with_overrides(wanted, engine=each), run_dir / each)
+            except InputError as error:  # igb is not for more than 14 ports
+                sources[each] = CapabilityMissing(f"a rack with {each} engines: {error}")
+        result = runner.run_engines(choice, sources, run_dir, stream=stream)
+    else:
+        source = (
+            RunningSource(rack or "", run_dir)
+            if wanted is None
+            else TopologySource(wanted, run_dir)
+        )
+        result = runner.run_suites(choice, source, run_dir, stream=stream)
     if form == "json":
         click.echo((run_dir / record.FILE_NAME).read_text())
     return result.code

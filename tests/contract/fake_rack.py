@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from guest_agent.pattern import pattern
-from testbed.errors import AgentError, LinkLost
+from testbed.errors import AgentError, HostError, LinkLost
 from testbed.machine.command import QEMU_LOG
 from testbed.topology import load, oracle
 from testbed.topology.model import Topology
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 def quad_gpu(**settings: str) -> Topology:
     """The shipped topology with two small GPUs, unless told otherwise."""
-    wanted = {"gpus": "2", "vram": "1M", **settings}
+    wanted = {"gpus": "2", "vram": "1M", "engine": "igb", **settings}
     return load.load(ROOT / "topologies" / "quad-gpu.yaml", wanted)
 
 
@@ -65,6 +65,13 @@ class FakeAgent:
         return handler(**params)
 
 
+class NoModels:
+    """A fake's engines are none."""
+
+    def call(self, method: str, **_: Any) -> Any:
+        raise HostError(f"no models: {method}")
+
+
 @dataclass
 class FakeNode:
     """One machine."""
@@ -81,6 +88,7 @@ class FakeNode:
     def __post_init__(self) -> None:
         self.name = self.plan.name
         self.agent = FakeAgent(self, self.dies_on)
+        self.models = NoModels()
         self.iommu = self.topology.nodes[self.name].iommu
         self.log_dir.mkdir(parents=True, exist_ok=True)
         (self.log_dir / QEMU_LOG).touch()

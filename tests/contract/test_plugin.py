@@ -17,7 +17,7 @@ from rich.console import Console
 from testbed.errors import ExitCode, LaunchError, NoHello
 from testbed.results.record import load_record
 from testbed.results.verdicts import Outcome, Verdict
-from testbed.suites.runner import RunResult, run_suites
+from testbed.suites.runner import Choice, RunResult, run_suites
 from tests.contract.fake_rack import FakeSource, quad_gpu
 
 PASS, FAIL, SKIP, LOST, ERROR = Verdict
@@ -38,19 +38,18 @@ _numbers = itertools.count()
 class Run:
     """A module of tests, run on a fake rack."""
 
-    def __init__(self, tmp_path: Path, body: str, *knobs: dict[str, Any], **options: Any) -> None:
+    def __init__(self, tmp_path: Path, body: str, *knobs: dict[str, Any], **choice: Any) -> None:
         # pytest imports test files by their base names: each needs one of its own.
         module = tmp_path / f"test_{next(_numbers)}_own.py"
         module.write_text(textwrap.dedent(OWN_TESTS) + textwrap.dedent(body))
         self.source = FakeSource(quad_gpu(), tmp_path, *knobs)
         self.stream = io.StringIO()
         self.result: RunResult = run_suites(
-            [str(module)],
+            Choice([str(module)], **choice),
             self.source,
             tmp_path,
             stream=self.stream,
             console=Console(file=io.StringIO()),
-            **options,
         )
 
     @property

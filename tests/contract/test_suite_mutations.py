@@ -15,7 +15,7 @@ from testbed.errors import ExitCode, InputError
 from testbed.results.record import load_record
 from testbed.results.verdicts import Verdict
 from testbed.suites.mutations import DESCRIPTIONS, Mutation, parse_mutation
-from testbed.suites.runner import RunResult, run_suites
+from testbed.suites.runner import Choice, RunResult, run_suites
 from testbed.topology.model import Topology, from_data, to_data
 from tests.contract.fake_rack import FakeSource, quad_gpu
 
@@ -37,16 +37,15 @@ FAILING = {
 
 
 def run(
-    tmp_path: Path, topology: Topology, *knobs: dict[str, Any], **options: Any
+    tmp_path: Path, topology: Topology, *knobs: dict[str, Any], **choice: Any
 ) -> tuple[RunResult, dict[str, Verdict], str]:
     stream = io.StringIO()
     result = run_suites(
-        ["p2p-iommu"],
+        Choice(["p2p-iommu"], **choice),
         FakeSource(topology, tmp_path, *knobs),
         tmp_path,
         stream=stream,
         console=Console(file=io.StringIO()),
-        **options,
     )
     verdicts = {r.requirement: r.verdict for r in result.record.requirements}
     return result, verdicts, stream.getvalue()
@@ -178,7 +177,7 @@ def test_nothing_to_run_is_bad_input(tmp_path: Path) -> None:
 
 def test_an_unknown_suite_or_break_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such suite or file; expected p2p-iommu"):
-        run_suites(["p2p-imu"], FakeSource(quad_gpu(), tmp_path), tmp_path)
+        run_suites(Choice(["p2p-imu"]), FakeSource(quad_gpu(), tmp_path), tmp_path)
     with pytest.raises(InputError, match="unknown mutation 'x'; expected skip-unmap"):
         parse_mutation("x")
     assert parse_mutation("none") is parse_mutation("") is Mutation.NONE

@@ -33,7 +33,12 @@ class TestPairs:
     @pytest.mark.parametrize(
         ("topology", "settings", "expected"),
         [
-            ("quad-gpu", {}, [("gpu0-gpu1", "switch sw0")]),
+            (
+                "quad-gpu",
+                {},
+                [("gpu0-gpu1", "switch sw0"), ("nic0-gpu0", "root complex")],
+            ),
+            ("quad-gpu", {"engine": "edu"}, [("gpu0-gpu1", "switch sw0")]),
             ("quad-gpu", {"gpus": "1"}, [("nic0-gpu0", "root complex")]),
             ("two-root-ports", {}, [("gpu0-gpu1", "root complex")]),
         ],
@@ -51,7 +56,7 @@ class TestPairs:
         assert len(found) <= 3
 
     def test_a_gpu_uses_its_own_memory_and_a_nic_has_none(self) -> None:
-        (gpu,) = cases.pairs(place(shipped("quad-gpu")))
+        (gpu, _) = cases.pairs(place(shipped("quad-gpu")))
         (nic,) = cases.pairs(place(shipped("quad-gpu", gpus="1")))
         assert gpu.local is not None
         assert gpu.local.name == "gpu0.vram"

@@ -17,7 +17,7 @@ from testbed.host.prepare import Installation
 from testbed.rack import Rack
 from testbed.results.verdicts import Outcome, Verdict
 from testbed.suites.mutations import Mutation
-from testbed.suites.runner import RunResult, run_suites
+from testbed.suites.runner import Choice, RunResult, run_suites
 from testbed.suites.sources import TopologySource
 from testbed.topology.model import Topology, with_overrides
 from tests.vm.conftest import shipped
@@ -68,15 +68,14 @@ def quad(options: deploy.StartOptions, tmp_path_factory: pytest.TempPathFactory)
         yield rack
 
 
-def run(source: TopologySource, run_dir: Path, **more: Any) -> tuple[RunResult, str]:
+def run(source: TopologySource, run_dir: Path, **choice: Any) -> tuple[RunResult, str]:
     stream = io.StringIO()
     result = run_suites(
-        ["p2p-iommu"],
+        Choice(["p2p-iommu"], **choice),
         source,
         run_dir,
         stream=stream,
         console=Console(file=io.StringIO()),
-        **more,
     )
     return result, stream.getvalue()
 
