@@ -19,7 +19,7 @@ from testbed.errors import HostError
 from testbed.host import paths, prepare, probe
 from testbed.host.keys import RackKeys
 from testbed.host.overlay import build_initrd
-from testbed.machine import argv, models, registry, spawn
+from testbed.machine import argv, models, own_devices, registry, spawn
 from testbed.machine.command import MODELS_SPEC, LaunchContext, NodeCommand
 from testbed.machine.processes import Command
 from testbed.rack import KEYS_FILE, AccessKeys, Rack, RackNode, on_all, record_of
@@ -45,6 +45,7 @@ class StartOptions:
     ``name``          as `ps` shows it; taken already: an error, unless ``unique``.
     ``accelerator``   ``tcg`` or ``kvm``; None: what the probe found to work.
     ``installation``  None: made or found now.
+    ``trust``         run the Python files that the topology names as devices.
     ``verbose_console``  the guest kernel prints its whole log while it boots.
     """
 
@@ -55,6 +56,7 @@ class StartOptions:
     installation: prepare.Installation | None = None
     kernel_args: tuple[str, ...] = ()
     verbose_console: bool = False
+    trust: bool = False
     timeout_s: float = START_TIMEOUT_S
 
 
@@ -69,12 +71,14 @@ def start(
 
     :param run_dir: where logs and products go; made if missing.
     :param say: is told of each stage, one short line.
-    :raises RackNameInUse: the name is taken. :raises InputError: it cannot be placed.
+    :raises RackNameInUse: the name is taken. :raises InputError: it cannot be placed, or has
+        devices of the user's own that are not trusted or cannot be made.
     :raises HostError: set-up, launch. :raises LostError: a machine died or never answered.
         In every case nothing is left running and no runtime file is left.
     """
     options = options or StartOptions()
     began_s = time.monotonic()
+    topology = own_devices.admit(topology, trust=options.trust)
     plan = placement.place(topology)
     base = paths.runtime_dir()
     with registry.reserve(
@@ -124,6 +128,8 @@ def start(
             processes.append(commands[name])
         _write(run_dir / COMMANDS_JSON, [dataclasses.asdict(command) for command in processes])
         versions = versions_of(installation, accelerator)
+        if own := own_devices.summary(topology):
+            versions["own_devices"] = own
         _write(run_dir / VERSIONS_JSON, versions)
         access = AccessKeys(keys.client_private, keys.host_public)
         access.write(reservation.folder / KEYS_FILE)

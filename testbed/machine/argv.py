@@ -232,6 +232,7 @@ _MAKERS: Mapping[tuple[Role, str], Callable[[Function, Node], list[str]]] = {
     (Role.VRAM, "ivshmem"): _vram,
     (Role.ENGINE, "model"): _model,
     (Role.ENGINE, "model-nic"): _model,
+    (Role.DEVICE, "own"): _model,
     (Role.ENGINE, "igb"): _igb,
     (Role.ENGINE, "edu"): _edu,
     (Role.DOORBELL, "edu"): _edu,

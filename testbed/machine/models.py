@@ -16,6 +16,7 @@ from testbed.errors import DeviceLost, HostError, InputError
 from testbed.machine.command import MODELS_READY, MODELS_SOCKET, MODELS_SPEC, MemoryFd, vfio_socket
 from testbed.machine.processes import HelperCommand
 from testbed.machine.sockets import ask
+from testbed.topology.model import OwnDevice
 from testbed.topology.plan import MODEL_KINDS, NodePlan, RackPlan, Role
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,12 +47,18 @@ def models_spec(plan: RackPlan, node: NodePlan) -> dict[str, Any]:
 
 
 def models_command(node: NodePlan) -> HelperCommand:
-    """The helper that serves them; its specification is the file MODELS_SPEC in its folder."""
+    """The helper that serves them; its specification is the file MODELS_SPEC in its folder.
+
+    Devices of the user's own may import what is installed, and need to be trusted: who asks for
+    this has seen to it (:mod:`testbed.machine.own_devices`).
+    """
     vram = node.by_role(Role.VRAM)
+    own = bool(node.by_role(Role.DEVICE))
+    python = (sys.executable, "-I", *(() if own else ("-S",)), "-c", LAUNCHER, str(ROOT))
     return HelperCommand(
         name=f"{node.name}.models",
         node=node.name,
-        argv=(sys.executable, "-I", "-S", "-c", LAUNCHER, str(ROOT), MODELS_SPEC),
+        argv=(*python, *(("--trust",) if own else ()), MODELS_SPEC),
         memory=tuple(MemoryFd(f.memory_fd, f.name, f.vram_size_bytes) for f in vram),
         ready_file=MODELS_READY,
         ready_timeout_s=READY_TIMEOUT_S,
@@ -66,6 +73,10 @@ def _devices(plan: RackPlan, node: NodePlan) -> Iterator[dict[str, Any]]:
             memory = next(f for f in node.of_device(function.device) if f.role is Role.VRAM)
             links = list(_links(plan, node.name, function.device))
             yield {**device, "kind": "gpu", "memory": memory.name, "links": links}
+        elif function.kind == "own":
+            own = _own(plan, node.name, function.device)
+            more = {"options": dict(own.options), "sha256": own.sha256 or ""}
+            yield {**device, "kind": own.model, **more}
         elif function.kind == "model-nic":
             address = nics.index((node.name, function.device)) + 1
             yield {
@@ -79,6 +90,11 @@ def _devices(plan: RackPlan, node: NodePlan) -> Iterator[dict[str, Any]]:
                     if number != address
                 },
             }
+
+
+def _own(plan: RackPlan, node: str, device: str) -> OwnDevice:
+    entries = plan.topology.nodes[node].entries()
+    return next(e for e in entries if isinstance(e, OwnDevice) and e.name == device)
 
 
 def _nics(plan: RackPlan) -> list[tuple[str, str]]:

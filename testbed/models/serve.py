@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import importlib.util
 import json
 import os
 import signal
@@ -52,24 +51,6 @@ def _open_memory(spec: MemorySpec) -> SharedMemory:
         ) from error
 
 
-def _load_class(name: str, kind: str) -> type[Device]:
-    """The class that a kind of the form FILE.py:CLASS names."""
-    file, _, word = kind.rpartition(":")
-    spec = importlib.util.spec_from_file_location(f"device_{name}", file)
-    if not file.endswith(".py") or spec is None or spec.loader is None:
-        raise InputError(f"device '{name}': no kind '{kind}'", hint="gpu, nic or FILE.py:CLASS")
-    module = importlib.util.module_from_spec(spec)
-    sys.dont_write_bytecode = True  # the user's folder is not ours to write to
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"device '{name}': {file}: {type(error).__name__}: {error}") from error
-    found = getattr(module, word, None)
-    if not (isinstance(found, type) and issubclass(found, Device)):
-        raise InputError(f"device '{name}': {file} has no device class '{word}'")
-    return found
-
-
 def make_device(spec: DeviceSpec, memories: Mapping[str, SharedMemory], *, trusted: bool) -> Device:
     """The device that ``spec`` describes. InputError if it describes none.
 
@@ -86,11 +67,9 @@ def make_device(spec: DeviceSpec, memories: Mapping[str, SharedMemory], *, trust
         )
     if not trusted:
         raise InputError(f"device '{spec.name}': '{spec.kind}' is code of your own", hint=TRUST)
-    cls = _load_class(spec.name, spec.kind)
-    try:
-        return cls(spec.name, **spec.options)
-    except Exception as error:
-        raise InputError(f"device '{spec.name}': {type(error).__name__}: {error}") from error
+    from testbed.models.loading import make_own  # noqa: PLC0415  the built-in ones do without
+
+    return make_own(spec.name, spec.kind, spec.options, sha256=spec.sha256)
 
 
 class ModelProcess:
@@ -182,6 +161,10 @@ def _read_spec(word: str) -> ServeSpec:
 
 def _child(spec: ServeSpec, device: DeviceSpec, *, trusted: bool) -> Callable[[Lifeline], int]:
     def serve_it(lifeline: Lifeline) -> int:
+        if device.is_own:
+            from testbed.models.loading import limit_memory  # noqa: PLC0415  likewise
+
+            limit_memory()
         process = ModelProcess(device, spec.memories, lifeline.connection, trusted=trusted)
         asyncio.run(serve(process, lifeline))
         return 0

@@ -32,6 +32,7 @@ from testbed.models.pacing import Timing
 MAX_SOCKET_PATH: Final = 107  # sun_path without its NUL
 MAX_DEVICES: Final = 512
 MAX_ADDRESS: Final = 0xFFFF
+BUILT_IN: Final = ("gpu", "nic")
 Value = TypeVar("Value")
 
 
@@ -51,7 +52,8 @@ class DeviceSpec:
     ``address``, ``wire`` and ``peers`` are a NIC's: its number on the rack's network, its socket
     there, and the sockets of others by their numbers.
     ``msi``: a gpu or nic interrupts by MSI instead of MSI-X, and QEMU 11.1 can unplug it.
-    ``options`` are handed to a device of one's own as keywords.
+    ``options`` are handed to a device of one's own as keywords; with ``sha256`` its file must be
+    the one of that digest.
     """
 
     name: str
@@ -64,6 +66,12 @@ class DeviceSpec:
     peers: Mapping[int, Path] = field(default_factory=dict)
     msi: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
+    sha256: str = ""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its code is the user's and not the testbed's."""
+        return self.kind not in BUILT_IN
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,7 @@ def _device(data: object, where: str) -> DeviceSpec:
         peers=_peers(reader),
         msi=reader.take("msi", bool, False),
         options=reader.take("options", dict, {}),
+        sha256=reader.take("sha256", str, ""),
     )
     reader.end()
     if not 0 <= device.address <= MAX_ADDRESS:

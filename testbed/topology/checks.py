@@ -20,7 +20,7 @@ def problems(topology: Topology) -> tuple[Problem, ...]:
 
 def _entry_problems(node_name: str, node: Node) -> Iterator[Problem]:
     seen: dict[str, str] = {}
-    for entry, path in _walk(node.pcie, ("nodes", node_name, "pcie")):
+    for entry, path in entries_with_places(node.pcie, ("nodes", node_name, "pcie")):
         place = (*path, entry.kind)
         if entry.name in RESERVED_NAMES:
             yield Problem(place, f"the name '{entry.name}' is the testbed's own")
@@ -38,7 +38,10 @@ def _entry_problems(node_name: str, node: Node) -> Iterator[Problem]:
             )
 
 
-def _walk(entries: tuple[Entry, ...], path: DataPath) -> Iterator[tuple[Entry, DataPath]]:
+def entries_with_places(
+    entries: tuple[Entry, ...], path: DataPath
+) -> Iterator[tuple[Entry, DataPath]]:
+    """Every entry of a list that stands at ``path`` in the data, parents first, and its place."""
     stack = [(entry, (*path, index)) for index, entry in reversed(list(enumerate(entries)))]
     while stack:
         entry, place = stack.pop()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 
 from testbed.topology.model import Node
 from testbed.topology.plan import Function, NodePlan, RackPlan, Role
@@ -84,6 +85,10 @@ def _what(function: Function) -> str:
             buses += f"-{function.subordinate_bus:02x}"
         acs = " ACS" if function.acs else ""
         return f"{_LABELS[function.role]}, bus {buses}{acs}"
+    return _endpoint(function)
+
+
+def _endpoint(function: Function) -> str:
     match function.role:
         case Role.VRAM:
             return format_size(function.vram_size_bytes)
@@ -93,6 +98,8 @@ def _what(function: Function) -> str:
             return f"nvme {format_size(int(function.options['size_bytes']))}{cmb}"
         case Role.PASSTHROUGH:
             return f"host device {function.options['host']}"
+        case Role.DEVICE:
+            return f"your own {PurePath(str(function.options['model'])).name}"
         case Role.DOORBELL:
             return ""
     return _LABELS.get(function.role, function.kind)

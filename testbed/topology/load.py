@@ -9,7 +9,7 @@ user's own file, also where a template's loop has moved the lines.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -24,18 +24,28 @@ from testbed.topology.template import Rendered, render
 from testbed.topology.validation import explain
 from testbed.topology.yaml_data import Place, parse
 
+# What may still refuse a topology (each Problem is then shown at its place), or complete it.
+Admission = Callable[[Topology], tuple[Topology, tuple[Problem, ...]]]
+
 STDIN = "-"
 MOST_FILE_BYTES = 1 << 20
 
 
-def load(path: str | Path, settings: Mapping[str, str]) -> Topology:
+def load(
+    path: str | Path, settings: Mapping[str, str], *, admit: Admission | None = None
+) -> Topology:
     """The topology in a file, or on standard input for ``-``; ``settings`` are those of ``-s``.
+
+    :param admit: has a last look at a topology that is right in itself, and may complete it.
 
     InputError with every fault found.
     """
+    content, name, folder = b"", "<stdin>", Path.cwd()
     if str(path) == STDIN:
-        return load_bytes(sys.stdin.buffer.read(MOST_FILE_BYTES + 1), "<stdin>", settings)
-    return load_bytes(_read(Path(path)), str(path), settings)
+        content = sys.stdin.buffer.read(MOST_FILE_BYTES + 1)
+    else:
+        content, name, folder = _read(Path(path)), str(path), Path(path).absolute().parent
+    return load_bytes(content, name, settings, folder=folder, admit=admit)
 
 
 def load_text(text: str, name: str, settings: Mapping[str, str]) -> Topology:
@@ -43,8 +53,15 @@ def load_text(text: str, name: str, settings: Mapping[str, str]) -> Topology:
     return load_bytes(text.encode("utf-8", "surrogatepass"), name, settings)
 
 
-def load_bytes(content: bytes, name: str, settings: Mapping[str, str]) -> Topology:
-    """The topology in the bytes of a file called ``name``."""
+def load_bytes(
+    content: bytes,
+    name: str,
+    settings: Mapping[str, str],
+    *,
+    folder: Path | None = None,
+    admit: Admission | None = None,
+) -> Topology:
+    """The topology in the bytes of a file called ``name``; ``folder`` is where it stands."""
     if len(content) > MOST_FILE_BYTES:
         raise InputError(f"{name}: larger than {MOST_FILE_BYTES} bytes")
     source = decode(name, content)
@@ -57,11 +74,13 @@ def load_bytes(content: bytes, name: str, settings: Mapping[str, str]) -> Topolo
     if values and isinstance(data, dict):
         data["vars"] = values
     try:
-        topology = from_data(data)
+        topology = from_data(data, folder=folder)
     except ValidationError as error:
         found = explain(error, Topology)
     else:
         found = attempt(topology).problems
+        if admit is not None and not found:
+            topology, found = admit(topology)
     if found:
         raise source.error(*(_located(problem, parsed.places, rendered) for problem in found))
     return topology

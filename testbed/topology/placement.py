@@ -23,6 +23,7 @@ from testbed.topology.model import (
     Nic,
     Node,
     Nvme,
+    OwnDevice,
     Passthrough,
     RootPort,
     Switch,
@@ -67,8 +68,13 @@ def place(topology: Topology) -> RackPlan:
     """The rack's plan; InputError with all faults, by name, if there can be none."""
     placed = attempt(topology)
     if placed.plan is None:
-        raise InputError(diagnostics=[_by_name(topology, fault) for fault in placed.problems])
+        raise refusal(topology, placed.problems)
     return placed.plan
+
+
+def refusal(topology: Topology, faults: Sequence[Problem]) -> InputError:
+    """Faults of a topology as an error, by name: for one whose file is not at hand any more."""
+    return InputError(diagnostics=[_by_name(topology, fault) for fault in faults])
 
 
 def attempt(topology: Topology) -> Placed:
@@ -204,6 +210,12 @@ class _Placer:
                 self._functions.append(
                     spot.function(entry.name, Role.PASSTHROUGH, "vfio", options=host)
                 )
+            case OwnDevice():
+                own: dict[str, str | int | bool] = {
+                    "model": entry.model,
+                    "bars_bytes": entry.bars_bytes or 0,
+                }
+                self._functions.append(spot.function(entry.name, Role.DEVICE, "own", options=own))
             case _:
                 assert_never(entry)
 

@@ -13,8 +13,9 @@ from enum import StrEnum
 
 from testbed.topology.model import Topology
 
-# The kinds of functions that are served from outside QEMU: the GPU's engine and the NIC.
-MODEL_KINDS = ("model", "model-nic")
+# The kinds of functions that are served from outside QEMU: the GPU's engine, the NIC, and devices
+# of the user's own.
+MODEL_KINDS = ("model", "model-nic", "own")
 
 
 class Role(StrEnum):
@@ -28,6 +29,7 @@ class Role(StrEnum):
     DOORBELL = "doorbell"
     NVME = "nvme"
     PASSTHROUGH = "passthrough"
+    DEVICE = "device"  # of the user's own
     NETWORK = "network"  # the rack's own control network, not part of the topology
     IOMMU = "iommu"  # virtio-iommu is a PCI function too
 

@@ -20,6 +20,7 @@ from testbed.topology.model import (
     Nic,
     Node,
     Nvme,
+    OwnDevice,
     Passthrough,
     RootPort,
     Switch,
@@ -31,13 +32,17 @@ from testbed.topology.validation import expected_of, keys_of
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 # The order in which a reader meets them, and what the file calls them.
-MODELS = (Topology, Node, Machine, Iommu, RootPort, Switch, Gpu, Nic, Nvme, Passthrough, Link)
+MODELS = (
+    *(Topology, Node, Machine, Iommu, RootPort, Switch),
+    *(Gpu, Nic, Nvme, Passthrough, OwnDevice, Link),
+)
 _HEADINGS = {
     Topology: "the file",
     Node: "nodes: NAME",
     Machine: "nodes: NAME: machine",
     Iommu: "nodes: NAME: iommu",
     RootPort: "root_port",
+    OwnDevice: "device",
     Link: "links",
 }
 

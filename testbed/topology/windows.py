@@ -60,5 +60,7 @@ def _own_bar(function: Function) -> tuple[int, int]:
     elif function.role is Role.PASSTHROUGH:
         size_bytes = PASSTHROUGH_BYTES
     else:
-        size_bytes = int(function.options.get("cmb_bytes", 0))
+        size_bytes = int(
+            function.options.get("cmb_bytes", 0) or function.options.get("bars_bytes", 0)
+        )
     return size_bytes, max(size_bytes, BRIDGE_ALIGNMENT_BYTES)

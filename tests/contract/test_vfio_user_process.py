@@ -507,7 +507,7 @@ class TestOwnDevice:
             ("card.py:Nobody", "no device class 'Nobody'"),
             ("card.py:NoDevice", "no device class 'NoDevice'"),
             ("card.py", "no kind"),
-            ("missing.py:Card", "FileNotFoundError"),
+            ("missing.py:Card", "No such file"),
             ("telephone", "no kind 'telephone'"),
         ],
     )
