@@ -19,6 +19,7 @@ from typing import Final
 
 from testbed.models.inject import Action, Rule, Rules
 from testbed.models.memory import SharedMemory
+from testbed.models.pacing import Transfer
 from testbed.models.witness import Event, Path, Witness
 
 CHUNK_BYTES: Final = 8 << 20  # after so much the other devices have their turn
@@ -77,8 +78,11 @@ class Space(ABC):
     def reach(self, address: int, size_bytes: int, *, write: bool) -> Window:
         """What stands at ``address``, at most ``size_bytes`` of it. AccessError if nothing can."""
 
-    def delay_s(self, size_bytes: int) -> float:  # noqa: ARG002 - for subclasses
-        """How long to wait after moving that much, where timing is modelled; 0.0 otherwise."""
+    def book(self, window: Window, size_bytes: int, began_s: float, *, write: bool) -> float:
+        """When that much of a transfer that began then has arrived, where timing is modelled
+        (monotonic clock); 0.0 otherwise.
+        """
+        del window, size_bytes, began_s, write  # for subclasses
         return 0.0
 
     async def ready(self, address: int, *, write: bool) -> None:  # noqa: B027 - most have nothing to do
@@ -125,6 +129,7 @@ class Mover:
         size_bytes: int,
     ) -> None:
         """Copy; AccessError at the first access that fails, with what came before it done."""
+        transfer = Transfer()
         done = 0
         turn = CHUNK_BYTES
         while done < size_bytes:
@@ -137,51 +142,71 @@ class Mover:
                 write.view[:size] = read.view[:size]
                 self._saw(read, size, write=False)
                 self._saw(write, size, write=True)
-                await self._pace(read, write, size)
+                self._passes(transfer, read, size, write=False)
+                self._passes(transfer, write, size, write=True)
             else:
                 size = min(size, BOUNCE_BYTES)
-                data = await self.read(source, source_address + done, size)
-                await self.write(target, target_address + done, data)
+                data = await self._read_all(source, source_address + done, size, transfer)
+                await self._write_all(target, target_address + done, data, transfer)
             done += size
+            await transfer.keep_pace()
             turn -= size
             if turn <= 0:
                 turn = CHUNK_BYTES
                 await asyncio.sleep(0)
+        await transfer.end()
 
     async def fill(self, target: Space, address: int, size_bytes: int, pattern: bytes) -> None:
         """Repeat ``pattern`` over ``size_bytes``; AccessError as for :meth:`copy`."""
         unit = min(BOUNCE_BYTES, size_bytes)
         whole = pattern * (unit // len(pattern) + 2)
+        transfer = Transfer()
         done = 0
         while done < size_bytes:
             size = min(unit, size_bytes - done)
             start = done % len(pattern)
-            await self.write(target, address + done, whole[start : start + size])
+            data = whole[start : start + size]
+            await self._write_all(target, address + done, data, transfer)
             done += size
+            await transfer.keep_pace()
             await asyncio.sleep(0)
+        await transfer.end()
 
     async def read(self, space: Space, address: int, size_bytes: int) -> bytes:
         """Read all of it, or AccessError; also for more than :data:`MAX_READ_BYTES`."""
         if size_bytes > MAX_READ_BYTES:
             raise AccessError(Cause.BAD_COMMAND, address, write=False)
+        transfer = Transfer()
+        data = await self._read_all(space, address, size_bytes, transfer)
+        await transfer.end()
+        return data
+
+    async def write(self, space: Space, address: int, data: bytes) -> None:
+        """Write all of it, or AccessError."""
+        transfer = Transfer()
+        await self._write_all(space, address, data, transfer)
+        await transfer.end()
+
+    async def _read_all(
+        self, space: Space, address: int, size_bytes: int, transfer: Transfer
+    ) -> bytes:
         parts = []
         done = 0
         while done < size_bytes:
             at = address + done
             await space.ready(at, write=False)
             window = self._reach(space, at, min(size_bytes - done, BOUNCE_BYTES), write=False)
-            parts.append(await self._read(window))
+            parts.append(await self._read(window, transfer))
             done += len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def write(self, space: Space, address: int, data: bytes) -> None:
-        """Write all of it, or AccessError."""
+    async def _write_all(self, space: Space, address: int, data: bytes, transfer: Transfer) -> None:
         done = 0
         while done < len(data):
             at = address + done
             await space.ready(at, write=True)
             window = self._reach(space, at, len(data) - done, write=True)
-            await self._write(window, data[done : done + window.size_bytes])
+            await self._write(window, data[done : done + window.size_bytes], transfer)
             done += window.size_bytes
 
     async def fetch_add(self, space: Space, address: int, operand: int, size_bytes: int) -> int:
@@ -245,7 +270,7 @@ class Mover:
             )
         return rule
 
-    async def _read(self, window: Window) -> bytes:
+    async def _read(self, window: Window, transfer: Transfer) -> bytes:
         """The window's bytes; fewer if it shrank while a rule held the access up."""
         rule = self._strike(window, write=False)
         action = rule.action if rule else None
@@ -259,10 +284,10 @@ class Mover:
             raise self._mishap(Cause.POISONED, window, write=False)
         if rule is not None and action is Action.CORRUPT:
             data = self.rules.corrupt(rule, data)
-        await self._pace(window, window, len(data))
+        self._passes(transfer, window, len(data), write=False)
         return data
 
-    async def _write(self, window: Window, data: bytes) -> None:
+    async def _write(self, window: Window, data: bytes, transfer: Transfer) -> None:
         rule = self._strike(window, write=True)
         action = rule.action if rule else None
         if action is Action.DROP:
@@ -280,7 +305,7 @@ class Mover:
             if rule is not None and action is Action.CORRUPT:
                 data = self.rules.corrupt(rule, data)
             await self._put(window, data)
-        await self._pace(window, window, len(data))
+        self._passes(transfer, window, len(data), write=True)
         if self._held is not None:
             await self.flush()
 
@@ -291,12 +316,8 @@ class Mover:
             await self._put_all(*held)
 
     @staticmethod
-    async def _pace(read: Window, write: Window, size_bytes: int) -> None:
-        wait_s = read.space.delay_s(size_bytes)
-        if write.space is not read.space:
-            wait_s = max(wait_s, write.space.delay_s(size_bytes))
-        if wait_s > 0.0:
-            await asyncio.sleep(wait_s)
+    def _passes(transfer: Transfer, window: Window, size_bytes: int, *, write: bool) -> None:
+        transfer.passes(window.space.book(window, size_bytes, transfer.began_s, write=write))
 
     def _mishap(self, cause: Cause, window: Window, *, write: bool) -> AccessError:
         error = AccessError(cause, window.address, write=write)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -18,6 +19,7 @@ from testbed.errors import InputError
 from testbed.models.engine_device import EngineDevice
 from testbed.models.gpu import GpuModel
 from testbed.models.inject import Rule
+from testbed.models.link import LinkPort
 from testbed.models.listener import Listener
 from testbed.models.memory import SharedMemory
 from testbed.models.routing import Route
@@ -26,8 +28,11 @@ MAX_LINE_BYTES: Final = 16 << 20
 
 METHODS: Final = (
     *("devices", "counters", "trace", "reset_trace", "mappings"),
-    *("inject", "rules", "clear", "stick", "lose", "link", "routes", "remove"),
+    *("inject", "rules", "clear", "stick", "lose", "link", "routes", "remove", "report"),
 )
+MAX_ACTIONS: Final = 256
+
+_LINK_KEYS: Final = ("restore", "up", "lanes", "bytes_per_s", "latency_s")
 
 Params = Mapping[str, Any]
 Json = dict[str, Any] | list[Any] | None
@@ -50,6 +55,7 @@ class Control:
     ) -> None:
         self._listeners = listeners
         self._memories = memories
+        self._actions: deque[dict[str, str]] = deque(maxlen=MAX_ACTIONS)
 
     def call(self, method: str, params: Params) -> Json:
         """Any method by name. InputError if there is none, or the parameters are wrong."""
@@ -99,6 +105,17 @@ class Control:
             for mapping in self._device(params).device.bus.table.mappings()
         ]
 
+    def report(self, params: Params) -> Json:
+        """{device} → what is worth keeping of it: counters, every rule there ever was, and what
+        else was done to it on purpose. Each says who wanted it (`by`).
+        """
+        device = self._device(params).device
+        return {
+            "counters": device.witness.counters(),
+            "rules": device.rules.history(),
+            "actions": list(self._actions),
+        }
+
     def inject(self, params: Params) -> Json:
         """{device, rule}: arm a rule; see `inject.Rule`."""
         self._device(params).device.rules.add(Rule.parse(params.get("rule")))
@@ -119,7 +136,9 @@ class Control:
 
     def stick(self, params: Params) -> Json:
         """{device, on}: its engine takes no command any more, or goes on."""
-        self._engine(params).ring.stick(on=_get(params, "on", bool))
+        on = _get(params, "on", bool)
+        self._engine(params).ring.stick(on=on)
+        self._note(params, "stick" if on else "unstick")
         return None
 
     def lose(self, params: Params) -> Json:
@@ -133,29 +152,32 @@ class Control:
             self._engine(params).doorbells_to_lose = count
         else:
             raise InputError("'what' is doorbell or interrupt")
+        self._note(params, f"lose {count} {what}s")
         return None
 
     def link(self, params: Params) -> Json:
-        """{device, peer, up, bytes_per_s, latency_s; the last three or some}: cut, mend, slow down.
+        """{device, peer, and some of: up, lanes, bytes_per_s, latency_s, restore}: cut or mend the
+        link, use fewer lanes, or slow down what this end reads and writes over it. ``restore``: as
+        it was made.
 
-        → its state and timing.
+        → its state, lanes and timing.
         """
-        device = self._device(params).device
-        if not isinstance(device, GpuModel):
-            raise InputError(f"'{device.name}' has no links")
-        peer = _get(params, "peer", str)
-        try:
-            port = device.link_to(peer)
-        except KeyError:
-            raise InputError(f"'{device.name}' has no link to '{peer}'") from None
-        timing = port.pipe.timing
+        port = self._link(params)
+        if params.get("restore"):
+            port.restore()
+        timing = port.timing
         for key in ("bytes_per_s", "latency_s"):
             if key in params:
                 timing = replace(timing, **{key: _get(params, key, float)})
-        port.pipe.timing = timing
+        port.timing = timing
+        if "lanes" in params:
+            port.narrow(_get(params, "lanes", int))
         if "up" in params:
             port.cut(on=not _get(params, "up", bool))
-        return {"state": port.state.name.lower(), "width": port.end.width, **vars(timing)}
+        what = [f"{key} {params[key]}" for key in _LINK_KEYS if key in params]
+        if what:
+            self._note(params, f"link {port.end.peer}: {', '.join(what)}")
+        return {"state": port.state.name.lower(), "width": port.width, **vars(timing)}
 
     def routes(self, params: Params) -> Json:
         """{device, routes: [{address, size_bytes, memory, offset}]}: what the switches above it
@@ -183,7 +205,23 @@ class Control:
         if listener.session is None:
             raise InputError(f"no machine has '{listener.device.name}'")
         listener.session.remove()
+        self._note(params, "remove")
         return None
+
+    def _note(self, params: Params, what: str) -> None:
+        by = _get(params, "by", str) if "by" in params else "command"
+        self._actions.append({"what": what, "by": by})
+
+    def _link(self, params: Params) -> LinkPort:
+        device = self._device(params).device
+        if not isinstance(device, GpuModel) or not device.links:
+            raise InputError(f"'{device.name}' has no links")
+        peer = _get(params, "peer", str)
+        try:
+            return device.link_to(peer)
+        except KeyError:
+            peers = ", ".join(port.end.peer for port in device.links)
+            raise InputError(f"'{device.name}' has no link to '{peer}'; it has {peers}") from None
 
     def _device(self, params: Params) -> Listener:
         name = _get(params, "device", str)

@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import traceback
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import ClassVar, Final, Protocol, TypeVar
 
@@ -26,6 +26,7 @@ from testbed.models.config import Bar, ConfigSpace, Identity, MsixLayout
 from testbed.models.dma import DmaTable
 from testbed.models.inject import Rules
 from testbed.models.interrupts import Interrupts
+from testbed.models.pacing import NO_TIMING, Duplex, Timing
 from testbed.models.routing import Router, TableRouter
 from testbed.models.witness import Event, Path, Witness
 
@@ -46,6 +47,24 @@ class Machine(Protocol):
         """Write, likewise."""
 
 
+@dataclass(frozen=True)
+class BusTiming:
+    """What the ways through the PCIe tree carry, as whoever knows the tree worked it out.
+
+    ``memory``  to the machine's memory, and to all that is not named below.
+    ``up``      to a peer's memory by way of the root complex, by the memory's name.
+    ``across``  to a peer's memory below a common switch.
+    """
+
+    memory: Timing = NO_TIMING
+    up: Mapping[str, Timing] = field(default_factory=dict)
+    across: Mapping[str, Timing] = field(default_factory=dict)
+
+    def of(self, path: Path, target: str) -> Timing:
+        """That of an access."""
+        return (self.across if path is Path.PEER else self.up).get(target, self.memory)
+
+
 class BusSpace(Space):
     """The bus above a device: switches first, then the IOMMU's mappings, then QEMU itself."""
 
@@ -55,7 +74,9 @@ class BusSpace(Space):
         self.table = DmaTable()
         self.router = router
         self.machine: Machine | None = None
+        self.timing = BusTiming()
         self._config = config
+        self._pipes = Duplex()
 
     def reach(self, address: int, size_bytes: int, *, write: bool) -> Window:
         """See :meth:`Space.reach`; NO_BUS_MASTER and DEVICE_GONE are refused here."""
@@ -78,6 +99,11 @@ class BusSpace(Space):
             # access apart, and with virtio-iommu each part is a fault of its own.
             size = min(size, PROBE_BYTES - address % PROBE_BYTES)
         return Window(size, None, Path.MESSAGE, "", self, address)
+
+    def book(self, window: Window, size_bytes: int, began_s: float, *, write: bool) -> float:
+        """See :meth:`Space.book`."""
+        timing = self.timing.of(window.path, window.target)
+        return self._pipes.book(size_bytes, timing, began_s, write=write)
 
     async def fetch(self, address: int, size_bytes: int) -> bytes:
         """Ask QEMU, as this device: its IOMMU judges, and logs a fault with this requester."""

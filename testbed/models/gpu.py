@@ -176,7 +176,7 @@ class GpuModel(EngineDevice[Command]):
             Link.SYNC: int(port.synchronizing),
             Link.PEER_SIZE_LOW: port.peer_size_bytes & LOW,
             Link.PEER_SIZE_HIGH: port.peer_size_bytes >> 32,
-            Link.WIDTH: port.end.width,
+            Link.WIDTH: port.width,
         }
         stored = self.stored(hw.LINK_BASE + number * hw.LINK_STRIDE + offset)
         return values.get(offset, stored)

@@ -8,6 +8,7 @@ reads, seed 7" are both the same every time. Rules come and go while the rack ru
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -17,6 +18,7 @@ from testbed.models.witness import Path
 
 EVERY_ADDRESS = 1 << 64
 MAX_RULES = 64
+MAX_HISTORY = 256
 MAX_DELAY_S = 60.0
 
 
@@ -37,9 +39,12 @@ class Rule:
     ``write``      True for writes, False for reads, None for both.
     ``path``       only accesses that take this path; None for any.
     ``start``/``end``  only accesses that touch these addresses, end exclusive.
+    ``least_bytes``  only accesses of at least that size: data, and no commands or fences.
     ``skip``       let that many matching accesses pass first ("the nth" is ``skip = n - 1``).
+    ``every``      of what follows, only each so many-th.
     ``count``      then strike that many times; 0 for ever.
     ``probability``/``seed``  of those, strike only some, by a generator of the rule's own.
+    ``by``         who wants it, for the record: ``topology``, ``command``, ``test``, ``suite``.
     """
 
     name: str
@@ -48,14 +53,18 @@ class Rule:
     path: Path | None = None
     start: int = 0
     end: int = EVERY_ADDRESS
+    least_bytes: int = 0
     skip: int = 0
+    every: int = 1
     count: int = 1
     probability: float = 1.0
     seed: int = 0
     delay_s: float = 0.0
+    by: str = "command"
 
     def __post_init__(self) -> None:
-        if not self.name or self.start >= self.end or self.skip < 0 or self.count < 0:
+        negative = min(self.skip, self.count, self.least_bytes, self.every - 1) < 0
+        if not self.name or self.start >= self.end or negative:
             raise InputError(f"rule '{self.name}': empty name or range, or a negative number")
         if not 0.0 < self.probability <= 1.0 or not 0.0 <= self.delay_s <= MAX_DELAY_S:
             raise InputError(
@@ -64,6 +73,16 @@ class Rule:
             )
         if self.action is Action.DELAY and not self.delay_s:
             raise InputError(f"rule '{self.name}': a delay needs delay_s")
+
+    def matches(self, path: Path, address: int, size_bytes: int, *, write: bool) -> bool:
+        """Whether an access is of the kind that the rule counts."""
+        return (
+            self.write in (None, write)
+            and self.path in (None, path)
+            and address < self.end
+            and address + size_bytes > self.start
+            and size_bytes >= self.least_bytes
+        )
 
     @classmethod
     def parse(cls, data: object) -> Rule:
@@ -96,11 +115,14 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "name": str,
     "start": int,
     "end": int,
+    "least_bytes": int,
     "skip": int,
+    "every": int,
     "count": int,
     "probability": (int, float),
     "seed": int,
     "delay_s": (int, float),
+    "by": str,
 }
 
 
@@ -115,14 +137,11 @@ class _Armed:
 
     def strikes(self, path: Path, address: int, size_bytes: int, *, write: bool) -> bool:
         rule = self.rule
-        if rule.write is not None and rule.write != write:
-            return False
-        if rule.path is not None and rule.path != path:
-            return False
-        if address >= rule.end or address + size_bytes <= rule.start:
+        if not rule.matches(path, address, size_bytes, write=write):
             return False
         self.seen += 1
-        if self.seen <= rule.skip or (rule.count and self.struck >= rule.count):
+        due = self.seen > rule.skip and (self.seen - rule.skip) % rule.every == 0
+        if not due or (rule.count and self.struck >= rule.count):
             return False
         if rule.probability < 1.0 and self.random.random() >= rule.probability:
             return False
@@ -135,6 +154,7 @@ class Rules:
 
     def __init__(self) -> None:
         self._armed: dict[str, _Armed] = {}
+        self._history: deque[_Armed] = deque(maxlen=MAX_HISTORY)
 
     def __bool__(self) -> bool:
         return bool(self._armed)
@@ -144,11 +164,17 @@ class Rules:
         if rule.name not in self._armed and len(self._armed) >= MAX_RULES:
             raise InputError(f"more than {MAX_RULES} rules")
         self._armed[rule.name] = _Armed(rule)
+        self._history.append(self._armed[rule.name])
 
     def remove(self, name: str) -> None:
         """Disarm a rule; InputError if there is none of that name."""
         if self._armed.pop(name, None) is None:
             raise InputError(f"no rule '{name}'")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the rules that are armed."""
+        return tuple(self._armed)
 
     def clear(self) -> None:
         """Disarm all."""
@@ -161,6 +187,19 @@ class Rules:
             for name, armed in self._armed.items()
         ]
 
+    def history(self) -> list[dict[str, int | str | bool]]:
+        """Every rule there ever was (the latest :data:`MAX_HISTORY`), disarmed ones too."""
+        return [
+            {
+                "name": each.rule.name,
+                "by": each.rule.by,
+                "armed": self._armed.get(each.rule.name) is each,
+                "seen": each.seen,
+                "struck": each.struck,
+            }
+            for each in self._history
+        ]
+
     def judge(self, path: Path, address: int, size_bytes: int, *, write: bool) -> Rule | None:
         """The rule that strikes this access, if one does."""
         for armed in self._armed.values():
@@ -171,6 +210,7 @@ class Rules:
     def corrupt(self, rule: Rule, data: bytes) -> bytes:
         """``data`` with one bit flipped."""
         changed = bytearray(data)
-        chosen = self._armed[rule.name].random.randrange(len(changed) * 8)
+        armed = self._armed.get(rule.name) or _Armed(rule)  # it may have been disarmed meanwhile
+        chosen = armed.random.randrange(len(changed) * 8)
         changed[chosen // 8] ^= 1 << chosen % 8
         return bytes(changed)

@@ -20,13 +20,14 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import Final
 
+from testbed.errors import InputError
 from testbed.models.access import AccessError, Cause, Space, Window
 from testbed.models.memory import NotMappable, SharedMemory
-from testbed.models.pacing import NO_TIMING, Pipe, Timing
+from testbed.models.pacing import NO_TIMING, Duplex, Timing
 from testbed.models.paging import TranslationCache, Untranslatable
 from testbed.models.registers import Aperture, Export, LinkState
 from testbed.models.witness import Path
@@ -52,6 +53,7 @@ class LinkEnd:
 
     ``socket``  where the two ends meet. ``listens``: this end makes it, the other connects.
     ``peer``    the other GPU's name, for the trace. ``width`` in lanes.
+    ``timing``  what all lanes together carry.
     """
 
     socket: FilePath
@@ -78,7 +80,9 @@ class LinkPort(Space):
         ``on_refused``: the peer (its name) tried an address that this end does not export.
         """
         self.end = end
-        self.pipe = Pipe(end.timing)
+        self.timing = end.timing
+        self.width = end.width
+        self._pipes = Duplex()
         self._memory = memory
         self._on_change = on_change
         self._on_refused = on_refused
@@ -142,6 +146,20 @@ class LinkPort(Space):
             self._tell()
             self._on_change()
 
+    def narrow(self, lanes: int) -> None:
+        """Use only so many lanes, as a fault; InputError if there are not that many."""
+        if not 1 <= lanes <= self.end.width:
+            raise InputError(f"the link to '{self.end.peer}' has 1 to {self.end.width} lanes")
+        if lanes != self.width:
+            self.width = lanes
+            self._on_change()
+
+    def restore(self) -> None:
+        """Undo :meth:`cut` and :meth:`narrow`, and any other timing."""
+        self.timing = self.end.timing
+        self.narrow(self.end.width)
+        self.cut(on=False)
+
     def export(self, window: ExportWindow) -> None:
         """Export something else from now on, and have the peer forget what it knew."""
         self._export = window
@@ -183,9 +201,14 @@ class LinkPort(Space):
         view = memory.view[start : start + size]
         return Window(size, view, Path.LINK, self.end.peer, self, address)
 
-    def delay_s(self, size_bytes: int) -> float:
-        """See :meth:`Space.delay_s`."""
-        return self.pipe.wait_s(size_bytes)
+    def book(self, window: Window, size_bytes: int, began_s: float, *, write: bool) -> float:
+        """See :meth:`Space.book`; with some of the lanes, their share of the bandwidth."""
+        del window
+        timing = self.timing
+        if self.width < self.end.width:
+            share = self.width / self.end.width
+            timing = replace(timing, bytes_per_s=timing.bytes_per_s * share)
+        return self._pipes.book(size_bytes, timing, began_s, write=write)
 
     def _refused(self, address: int, *, write: bool) -> AccessError:
         self._send({"refused": address, "write": write})

@@ -60,6 +60,10 @@ class TestWhich:
             ({"count": 0, "write": False}, []),
             ({"count": 0, "path": Path.LINK}, []),
             ({"count": 0, "path": Path.IOMMU, "write": True, "skip": 8}, [8, 9]),
+            ({"count": 0, "every": 4}, [3, 7]),
+            ({"count": 1, "every": 4, "skip": 1}, [4]),
+            ({"count": 0, "least_bytes": 16, "skip": 9}, [9]),
+            ({"count": 0, "least_bytes": 17}, []),
         ],
     )
     def test_which(self, fields: dict[str, Any], struck: list[int]) -> None:
@@ -92,6 +96,7 @@ class TestParse:
             ({"name": "n", "action": "drop", "count": True}, "'count'"),
             ({"name": "n", "action": "drop", "write": "yes"}, "'write'"),
             ({"name": "n", "action": "drop", "path": "magic"}, "'magic'"),
+            ({"name": "n", "action": "drop", "every": 0}, "negative"),
             ({"name": "n", "action": "drop", "probability": 0}, "probability"),
             ({"name": "n", "action": "drop", "probability": 1.5}, "probability"),
             ({"name": "n", "action": "drop", "start": 2, "end": 2}, "range"),
@@ -112,6 +117,15 @@ class TestParse:
             rules.add(Rule("one more", Action.DROP))
         with pytest.raises(InputError, match="nobody"):
             rules.remove("nobody")
+
+    def test_what_was_disarmed_is_still_known(self) -> None:
+        rules = Rules()
+        rules.add(Rule("r", Action.DROP, by="test"))
+        rules.judge(Path.IOMMU, 0, 16, write=True)
+        rules.add(Rule("r", Action.DROP, by="test"))  # anew: its counts begin at 0
+        assert [(e["armed"], e["struck"]) for e in rules.history()] == [(False, 1), (True, 0)]
+        rules.clear()
+        assert [e["armed"] for e in rules.history()] == [False, False]
 
 
 class TestWhat:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from testbed.errors import InputError
 from testbed.models import registers as hw
 from testbed.models.access import Cause
+from testbed.models.device import BusTiming
 from testbed.models.link import LinkEnd
 from testbed.models.pacing import Timing
 from testbed.models.registers import (
@@ -192,10 +194,52 @@ def test_the_peer_s_reset_closes_its_export(pair: Pair) -> None:
 def test_a_slow_link_takes_its_time(pair: Pair) -> None:
 
     pair.export(pair.b, Export.PHYSICAL, 0, MIB)
-    pair.a.gpu.links[0].pipe.timing = Timing(bytes_per_s=10 * MIB, latency_s=0.01)
+    pair.a.gpu.links[0].timing = Timing(bytes_per_s=10 * MIB, latency_s=0.01)
     begin = time.monotonic()
     pair.a.run(over(0, MIB))
     assert 0.1 <= time.monotonic() - begin < 2.0
+
+
+def timed_copy(pair: Pair, size: int) -> float:
+    begin = time.monotonic()
+    pair.a.run(over(0, size))
+    return time.monotonic() - begin
+
+
+def test_a_narrow_link_is_as_much_slower_and_both_are_restored(pair: Pair) -> None:
+    pair.export(pair.b, Export.PHYSICAL, 0, 8 * MIB)
+    port = pair.a.gpu.links[0]
+    port.timing = Timing(bytes_per_s=100 * MIB)
+    wide_s = timed_copy(pair, 8 * MIB)
+    port.narrow(2)
+    assert pair.a.read(LINK0 + Link.WIDTH) == 2
+    assert timed_copy(pair, 8 * MIB) / wide_s == pytest.approx(4.0, rel=0.2)
+    with pytest.raises(InputError, match="1 to 8 lanes"):
+        port.narrow(9)
+    port.cut(on=True)
+    port.restore()
+    pair.wait(lambda: pair.states() == (LinkState.UP, LinkState.UP))
+    assert (port.width, port.timing) == (8, Timing())
+
+
+def test_the_better_path_is_measured_as_such_and_waiting_costs_no_cpu_time(pair: Pair) -> None:
+    """16 MiB to the peer: over the link, and over PCIe at a quarter of its bandwidth."""
+    size = 16 * MIB
+    pair.export(pair.b, Export.PHYSICAL, 0, size)
+    address = 0x8000_0000
+    pair.a.qemu.map(address, pair.a.qemu.memories.add(pair.b.vram))
+    pair.a.gpu.links[0].timing = Timing(400 * MIB, 2e-6)
+    pair.a.gpu.bus.timing = BusTiming(up={"gpu1.vram": Timing(100 * MIB, 10e-6)})
+    by_link_s = timed_copy(pair, size)
+    begin = time.process_time()
+    pcie = Command(Opcode.COPY, target=address, target_aperture=Aperture.SYSTEM, size_bytes=size)
+    start = time.monotonic()
+    pair.a.run(pcie)
+    by_pcie_s = time.monotonic() - start
+    assert by_pcie_s / by_link_s == pytest.approx(4.0, rel=0.2)
+    assert by_pcie_s == pytest.approx(0.16, rel=0.2)
+    # The bench polls for the fence twice a millisecond; a loop that spins would use all of it.
+    assert time.process_time() - begin < by_pcie_s / 2
 
 
 def test_garbage_on_the_link_s_socket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
