@@ -23,7 +23,9 @@ from testbed import deploy
 from testbed.errors import InputError
 from testbed.host.prepare import Installation
 from testbed.rack import Rack, RackNode
+from testbed.results.judging import PAGE_BYTES
 from testbed.suites.bench import Bench
+from testbed.suites.paths import DeviceWitness
 from testbed.topology import model
 from testbed.topology.model import Topology
 from testbed.topology.plan import Role
@@ -132,8 +134,9 @@ def memory(
     """Host memory of ``racks`` racks of one topology that run at once.
 
     ``private``: what would be free if the rack ended; ``resident`` counts pages that racks share
-    (QEMU's program, for one) in each. Video memory is a memfd and only what a guest touched of it
-    exists; it is given apart, as ``vram``.
+    (QEMU's program, for one) in each; both are of all its processes. ``models`` is the private
+    part of its device models. Video memory is a memfd and only what a guest touched of it exists;
+    it is given apart, as ``vram``.
     """
     with _Racks(installation, accelerator) as started:
         running = [started.start(topology) for _ in range(racks)]
@@ -147,16 +150,20 @@ def memory(
 
 
 def _memory_of(rack: Rack) -> dict[str, float]:
-    pids = [rack.keeper.pid, *(p["pid"] for p in rack.keeper.status()["processes"])]
-    totals = {"resident": 0.0, "private": 0.0, "vram": 0.0}
-    for pid in pids:
-        fields = dict(
-            line.split(":", 1)
-            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-        )
-        kib = {key: int(value.split()[0]) for key, value in fields.items()}
-        totals["resident"] += kib["Rss"] / 1024
-        totals["private"] += (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024
+    totals = {"resident": 0.0, "private": 0.0, "models": 0.0, "vram": 0.0}
+    processes = {p["pid"]: p["kind"] for p in rack.keeper.status()["processes"]}
+    for main, kind in {rack.keeper.pid: "keeper", **processes}.items():
+        children = _children(main) if kind == "helper" else []
+        for pid in (main, *children):
+            fields = dict(
+                line.split(":", 1)
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+            )
+            kib = {key: int(value.split()[0]) for key, value in fields.items()}
+            private = (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024
+            totals["resident"] += kib["Rss"] / 1024
+            totals["private"] += private
+            totals["models"] += private * (kind == "helper")
     for node in rack.plan.nodes.values():
         for function in node.by_role(Role.VRAM):
             path = f"{node.name}/{function.name}"
@@ -164,8 +171,11 @@ def _memory_of(rack: Rack) -> dict[str, float]:
             stat = Path(f"/proc/{rack.keeper.pid}/fd/{place['fd']}").stat()
             totals["vram"] += stat.st_blocks * 512 / 2**20
     totals["resident"] -= totals["vram"]
-    totals["private"] = max(0.0, totals["private"] - totals["vram"])
     return totals
+
+
+def _children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def copy(
@@ -176,9 +186,10 @@ def copy(
     size_bytes: int,
     runs: int,
 ) -> dict[str, Any]:
-    """A GPU's engine copies VRAM to a peer's VRAM: through the vIOMMU, and with the IOMMU off.
+    """A GPU's engine copies VRAM to a peer's VRAM: through the vIOMMU, and with the IOMMU off; and
+    the host copies the same bytes between the same memories with memcpy.
 
-    Both racks run at once and take turns.
+    Both racks run at once, and all take turns. Speeds are as the guest sees them, but for memcpy.
     """
     with _Racks(installation, accelerator) as racks:
         translated = racks.start(topology).node()
@@ -186,6 +197,7 @@ def copy(
         ways: dict[str, Callable[[], float]] = {
             "translated": _copier(racks.stack, translated, size_bytes, raw=False),
             "iommu off": _copier(racks.stack, plain, size_bytes, raw=True),
+            "host memcpy": _host_copier(racks.stack, translated, size_bytes),
         }
         speeds: dict[str, list[float]] = {name: [] for name in ways}
         for run in range(runs + 1):
@@ -198,8 +210,79 @@ def copy(
         "unit": "MB/s",
         "size_bytes": size_bytes,
         "speed": {name: summary(values) for name, values in speeds.items()},
-        "ratio": round(medians["translated"] / medians["iommu off"], 3),
+        "ratio_to": {
+            name: round(medians["translated"] / medians[name], 3)
+            for name in ("iommu off", "host memcpy")
+        },
     }
+
+
+def _host_copier(stack: ExitStack, node: RackNode, size_bytes: int) -> Callable[[], float]:
+    source, target = (
+        memoryview(stack.enter_context(node.host_memory(f.name)))
+        for f in node.plan.by_role(Role.VRAM)[:2]
+    )
+    stack.callback(source.release)
+    stack.callback(target.release)
+
+    def go() -> float:
+        began_s = time.perf_counter()
+        target[:size_bytes] = source[:size_bytes]
+        return size_bytes / 1e6 / (time.perf_counter() - began_s)
+
+    return go
+
+
+def latency(
+    topology: Topology, installation: Installation, accelerator: str, *, runs: int
+) -> dict[str, Any]:
+    """From a model's doorbell to its fence, for copies of 4 bytes, on the host's clock: the time
+    between the two in the model's own trace. Beside it what the guest saw of the same copies.
+
+    :raises InputError: the first GPU's engine is no model.
+    """
+    with _Racks(installation, accelerator) as racks:
+        node = racks.start(topology).node()
+        chosen = next(iter(node.plan.by_role(Role.ENGINE)))
+        witness = DeviceWitness.of(node, chosen)
+        if witness is None:
+            raise InputError("latency: only model engines keep a trace", hint="--engine model")
+        guest: list[float] = []
+        host: list[float] = []
+        bench = Bench.open(node, [*node.plan.by_role(Role.VRAM)[:2], chosen])
+        engine = bench.engine(chosen)
+        memory = bench.vram(node.plan.by_role(Role.VRAM)[0])
+        iova = bench.mapper.map(memory).iova
+        for run in range(runs + 1):
+            node.models.call("reset_trace", device=chosen.device)
+            status = engine.copy(iova, iova + PAGE_BYTES, 4)
+            trace = node.models.call("trace", device=chosen.device)
+            if run:  # the first finds nothing cached
+                times = {entry["what"]: entry["time_us"] for entry in trace}
+                host.append(times["commands"] - times["doorbells"])
+                guest.append(status.elapsed_ns / 1000)
+        bench.close()
+    return {"unit": "us", "doorbell_to_fence": summary(host), "guest": summary(guest)}
+
+
+def idle(
+    topology: Topology, installation: Installation, accelerator: str, *, seconds: int
+) -> dict[str, Any]:
+    """Processor time of a rack's device models while nobody uses them, in clock ticks (10 ms)."""
+    with _Racks(installation, accelerator) as racks:
+        rack = racks.start(topology)
+        time.sleep(1)  # the end of the boot
+        helpers = [p["pid"] for p in rack.keeper.status()["processes"] if p["kind"] == "helper"]
+        pids = [pid for helper in helpers for pid in (helper, *_children(helper))]
+        before = sum(map(_ticks, pids))
+        time.sleep(seconds)
+        used = sum(map(_ticks, pids)) - before
+    return {"unit": "ticks", "processes": len(pids), "seconds": seconds, "used": used}
+
+
+def _ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def _copier(stack: ExitStack, node: RackNode, size_bytes: int, *, raw: bool) -> Callable[[], float]:

@@ -7,9 +7,16 @@ from typing import Any
 
 import click
 
-from testbed.verbs.common import load_topology, override_options, print_json
+from testbed.verbs.common import (
+    engine_option,
+    load_topology,
+    override_options,
+    print_json,
+    settings_option,
+)
 
-WHAT = ("boot", "memory", "copy")
+IDLE_S = 10
+WHAT = ("boot", "memory", "copy", "latency", "idle")
 
 
 @click.command()
@@ -22,7 +29,9 @@ WHAT = ("boot", "memory", "copy")
     metavar="FILE",
     help="Measure this rack; `boot` takes several and compares.  [default: quad-gpu]",
 )
+@settings_option
 @override_options
+@engine_option()
 @click.option("--runs", default=5, show_default=True, help="How often; medians are compared.")
 @click.option("--racks", default=1, show_default=True, help="`memory`: how many at once.")
 @click.option(
@@ -42,14 +51,19 @@ WHAT = ("boot", "memory", "copy")
 def bench(
     what: str,
     files: tuple[str, ...],
+    settings: tuple[str, ...],
     kernel: str | None,
     iommu_mode: str | None,
+    engine: str | None,
     runs: int,
     racks: int,
     size_mib: int,
     peer: str,
 ) -> None:
-    """Measure boot time, host memory or copy speed, as JSON with the machine it was measured on.
+    """Measure the testbed itself, as JSON with the machine it was measured on.
+
+    boot: command to agent's hello. memory: of the host. copy: VRAM to VRAM, against no IOMMU and
+    against memcpy. latency: a model's doorbell to its fence. idle: what models use for nothing.
 
     What is compared is measured in turns, in one run: quote the ratios.
     """
@@ -58,7 +72,7 @@ def bench(
     from testbed.verbs.install import install_for
 
     topologies = {
-        file: load_topology(file, (), kernel=kernel, iommu_mode=iommu_mode)
+        file: load_topology(file, settings, kernel=kernel, iommu_mode=iommu_mode, engine=engine)
         for file in files or ("quad-gpu",)
     }
     first = next(iter(topologies.values()))
@@ -69,6 +83,10 @@ def bench(
         result = measure.boot(topologies, installation, accelerator, runs=runs, peer=peer)
     elif what == "memory":
         result = measure.memory(first, installation, accelerator, racks=racks)
+    elif what == "latency":
+        result = measure.latency(first, installation, accelerator, runs=runs)
+    elif what == "idle":
+        result = measure.idle(first, installation, accelerator, seconds=IDLE_S)
     else:
         result = measure.copy(
             first, installation, accelerator, size_bytes=size_mib << 20, runs=runs
