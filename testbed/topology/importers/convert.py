@@ -18,7 +18,7 @@ from testbed.topology.importers import fold, hwloc, lspci, nccl, nvidia, source,
 from testbed.topology.importers.machine import Acs, Kind, Machine, Notes, Part, counted
 from testbed.topology.model import Topology
 from testbed.topology.problem import listing, nearest
-from testbed.topology.units import GIB
+from testbed.topology.units import GIB, MIB
 
 READERS: Mapping[str, Callable[[str, bytes], Machine]] = {
     "lspci": lspci.read,
@@ -54,11 +54,15 @@ def convert(form: str, path: str, options: Options) -> Imported:
 
     InputError if the file is not of that format, or an option names what is not in it.
     """
-    name, content = source.read(path)
+    return convert_bytes(form, *source.read(path), options)
+
+
+def convert_bytes(form: str, name: str, content: bytes, options: Options) -> Imported:
+    """The topology for the bytes of a file called ``name``, as :func:`convert` makes it."""
     machine = fold.retyped(READERS[form](name, content), options.choice.kinds)
     given = fold.names(machine)
     devices = fold.candidates(machine, options.choice, given)
-    rack = options.rack or _rack_name(path)
+    rack = options.rack or _rack_name(name)
     draft, reason = _fit(machine, devices, given, options, rack)
     kept = {device.origin for device in draft.devices()}
     _check_settings(options.settings, write.variables(draft))
@@ -78,10 +82,9 @@ def convert(form: str, path: str, options: Options) -> Imported:
     return Imported(text, topology, notes, origins)
 
 
-def _rack_name(path: str) -> str:
+def _rack_name(file: str) -> str:
     """A name that a rack can have, from the file's own."""
-    stem = "" if path == source.STDIN else Path(path).name.partition(".")[0]
-    words = re.sub("[^A-Za-z0-9_-]+", "-", stem).strip("-")
+    words = re.sub("[^A-Za-z0-9_-]+", "-", Path(file).name.partition(".")[0]).strip("-")
     words = words if words[:1].isalpha() else f"imported-{words}".rstrip("-")
     return words[:32].rstrip("-")
 
@@ -199,7 +202,8 @@ def _say_settings(
     gpus = list(write.parts_of(draft.roots, Kind.GPU))
     if "vram" in values:
         largest_bytes = max((gpu.memory_bytes for gpu in gpus), default=0)
-        real = f"; in the file up to {largest_bytes / GIB:.3g} GiB" if largest_bytes else ""
+        size, unit = (GIB, "GiB") if largest_bytes >= GIB else (MIB, "MiB")
+        real = f"; in the file up to {largest_bytes / size:.3g} {unit}" if largest_bytes else ""
         notes.changed.append(f"each GPU has {values['vram']} of memory (-s vram=SIZE){real}")
     if reason:
         scaled = f"; memory divided by {1 << draft.vram_shift}" if draft.vram_shift else ""
@@ -208,7 +212,7 @@ def _say_settings(
 
 def _head(machine: Machine, name: str, notes: Notes) -> list[str]:
     """The comments that open the file."""
-    file = source.plain(Path(name).name if name != "<stdin>" else "standard input")
+    file = source.plain(Path(name).name)
     lines = [f"Imported from {machine.source}: {file}"]
     for title, sentences in (
         ("Not known from the file", notes.unknown),

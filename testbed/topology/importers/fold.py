@@ -168,6 +168,8 @@ def say_folded(
         if lost:
             count = counted(len(lost), _NOUNS[kind])
             notes.folded.append(f"{count} for which there is no room, the first {lost[0].origin}")
+    if not kept and any(machine.devices()):
+        notes.folded.append("everything; --keep other keeps what is neither GPU, NIC nor disk")
     bridges = sum(map(_bridges, machine.roots))
     left = sum(_bridges(p) for p in (_pruned(r, kept) for r in machine.roots) if p is not None)
     if bridges > left:

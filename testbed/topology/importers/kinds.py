@@ -26,8 +26,13 @@ _SCREEN_VENDORS = frozenset(
 _SCREENS = frozenset(((0x1002, 0x515E), (0x1002, 0x5159)))  # ATI ES1000 and RV100
 # A paravirtual card's memory accesses are the hypervisor's own.
 _PARAVIRTUAL_VENDORS = frozenset((0x1AF4, 0x15AD))
-# What stands for a GPU's memory and for a NIC in the testbed's own racks: ivshmem and edu.
-_OWN = {(0x1AF4, 0x1110): Kind.GPU, (0x1234, 0x11E8): Kind.NIC}
+# What stands for a GPU's memory and for a NIC in the testbed's own racks.
+_IVSHMEM = (0x1AF4, 0x1110)
+_OWN = {
+    _IVSHMEM: Kind.GPU,
+    (0x1234, 0x11E8): Kind.NIC,  # edu
+    (0x1234, 0xA9E1): Kind.NIC,  # the NIC in Python
+}
 
 # Names of classes as lspci prints them without -n, as far as they matter.
 CLASS_NAMES = {
@@ -81,7 +86,16 @@ _NAME_WORDS: tuple[tuple[Kind, tuple[str, ...]], ...] = (
         Kind.GPU,
         (
             *("nvidia", "radeon", "instinct", r"\bvega", r"\bnavi", r"\bmi[1-9][0-9]{2}"),
-            *("arcturus", "aldebaran", "graphics", "gpu", "habana", "gaudi", "ponte vecchio"),
+            *(
+                "inter-vm shared memory",
+                "arcturus",
+                "aldebaran",
+                "graphics",
+                "gpu",
+                "habana",
+                "gaudi",
+                "ponte vecchio",
+            ),
             *(r"\barc\b", r"\bdg[12]\b", "accelerator"),
         ),
     ),
@@ -103,12 +117,17 @@ def of_class(class_code: int, vendor: int, device: int) -> Kind:
     return kind
 
 
-def of_name(name: str) -> Kind:
+def of_name(name: str, vendor: int, device: int) -> Kind:
     """A guess from a device's name."""
+    own = _OWN.get((vendor, device))
+    if own is not None:
+        return own
     return next((kind for kind, pattern in _NAMES if pattern.search(name)), Kind.OTHER)
 
 
-def vendor_of_name(name: str) -> int:
-    """The vendor that a name starts with, if it is one of those that matter, or 0."""
-    lower = name.lower()
-    return next((vendor for word, vendor in _VENDOR_NAMES.items() if lower.startswith(word)), 0)
+def ids_of_name(name: str) -> tuple[int, int]:
+    """Vendor and device of a name, each 0 unless it is one that matters here."""
+    lower = name.strip().lower()
+    if "inter-vm shared memory" in lower:
+        return _IVSHMEM
+    return next((v for word, v in _VENDOR_NAMES.items() if lower.startswith(word)), 0), 0

@@ -51,7 +51,7 @@ def read(name: str, content: bytes) -> Machine:
         roots += maker.root_bus(bus_functions, is_lost=_is_lost(bus_functions, blocks))
     maker.say()
     host_buses = [on_bus for on_bus in buses.values() if not _is_lost(on_bus, blocks)]
-    if len(host_buses) > 1:
+    if secondary and len(host_buses) > 1:
         notes.changed.append(f"{len(host_buses)} root buses: all stands on one")
     return Machine("lspci", tuple(roots), notes, peers_through_host=_peers_through_host(blocks))
 

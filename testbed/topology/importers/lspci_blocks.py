@@ -35,7 +35,7 @@ _NUMERIC = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _CLASS_NUMBER = re.compile(r"\[([0-9a-f]{4})\]:", re.IGNORECASE | re.ASCII)
-_IDS = re.compile(r"\[([0-9a-f]{4}):([0-9a-f]{4})\]", re.IGNORECASE | re.ASCII)
+_IDS = re.compile(r"(?:\[|Device )([0-9a-f]{4}):([0-9a-f]{4})\b", re.IGNORECASE | re.ASCII)
 _BUS = re.compile(r"Bus: primary=[0-9a-f]{2}, secondary=([0-9a-f]{2})", re.IGNORECASE | re.ASCII)
 _REGION = re.compile(r"(?:Region [0-5]: )?Memory at .*\[size=([0-9]{1,6})([KMGT]?)\]")
 _CAPABILITY = re.compile(r"Capabilities: \[([0-9a-f]{2,3})(?: v[0-9]+)?\] (.*)", re.IGNORECASE)
@@ -79,7 +79,8 @@ class Block:
     iommu_group: str = ""
     has_capabilities: bool = False
     has_extended: bool = False
-    acs_control: bool | None = None  # what its ACS does to peers; None if it shows no ACS
+    has_acs: bool = False
+    acs_control: bool | None = None  # whether its ACS redirects peers; None if it is not shown
     config: bytearray = field(default_factory=bytearray)
 
     @property
@@ -92,7 +93,7 @@ class Block:
         acs = Acs.UNKNOWN
         if self.acs_control is not None:
             acs = Acs.REDIRECT if self.acs_control else Acs.NONE
-        elif self.has_extended or (is_all_shown and self.has_capabilities):
+        elif not self.has_acs and (self.has_extended or (is_all_shown and self.has_capabilities)):
             acs = Acs.NONE
         kind = kinds.of_class(self.class_code, self.vendor, self.device)
         return Function(
@@ -196,13 +197,13 @@ def _block(address: Address, line: int, rest: str) -> Block:
         code, vendor, device = (int(numeric[n], 16) for n in ("code", "vendor", "device"))
         return Block(address, line, rest.partition(": ")[2], code, vendor, device)
     class_number, ids = _CLASS_NUMBER.search(rest), _IDS.findall(rest)
-    class_name, _, words = rest.partition(": ")
+    class_name, _, words = rest.partition(" (prog-if ")[0].partition(": ")
     if class_number:
         code = int(class_number[1], 16)
     else:
         code = kinds.CLASS_NAMES.get(class_name.strip().lower(), 0)
-    vendor, device = (int(digits, 16) for digits in ids[-1]) if ids else (0, 0)
-    return Block(address, line, words, code, vendor or kinds.vendor_of_name(words), device)
+    vendor, device = (int(digits, 16) for digits in ids[-1]) if ids else kinds.ids_of_name(words)
+    return Block(address, line, words, code, vendor, device)
 
 
 def _attribute(block: Block, text: str) -> None:
@@ -238,6 +239,8 @@ def _capability(block: Block, text: str) -> None:
     if match[2].startswith("Express"):
         types = (port for words, port in _EXPRESS_TYPES if words in match[2])
         block.port = next(types, None)
+    elif match[2].startswith("Access Control Services"):
+        block.has_acs = True
 
 
 def _take_config(block: Block, config: bytes) -> None:
@@ -252,4 +255,5 @@ def _take_config(block: Block, config: bytes) -> None:
     if any(pci.extended_capabilities(config)):
         block.has_extended = True
         acs = pci.acs(config)
+        block.has_acs = acs is not None
         block.acs_control = None if acs is None else bool(acs["redirect"])

@@ -17,12 +17,12 @@ from testbed.topology.importers.machine import Address
 from testbed.topology.importers.source import Deadline, plain
 from testbed.topology.source import Fault, Source
 
-_LINE = re.compile(r"[ |>]*[-+\\]-")
+_LINE = re.compile(r"[ |>]*(?:-\[|-\+|[+\\]-)")
 _LONGEST_LINE = 2048
 _BUS = re.compile(r"\[(?:([0-9a-f]{4,8}):)?([0-9a-f]{2})(?:-[0-9a-f]{2})?\]", re.IGNORECASE)
 _DEVICE = re.compile(r"([01][0-9a-f])\.([0-7])", re.IGNORECASE)
-_IDS = re.compile(r"\[([0-9a-f]{4}):([0-9a-f]{4})\]", re.IGNORECASE)
-_ANY_BUS = re.compile(r"[-+\\]-\[[0-9a-f:]{2,11}(?:-[0-9a-f]{2})?\]", re.IGNORECASE)
+_IDS = re.compile(r"(?:\[|Device )([0-9a-f]{4}):([0-9a-f]{4})\b", re.IGNORECASE)
+_ANY_BUS = re.compile(r"-\[[0-9a-f:]{2,11}(?:-[0-9a-f]{2})?\]", re.IGNORECASE)
 
 # A bus in the tree: domain and number. None is where root buses branch off.
 _Bus = tuple[int, int]
@@ -114,15 +114,17 @@ class _Reader:
             self._fail(index, f"more than {MOST_FUNCTIONS} PCI functions")
         is_bridge = words.startswith("-[")
         ids = _IDS.findall(words)
-        vendor = int(ids[-1][0], 16) if ids else 0
+        vendor, number = (
+            (int(digits, 16) for digits in ids[-1]) if ids else kinds.ids_of_name(words)
+        )
         name = plain(words, 90)
         functions[address] = Function(
             address=address,
             line=line,
-            kind=kinds.of_name(name),
+            kind=kinds.of_name(name, vendor, number),
             port=PortType.UNKNOWN if is_bridge else None,
             what=name if not is_bridge else "",
-            vendor=vendor or kinds.vendor_of_name(name),
+            vendor=vendor,
         )
         return address
 

@@ -66,10 +66,10 @@ class _Reader:
             )
         if self.without_class:
             first = ", ".join(self.without_class[:3])
+            dots = " ..." if len(self.without_class) > 3 else ""
             self.notes.unknown.append(
-                f"what {counted(len(self.without_class), '<pci>')} without a class are ({first}"
-                f"{' ...' if len(self.without_class) > 3 else ''}): taken for GPUs; "
-                f"say otherwise with --as {self.without_class[-1]}=nic"
+                f"the kind of {counted(len(self.without_class), 'device')} without a class "
+                f"({first}{dots}): GPUs, if not said otherwise (--as {self.without_class[-1]}=nic)"
             )
         return Machine(
             source="NCCL topology XML",

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 from testbed.topology.importers.machine import DEVICES, Acs, Kind, Part, Wire
 from testbed.topology.importers.source import plain
+from testbed.topology.model import DEFAULT_ENGINE
 from testbed.topology.placement import FIRST_FREE_SLOT, NETWORK_SLOT
 from testbed.topology.units import MIB, format_size, power_of_two_at_least
-from testbed.topology.windows import MOST_IO_BRIDGES
 
 NODE = "host0"
 DEFAULT_VRAM_BYTES = 64 * MIB
 _LEAST_VRAM_BYTES = MIB
+# Each device in Python is a process; a rack with more devices than this has QEMU's instead.
+MOST_MODELS = 32
 
 # Slots of the root bus that are free; with more parts than these, eight ports share a slot.
 _ROOT_SLOTS = range(FIRST_FREE_SLOT, NETWORK_SLOT)
@@ -83,10 +85,13 @@ def variables(draft: Draft) -> dict[str, Variable]:
     gpus = list(parts_of(draft.roots, Kind.GPU))
     if any(not draft.vram_of(gpu) for gpu in gpus):
         found["vram"] = (format_size(draft.common_vram_bytes), "each GPU's memory")
+    nics = [part for part in draft.devices() if part.kind in (Kind.NIC, Kind.OTHER)]
+    has_room = len(gpus) + len(nics) <= MOST_MODELS
+    engine = DEFAULT_ENGINE if has_room else "edu"
     if gpus:
-        # Firmware gives I/O ports to so many igb only; edu has none.
-        is_many = sum(gpu not in draft.roots for gpu in gpus) > MOST_IO_BRIDGES
-        found["engine"] = ("edu" if is_many else "igb", "the GPUs' copy engine: igb, edu or model")
+        found["engine"] = (engine, "the GPUs' copy engine: model, igb or edu")
+    if nics:
+        found["nic_engine"] = (engine, "the NICs' device: model, igb or edu")
     if any(port.acs is Acs.UNKNOWN for port in parts_of(draft.roots, Kind.ROOT_PORT)):
         found["root_port_acs"] = ("redirect", "not known from the file: redirect or none")
     if any(switch.acs is Acs.UNKNOWN for switch in parts_of(draft.roots, Kind.SWITCH)):
@@ -146,7 +151,9 @@ class _Body:
             fields.insert(0, f'address: "{address}"')
         space = " " * indent
         comment = plain(f"{part.origin} {part.what}".strip(), 100)
-        yield f"{space}- {part.kind}: {name}  # {comment}".rstrip(" #")
+        # A topology has no device of any other kind: a NIC is one that does DMA.
+        kind = Kind.NIC if part.kind is Kind.OTHER else part.kind
+        yield f"{space}- {kind}: {name}  # {comment}".rstrip(" #")
         yield from (f"{space}  {field}" for field in fields)
         if part.below:
             yield f"{space}  below:"
@@ -170,7 +177,7 @@ class _Body:
             size_bytes = self._draft.vram_of(part)
             vram = format_size(size_bytes) if size_bytes else "{{ vram }}"
             return [f"vram: {vram}", "engine: {{ engine }}", "doorbell: true"]
-        return [] if part.kind is Kind.NVME else ["engine: edu"]
+        return [] if part.kind is Kind.NVME else ["engine: {{ nic_engine }}"]
 
 
 def _shared_addresses(roots: Sequence[Part]) -> Iterator[str]:
