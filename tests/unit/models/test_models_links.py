@@ -200,20 +200,24 @@ def test_a_slow_link_takes_its_time(pair: Pair) -> None:
     assert 0.1 <= time.monotonic() - begin < 2.0
 
 
-def timed_copy(pair: Pair, size: int) -> float:
-    begin = time.monotonic()
-    pair.a.run(over(0, size))
-    return time.monotonic() - begin
+def fastest_s(bench: Bench, command: Command) -> float:
+    """The fastest of three: what the host does beside costs time too."""
+    taken = []
+    for _ in range(3):
+        begin = time.monotonic()
+        bench.run(command)
+        taken.append(time.monotonic() - begin)
+    return min(taken)
 
 
 def test_a_narrow_link_is_as_much_slower_and_both_are_restored(pair: Pair) -> None:
-    pair.export(pair.b, Export.PHYSICAL, 0, 8 * MIB)
+    pair.export(pair.b, Export.PHYSICAL, 0, 4 * MIB)
     port = pair.a.gpu.links[0]
     port.timing = Timing(bytes_per_s=100 * MIB)
-    wide_s = timed_copy(pair, 8 * MIB)
+    wide_s = fastest_s(pair.a, over(0, 4 * MIB))
     port.narrow(2)
     assert pair.a.read(LINK0 + Link.WIDTH) == 2
-    assert timed_copy(pair, 8 * MIB) / wide_s == pytest.approx(4.0, rel=0.2)
+    assert fastest_s(pair.a, over(0, 4 * MIB)) / wide_s == pytest.approx(4.0, rel=0.2)
     with pytest.raises(InputError, match="1 to 8 lanes"):
         port.narrow(9)
     port.cut(on=True)
@@ -230,16 +234,14 @@ def test_the_better_path_is_measured_as_such_and_waiting_costs_no_cpu_time(pair:
     pair.a.qemu.map(address, pair.a.qemu.memories.add(pair.b.vram))
     pair.a.gpu.links[0].timing = Timing(400 * MIB, 2e-6)
     pair.a.gpu.bus.timing = BusTiming(up={"gpu1.vram": Timing(100 * MIB, 10e-6)})
-    by_link_s = timed_copy(pair, size)
-    begin = time.process_time()
     pcie = Command(Opcode.COPY, target=address, target_aperture=Aperture.SYSTEM, size_bytes=size)
-    start = time.monotonic()
-    pair.a.run(pcie)
-    by_pcie_s = time.monotonic() - start
-    assert by_pcie_s / by_link_s == pytest.approx(4.0, rel=0.2)
+    by_link_s = fastest_s(pair.a, over(0, size))
+    begin = time.process_time()
+    by_pcie_s = fastest_s(pair.a, pcie)
+    # The bench polls for the fence; a device that spins would use all of the time.
+    assert time.process_time() - begin < 3 * by_pcie_s / 2
     assert by_pcie_s == pytest.approx(0.16, rel=0.2)
-    # The bench polls for the fence twice a millisecond; a loop that spins would use all of it.
-    assert time.process_time() - begin < by_pcie_s / 2
+    assert by_pcie_s / by_link_s == pytest.approx(4.0, rel=0.2)
 
 
 def test_garbage_on_the_link_s_socket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
