@@ -39,6 +39,7 @@ VERBS = {
     "import": ("importing", "Topologies"),
     "doctor": ("host", "This machine"),
     "setup": ("host", "This machine"),
+    "kernel": ("kernel", "This machine"),
     "bench": ("bench", "This machine"),
     "completion": ("host", "This machine"),
 }

@@ -23,7 +23,7 @@ from testbed.host.manifest import Headers, PackageSet, digest
 from testbed.host.packages import PackageRoot, SetupOptions, ensure
 from testbed.host.toolchain import Toolchain
 
-BUILDER = 1
+BUILDER = 2
 
 # What a tree has when it was built, and what makes it.
 _BUILT = {
@@ -120,8 +120,10 @@ def _link(root: Path, release: str, folder: Path, final: Path, tools: Toolchain)
     for path in flavour.iterdir():
         if path.name in ("scripts", "tools"):
             shutil.copytree(path, folder / path.name, symlinks=True)
-        elif path.name not in ("Makefile", "vmlinux"):  # vmlinux: for type information only
+        elif path.is_dir():
             (folder / path.name).symlink_to(path)
+        elif path.name not in ("Makefile", "vmlinux"):  # vmlinux: for type information only
+            shutil.copyfile(path, folder / path.name)
     for part in ("scripts", "tools"):
         for program in list(toolchain.wrapped_programs(folder / part)):
             moved = program.with_name(f".{program.name}.program")

@@ -143,7 +143,8 @@ def _compile(
     command = [
         *child.DIE_WITH_US,
         str(tools.bin / "make"),
-        *("-C", str(tree.folder), f"M={work}"),
+        # MO: where results go, said explicitly so that nothing is ever written into the tree.
+        *("-C", str(tree.folder), f"M={work}", f"MO={work}"),
         *tree.words,
         "KCFLAGS=" + " ".join(f"-DHAVE_{symbol.upper()}" for symbol in have),
         # Debugging and type information: nobody reads it, and it takes half of the time.

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -55,19 +56,85 @@ def engine_option(*more: str) -> Callable[[F], F]:
     )
 
 
-def override_options(function: F) -> F:
-    """`--kernel` and `--iommu`, over what the topology says."""
-    function = click.option(
-        "--iommu",
-        "iommu_mode",
-        type=click.Choice(IOMMU_MODES),
-        help="The IOMMU's mode on every node, over the topology's.",
-    )(function)
+def trust_option(function: F) -> F:
+    """`--trust`, for verbs that start a rack."""
     return click.option(
-        "--kernel",
-        metavar="NAME|PATH",
-        help="The guest kernel of every node: a name from images/, a bzImage or a vmlinux.",
+        "--trust",
+        is_flag=True,
+        help="Run the Python files that the topology names as devices (`device:`).",
     )(function)
+
+
+def override_options(function: F) -> F:
+    """`--kernel` (with `--modules`, or as `--kernel-tree`) and `--iommu`, over the topology's.
+
+    The verb gets the parameters ``kernel``, as in a topology, and ``iommu_mode``.
+    """
+
+    @functools.wraps(function)
+    def verb(
+        *args: Any, kernel: str | None, modules: str | None, kernel_tree: str | None, **more: Any
+    ) -> Any:
+        return function(*args, kernel=kernel_word(kernel, modules, kernel_tree), **more)
+
+    options = (
+        click.option(
+            "--kernel",
+            metavar="NAME|PATH",
+            help="The guest kernel of every node: a name (`testbed kernel list`), a bzImage, a "
+            "vmlinux, or a folder that has one.",
+        ),
+        click.option(
+            "--modules",
+            metavar="DIR",
+            help="The modules of the kernel at --kernel PATH, where they are not beside it.",
+        ),
+        click.option(
+            "--kernel-tree",
+            metavar="DIR",
+            help="A built kernel tree: its image, its modules, and modules of ours built in it.",
+        ),
+        click.option(
+            "--iommu",
+            "iommu_mode",
+            type=click.Choice(IOMMU_MODES),
+            help="The IOMMU's mode on every node, over the topology's.",
+        ),
+    )
+    decorated: Any = verb
+    for option in reversed(options):
+        decorated = option(decorated)
+    return cast(F, decorated)
+
+
+def kernel_word(kernel: str | None, modules: str | None, tree: str | None) -> str | None:
+    """The three options as one word, as a topology's ``kernel`` has it; None if none is given.
+
+    Paths become absolute: the word is kept with the rack, and later commands run elsewhere.
+
+    :raises InputError: they contradict one another, or the tree was not built.
+    """
+    from testbed.host import kbuild
+    from testbed.host import kernel as kernels
+
+    if tree is not None:
+        if kernel is not None or modules is not None:
+            raise InputError(
+                "--kernel-tree goes with neither --kernel nor --modules",
+                hint="the tree has both in it",
+            )
+        folder = Path(tree).expanduser().absolute()
+        kernels.locate(folder)
+        kbuild.check_built(folder)
+        return str(folder)
+    if kernel is not None and "/" in kernel:
+        kernel = str(Path(kernel).expanduser().absolute())
+    if modules is None:
+        return kernel
+    if kernel is None or not Path(kernel).exists():
+        raise InputError("--modules belongs to a kernel", hint="--kernel PATH --modules DIR")
+    image = Path(kernel).absolute()
+    return f"{image}{kernels.MODULES}{Path(modules).expanduser().absolute()}"
 
 
 def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
@@ -108,14 +175,21 @@ def load_topology(
     kernel: str | None = None,
     iommu_mode: str | None = None,
     engine: str | None = None,
+    trust: bool | None = None,
 ) -> Topology:
     """The topology that the user named, with what the command line changes in it.
 
+    :param trust: whether the files that it names as devices may be run; None if nothing is started.
     :raises InputError: all that is wrong with it.
     """
     from testbed.topology import load, model
 
-    topology = load.load(find_topology(word), parse_settings(settings))
+    admit = None
+    if trust is not None:
+        from testbed.machine import own_devices
+
+        admit = own_devices.admission(trust=trust)
+    topology = load.load(find_topology(word), parse_settings(settings), admit=admit)
     if (kernel, iommu_mode, engine) != (None, None, None):
         topology = model.with_overrides(
             topology, kernel=kernel, iommu_mode=iommu_mode, engine=engine

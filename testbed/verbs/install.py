@@ -30,8 +30,8 @@ def install(
 
     :raises SetupError: as :func:`testbed.host.prepare.prepare`.
     """
-    with _options(mirror, locked, refresh) as options:
-        return prepare.prepare(tuple(dict.fromkeys(kernels)), qemu=qemu, setup=options)
+    with options(mirror, locked, refresh) as setup:
+        return prepare.prepare(tuple(dict.fromkeys(kernels)), qemu=qemu, setup=setup)
 
 
 def install_for(topologies: Iterable[Topology], *, qemu: str | None = None) -> prepare.Installation:
@@ -54,17 +54,20 @@ def builders(
     from testbed.host import guest_modules
 
     made = []
-    with _options(mirror, locked, refresh) as options:
+    with options(mirror, locked, refresh) as setup:
         for kernel in dict.fromkeys(kernels):
             try:
-                made.append(guest_modules.builder(kernel, options))
+                made.append(guest_modules.builder(kernel, setup))
             except CapabilityMissing as error:
-                options.progress.say(f"no modules can be built for kernel {kernel}: {error}")
+                setup.progress.say(f"no modules can be built for kernel {kernel}: {error}")
     return made
 
 
 @contextmanager
-def _options(mirror: str | None, locked: bool, refresh: bool) -> Iterator[SetupOptions]:
+def options(
+    mirror: str | None = None, locked: bool = False, refresh: bool = False
+) -> Iterator[SetupOptions]:
+    """The options of a set-up within a verb, with progress on stderr."""
     with shown() as progress:
         yield prepare.options(
             # The verbs that set up on the way have no --mirror of their own.

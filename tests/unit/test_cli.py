@@ -114,3 +114,36 @@ def test_completion_scripts(shell: str) -> None:
     done = command("completion", shell)
     assert done.returncode == 0
     assert "_TESTBED_COMPLETE" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--kernel-tree", ".", "--kernel", "generic"], "--kernel-tree goes with neither"),
+        (["--kernel-tree", "topologies"], "no kernel in this folder"),
+        (["--modules", "docs"], "--modules belongs to a kernel"),
+        (["--kernel", "generic", "--modules", "docs"], "--modules belongs to a kernel"),
+    ],
+)
+def test_kernel_options_that_contradict_one_another(words: list[str], message: str) -> None:
+    done = command("plan", "minimal", *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_kernel_options_become_one_word(tmp_path: Path) -> None:
+    (tmp_path / "bzImage").touch()
+    words = ["--kernel", f"{tmp_path}/bzImage", "--modules", "docs"]
+    done = command("plan", "minimal", *words, "--format", "json")
+    nodes = json.loads(done.stdout)["topology"]["nodes"]
+    assert {node["kernel"] for node in nodes.values()} == {
+        f"{tmp_path}/bzImage,modules={ROOT / 'docs'}"
+    }
+
+
+def test_kernels_are_listed_without_a_mirror(tmp_path: Path) -> None:
+    done = command("kernel", "list", TESTBED_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0
+    assert "7.2-generic" in done.stdout
+    assert "not downloaded" in done.stdout
+    assert command("kernel", "show").returncode == 2

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,8 @@ from testbed.guest import modules
 from testbed.host import guest_modules
 from testbed.host.prepare import Installation
 from testbed.rack import Rack, RackNode
-from testbed.topology import load
+from testbed.topology import load, model
+from testbed.verbs import common
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
@@ -78,6 +80,48 @@ def test_a_module_is_compiled_by_our_compiler_alone(installation: Installation) 
     data = module.file.read_bytes()
     version = builder.tools.compiler.split()[1].partition("-")[0]
     assert data.count(b"GCC: (") == data.count(b"GCC: (Debian " + version.encode()) > 0
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory, installation: Installation) -> Path:
+    """Debian's headers, image and modules, arranged as a user's own built tree."""
+    builder = guest_modules.builder("default")
+    folder = tmp_path_factory.mktemp("linux")
+    for path in builder.tree.folder.iterdir():
+        if path.name == "Makefile":
+            (folder / path.name).write_text(path.read_text().replace(str(path.parent), str(folder)))
+        elif path.name == "arch":
+            shutil.copytree(path, folder / path.name, symlinks=True)
+        else:
+            (folder / path.name).symlink_to(path)
+    boot = folder / "arch/x86/boot"
+    boot.mkdir(exist_ok=True)
+    image = installation.kernel().source
+    shutil.copy(image, boot / "bzImage")
+    shutil.copytree(image.parent / "kernel", folder / "modules")
+    return folder
+
+
+def test_a_tree_of_the_users_boots_and_has_modules_built_in_it(
+    tree: Path, installation: Installation, accelerator: str, tmp_path: Path
+) -> None:
+    word = common.kernel_word(None, None, str(tree))
+    (tmp_path / "rack.yaml").write_text("rack: tree\nnodes: {host0: {}}\n")
+    topology = model.with_overrides(load.load(tmp_path / "rack.yaml", {}), kernel=word)
+    options = deploy.StartOptions(accelerator=accelerator)
+    before = {path.name: path.stat().st_mtime_ns for path in tree.iterdir()}
+    with deploy.start(topology, run_dir=tmp_path / "run", options=options) as rack:
+        modules.load(rack.node(), "p2p_probe")
+        assert rack.node().agent.call("modules.loaded", names=["p2p_probe"])["p2p_probe"]
+        kernel = rack.node().agent.hello["kernel"]
+    assert kernel == guest_modules.builder(str(tree)).tree.release
+    assert before == {path.name: path.stat().st_mtime_ns for path in tree.iterdir()}, "untouched"
+
+
+def test_a_kernel_without_headers_says_so(installation: Installation, tmp_path: Path) -> None:
+    bare = shutil.copy(installation.kernel().source, tmp_path / "bzImage")
+    with pytest.raises(CapabilityMissing, match="given without a tree"):
+        guest_modules.builder(str(bare))
 
 
 def test_a_module_that_is_built_takes_no_time() -> None:

@@ -13,7 +13,7 @@ from testbed.host import kernel
 from testbed.host.manifest import ModuleLists
 from testbed.host.packages import SetupOptions
 
-from .test_kernel_file import RELEASE, bzimage, elf
+from .test_kernel_file import BUILD_ID, RELEASE, bzimage, elf
 from .test_modules import module
 
 WANTED = ModuleLists(boot=("virtio_net",))
@@ -113,3 +113,61 @@ def test_which_one(tmp_path: Path, image: bytes) -> None:
     make(tmp_path / "boot/vmlinuz-2", image)
     with pytest.raises(InputError, match="several kernels"):
         kernel.locate(tmp_path)
+
+
+def test_modules_elsewhere(tmp_path: Path, image: bytes, options: SetupOptions) -> None:
+    file = make(tmp_path / "bzImage", image)
+    installed = tmp_path / "install/lib/modules" / RELEASE
+    make(installed / "kernel/virtio_net.ko", module())
+    make(installed / "config", b"CONFIG_A=y\n")
+    make(tmp_path / "built/Makefile", b"")
+    (installed / "build").symlink_to(tmp_path / "built")
+    for folder in (installed, tmp_path / "install"):
+        made = kernel.prepare("k", file, WANTED, options, module_folder=folder)
+        assert (made.missing, made.option("A"), made.build) == ((), "y", tmp_path / "built")
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [("nowhere", "no such folder"), ("empty", "no kernel modules"), ("two", "several kernels")],
+)
+def test_a_folder_that_has_no_modules(
+    tmp_path: Path, image: bytes, folder: str, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for release in "12":
+        make(tmp_path / f"two/lib/modules/{release}/kernel/x.ko", module())
+    with pytest.raises(InputError, match=message):
+        kernel.locate(make(tmp_path / "bzImage", image), tmp_path / folder)
+
+
+def test_modules_of_another_kernel_are_refused(
+    package: Path, tmp_path: Path, options: SetupOptions
+) -> None:
+    file = package / f"usr/lib/modules/{RELEASE}/kernel/drivers/net/virtio_net.ko"
+    make(file, module() + b"vermagic=6.1.0-9-amd64 SMP mod_unload \0")
+    with pytest.raises(InputError, match=rf"is for 6\.1\.0-9-amd64, but the kernel is {RELEASE}"):
+        kernel.prepare("k", package, WANTED, options)
+    assert not list(options.cache.rglob("kernel.json"))
+
+
+def test_a_tree_that_was_not_built(tmp_path: Path) -> None:
+    make(tmp_path / "Kconfig", b"")
+    with pytest.raises(InputError, match="was not built: there is no arch/x86/boot/bzImage"):
+        kernel.locate(tmp_path)
+
+
+def test_every_build_has_another_identity(
+    package: Path, tmp_path: Path, options: SetupOptions
+) -> None:
+    made = kernel.prepare("k", package, WANTED, options)
+    assert made.build_id == made.identity == BUILD_ID
+    opaque = make(tmp_path / "bzImage", bzimage(b"unknown compression"))
+    unknown = kernel.prepare("k", opaque, WANTED, options)
+    assert (unknown.build_id, unknown.identity) == ("", unknown.sha256)
+
+
+def test_a_word_for_a_kernel() -> None:
+    assert kernel.split_word("default") == ("default", None)
+    assert kernel.split_word("/a/b") == ("/a/b", None)
+    assert kernel.split_word("/a/b,modules=/c d") == ("/a/b", Path("/c d"))

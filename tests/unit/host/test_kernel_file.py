@@ -18,11 +18,13 @@ from testbed.errors import InputError
 from testbed.host import kernel_file
 
 RELEASE = "7.2.0-test"
+BUILD_ID = "00112233445566778899aabbccddeeff00112233"
 
 
 def elf(*, pvh: bool = True, machine: int = 62) -> bytes:
     """A 64-bit ELF header, one PT_NOTE segment, and the words that tell a kernel's release."""
     notes = struct.pack("<III", 4, 4, 6) + b"GNU\0" + bytes(4)
+    notes += struct.pack("<III", 4, 20, 3) + b"GNU\0" + bytes.fromhex(BUILD_ID)
     if pvh:
         notes += struct.pack("<III", 4, 8, 18) + b"Xen\0" + struct.pack("<Q", 0x1000000)
     header = struct.pack(
@@ -62,7 +64,7 @@ def alone(data: bytes) -> bytes:
 )
 def test_the_vmlinux_in_a_bzimage(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     found = kernel_file.read(write(tmp_path, bzimage(compress(elf()))))
-    assert found == kernel_file.KernelFile(RELEASE, True, elf())
+    assert found == kernel_file.KernelFile(RELEASE, True, elf(), BUILD_ID)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +80,14 @@ def test_the_vmlinux_in_a_bzimage(tmp_path: Path, compress: Callable[[bytes], by
 )
 def test_a_bzimage_that_stays_one(tmp_path: Path, payload: bytes) -> None:
     image = bzimage(payload)
-    assert kernel_file.read(write(tmp_path, image)) == kernel_file.KernelFile(RELEASE, False, image)
+    found = kernel_file.read(write(tmp_path, image))
+    assert (found.release, found.pvh, found.data) == (RELEASE, False, image)
 
 
 def test_a_vmlinux(tmp_path: Path) -> None:
-    assert kernel_file.read(write(tmp_path, elf())) == kernel_file.KernelFile(RELEASE, True, elf())
+    assert kernel_file.read(write(tmp_path, elf())) == kernel_file.KernelFile(
+        RELEASE, True, elf(), BUILD_ID
+    )
 
 
 def test_a_vmlinux_that_qemu_cannot_start(tmp_path: Path) -> None:
