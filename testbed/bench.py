@@ -62,7 +62,10 @@ class _Racks:
     """Starts racks in a folder that goes away with them."""
 
     def __init__(self, installation: Installation, accelerator: str) -> None:
-        self._options = deploy.StartOptions(installation=installation, accelerator=accelerator)
+        # Whoever loaded the topology was asked whether it is trusted.
+        self._options = deploy.StartOptions(
+            installation=installation, accelerator=accelerator, trust=True
+        )
         self.stack = ExitStack()
         self._folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
         self._count = 0

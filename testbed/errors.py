@@ -148,7 +148,7 @@ class LaunchError(HostError):
 
     def __str__(self) -> str:
         tail = self.output.strip()
-        return self.message + (f"\n--- what QEMU said\n{tail}" if tail else "")
+        return self.message + (f"\n--- what it said\n{tail}" if tail else "")
 
 
 class LostError(TestbedError):

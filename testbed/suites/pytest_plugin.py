@@ -62,6 +62,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         help="set one of the topology's vars",
     )
+    group.addoption(
+        "--testbed-trust",
+        action="store_true",
+        help="run the Python files that the topology names as devices",
+    )
     group.addoption("--testbed-rack", metavar="NAME", help="use this running rack")
     group.addoption(
         "--testbed-run-dir",
@@ -93,6 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 rack=options.testbed_rack,
                 run_dir=options.testbed_run_dir,
                 mutation=options.testbed_break,
+                trust=options.testbed_trust,
             )
         except InputError as error:
             raise pytest.UsageError(str(error)) from error

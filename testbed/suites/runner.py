@@ -191,13 +191,16 @@ def session_from_options(
     rack: str | None,
     run_dir: Path | None,
     mutation: str,
+    trust: bool = False,
 ) -> ConformanceSession:
     """The session of someone's own ``pytest --testbed-…``.
 
     Raises:
-        InputError: the topology is wrong, no such rack runs, or both or no mutation was meant.
+        InputError: the topology is wrong or not trusted, no such rack runs, or both or no mutation
+            was meant.
     """
     # The commands that boot are slow to import, and `testbed run` brings a source of its own.
+    from testbed.deploy import StartOptions  # noqa: PLC0415
     from testbed.suites.sources import RunningSource, TopologySource  # noqa: PLC0415
     from testbed.verbs.common import load_topology  # noqa: PLC0415
 
@@ -207,10 +210,13 @@ def session_from_options(
     if run_dir is None:
         run_dir = Path(tempfile.mkdtemp(prefix="testbed-run-"))
     run_dir.mkdir(parents=True, exist_ok=True)
+    options = StartOptions(trust=trust)
     source: RackSource = (
-        RunningSource(rack, run_dir)
+        RunningSource(rack, run_dir, options=options)
         if rack
-        else TopologySource(load_topology(topology or "", settings), run_dir)
+        else TopologySource(
+            load_topology(topology or "", settings, trust=trust), run_dir, options=options
+        )
     )
     writer = _Writer(run_dir, sys.argv)
     return ConformanceSession(source, mutation=chosen, on_end=writer.write)

@@ -44,9 +44,11 @@ class RunningSource(TopologySource):
 
     restartable = False
 
-    def __init__(self, name: str, run_dir: Path) -> None:
+    def __init__(
+        self, name: str, run_dir: Path, *, options: deploy.StartOptions | None = None
+    ) -> None:
         self._rack = rack.attach(name)
-        super().__init__(self._rack.topology, run_dir)
+        super().__init__(self._rack.topology, run_dir, options=options)
 
     def start(self, topology: Topology, label: str) -> Rack:
         """The rack itself, or a variant of it."""

@@ -13,6 +13,7 @@ from testbed.verbs.common import (
     override_options,
     print_json,
     settings_option,
+    trust_option,
 )
 
 IDLE_S = 10
@@ -32,6 +33,7 @@ WHAT = ("boot", "memory", "copy", "latency", "idle")
 @settings_option
 @override_options
 @engine_option()
+@trust_option
 @click.option("--runs", default=5, show_default=True, help="How often; medians are compared.")
 @click.option("--racks", default=1, show_default=True, help="`memory`: how many at once.")
 @click.option(
@@ -55,6 +57,7 @@ def bench(
     kernel: str | None,
     iommu_mode: str | None,
     engine: str | None,
+    trust: bool,
     runs: int,
     racks: int,
     size_mib: int,
@@ -72,7 +75,9 @@ def bench(
     from testbed.verbs.install import install_for
 
     topologies = {
-        file: load_topology(file, settings, kernel=kernel, iommu_mode=iommu_mode, engine=engine)
+        file: load_topology(
+            file, settings, kernel=kernel, iommu_mode=iommu_mode, engine=engine, trust=trust
+        )
         for file in files or ("quad-gpu",)
     }
     first = next(iter(topologies.values()))

@@ -17,6 +17,7 @@ from testbed.verbs.common import (
     rack_argument,
     say,
     settings_option,
+    trust_option,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--name", default="", help="The rack's name; the topology's own if not given.")
 @settings_option
 @override_options
+@trust_option
 @click.option("--qemu", metavar="PATH", help="Another QEMU than the tool root's.")
 @click.option("--accel", type=click.Choice(["tcg", "kvm"]), help="Do not probe; use this.")
 @click.option(
@@ -53,6 +55,7 @@ def up(
     settings: tuple[str, ...],
     kernel: str | None,
     iommu_mode: str | None,
+    trust: bool,
     qemu: str | None,
     accel: str | None,
     kernel_args: tuple[str, ...],
@@ -67,7 +70,7 @@ def up(
     from testbed import deploy
     from testbed.verbs.install import install_for
 
-    topology = load_topology(file, settings, kernel=kernel, iommu_mode=iommu_mode)
+    topology = load_topology(file, settings, kernel=kernel, iommu_mode=iommu_mode, trust=trust)
     installation = install_for([topology], qemu=qemu)
     rack = deploy.start(
         topology,
@@ -79,6 +82,7 @@ def up(
             installation=installation,
             kernel_args=tuple(word for words in kernel_args for word in words.split()),
             verbose_console=verbose_console,
+            trust=trust,
             timeout_s=timeout_s,
         ),
         say=say,

@@ -17,6 +17,7 @@ from testbed.verbs.common import (
     override_options,
     say,
     settings_option,
+    trust_option,
 )
 
 DEFAULT_TOPOLOGY = "quad-gpu"
@@ -41,6 +42,7 @@ DEFAULT_TOPOLOGY = "quad-gpu"
 @settings_option
 @override_options
 @engine_option("all")
+@trust_option
 @click.option("--qemu", metavar="PATH", help="Another QEMU than the tool root's.")
 @click.option(
     "--break",
@@ -73,6 +75,7 @@ def run(
     kernel: str | None,
     iommu_mode: str | None,
     engine: str | None,
+    trust: bool,
     qemu: str | None,
     mutation: str,
     output: Path | None,
@@ -109,6 +112,7 @@ def run(
             kernel=kernel,
             iommu_mode=iommu_mode,
             engine=None if engine == "all" else engine,
+            trust=trust,
         )
     run_dir = output or deploy.new_run_dir(rack or (wanted.rack if wanted else "run"))
     try:
@@ -120,19 +124,21 @@ def run(
     if wanted is not None:
         install_for([wanted], qemu=qemu)
     say(f"run folder: {run_dir}")
+    options = deploy.StartOptions(trust=trust)
     if wanted is not None and engine == "all":
         sources: dict[str, TopologySource | CapabilityMissing] = {}
         for each in ENGINES:
             try:
-                sources[each] = TopologySource(with_overrides(wanted, engine=each), run_dir / each)
+                other = with_overrides(wanted, engine=each)
+                sources[each] = TopologySource(other, run_dir / each, options=options)
             except InputError as error:  # igb is not for more than 14 ports
                 sources[each] = CapabilityMissing(f"a rack with {each} engines: {error}")
         result = runner.run_engines(choice, sources, run_dir, stream=stream)
     else:
         source = (
-            RunningSource(rack or "", run_dir)
+            RunningSource(rack or "", run_dir, options=options)
             if wanted is None
-            else TopologySource(wanted, run_dir)
+            else TopologySource(wanted, run_dir, options=options)
         )
         result = runner.run_suites(choice, source, run_dir, stream=stream)
     if form == "json":
