@@ -13,6 +13,7 @@ from testbed.topology.importers.machine import Kind
 NVIDIA, INTEL, AMD, HYGON = 0x10DE, 0x8086, 0x1022, 0x1D94
 HOST_BRIDGE = 0x0600
 PCI_BRIDGE = 0x0604
+_DISPLAY = 0x03
 
 # Class and subclass; where only the class counts, the table after it.
 _BY_SUBCLASS = {0x0108: Kind.NVME, 0x0C06: Kind.NIC}
@@ -105,24 +106,27 @@ _NAMES = tuple((kind, re.compile("|".join(words), re.IGNORECASE)) for kind, word
 
 def of_class(class_code: int, vendor: int, device: int) -> Kind:
     """The kind of an endpoint; ``class_code`` has 16 bits, class and subclass."""
-    own = _OWN.get((vendor, device))
-    if own is not None:
-        return own
     kind = _BY_SUBCLASS.get(class_code) or _BY_CLASS.get(class_code >> 8, Kind.OTHER)
-    is_screen = vendor in _SCREEN_VENDORS or (vendor, device) in _SCREENS
-    if kind is Kind.GPU and is_screen and class_code >> 8 == 0x03:
-        return Kind.OTHER
-    if kind is Kind.NIC and vendor in _PARAVIRTUAL_VENDORS:
-        return Kind.OTHER
-    return kind
+    is_display = class_code >> 8 == _DISPLAY
+    return _corrected(kind, vendor, device, is_display=is_display)
 
 
 def of_name(name: str, vendor: int, device: int) -> Kind:
     """A guess from a device's name."""
+    kind = next((kind for kind, pattern in _NAMES if pattern.search(name)), Kind.OTHER)
+    return _corrected(kind, vendor, device, is_display=True)
+
+
+def _corrected(kind: Kind, vendor: int, device: int, *, is_display: bool) -> Kind:
+    """The testbed's own devices are what they stand for; screens and paravirtual cards are not."""
     own = _OWN.get((vendor, device))
     if own is not None:
         return own
-    return next((kind for kind, pattern in _NAMES if pattern.search(name)), Kind.OTHER)
+    is_screen = is_display and (vendor in _SCREEN_VENDORS or (vendor, device) in _SCREENS)
+    is_paravirtual = vendor in _PARAVIRTUAL_VENDORS
+    if (kind is Kind.GPU and is_screen) or (kind is Kind.NIC and is_paravirtual):
+        return Kind.OTHER
+    return kind
 
 
 def ids_of_name(name: str) -> tuple[int, int]:

@@ -46,7 +46,12 @@ def read(name: str, content: bytes) -> Machine:
     notes.unknown.append(
         "whether GPUs and NICs that share no switch are on one socket: the rack has one root bus"
     )
-    return Machine("nvidia-smi topo -m", roots, notes, wires=tuple(_wires(matrix)))
+    wires = tuple(_wires(matrix))
+    if wires:
+        notes.unknown.append(
+            "the PCIe paths between GPUs with NVLinks: made up from their paths to the NICs"
+        )
+    return Machine("nvidia-smi topo -m", roots, notes, wires)
 
 
 def _read_matrix(source: Source) -> _Matrix:
@@ -151,7 +156,8 @@ def _root(matrix: _Matrix, group: list[str]) -> Part:
 
 def _switch(matrix: _Matrix, labels: list[str]) -> Part:
     parts = tuple(_device(matrix, label) for label in labels)
-    return Part(Kind.SWITCH, f"shared by {' '.join(labels[:4])}", below=parts)
+    words = "for" if len(labels) == 1 else "shared by"
+    return Part(Kind.SWITCH, f"{words} {' '.join(labels[:4])}", below=parts)
 
 
 def _device(matrix: _Matrix, label: str) -> Part:
