@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place where buffers, importers, devices and time meet."""
+
+from __future__ import annotations
+
+from guest_agent.p2p.buffer import Buffer
+from guest_agent.p2p.events import Recorder
+from guest_agent.p2p.graph import Graph
+from guest_agent.p2p.interconnect import Placement
+from guest_agent.p2p.negotiate import negotiate
+from guest_agent.p2p.policies import BEST_QUALITY
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from guest_agent.p2p.backend import Backend
+    from guest_agent.p2p.clock import Clock
+    from guest_agent.p2p.interconnect import Offer, Path, Topology
+    from guest_agent.p2p.negotiate import Forwarder, Outcome
+    from guest_agent.p2p.policies import Policy
+    from guest_agent.p2p.report import Refusal
+    from guest_agent.p2p.resv import Reservation
+
+DEFAULT_TIMEOUT_NS = 5_000_000_000
+_REPORTED_LOSERS = 50
+
+
+class Core:
+    """What the kernel's dma-buf core is to its drivers.
+
+    :param policy: how interconnects are chosen.
+    :param forwarder: asks the host about virtual interconnects, if there is one.
+    :param unmap_timeout_ns: how long an importer may keep a mapping that was invalidated.
+    :param fence_timeout_ns: how long the work behind a fence may take.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        topology: Topology,
+        clock: Clock,
+        *,
+        policy: Policy = BEST_QUALITY,
+        forwarder: Forwarder | None = None,
+        events: Recorder | None = None,
+        unmap_timeout_ns: int = DEFAULT_TIMEOUT_NS,
+        fence_timeout_ns: int = DEFAULT_TIMEOUT_NS,
+    ) -> None:
+        self.backend = backend
+        self.clock = clock
+        self.events = events or Recorder(clock)
+        self.graph = Graph(clock, self.events, fence_timeout_ns)
+        self.policy = policy
+        self.unmap_timeout_ns = unmap_timeout_ns
+        self.fence_timeout_ns = fence_timeout_ns
+        self.buffers: dict[str, Buffer] = {}
+        self._topology = topology
+        self._forwarder = forwarder
+
+    def export(
+        self,
+        name: str,
+        device: str,
+        size_bytes: int,
+        offers: Sequence[Offer],
+        *,
+        placements: tuple[Placement, ...] = tuple(Placement),
+        resv: Reservation | None = None,
+    ) -> Buffer:
+        """Make a buffer. Its bytes are taken from the first placement that has room.
+
+        :param offers: how it can be reached, in the order of the exporter's priority.
+        :param placements: where its bytes may be; ``(Placement.DEVICE,)`` for an exporter that can
+            only do peer-to-peer (VFIO), both for one like a GPU's driver.
+        :param resv: shared with other buffers, or one of its own.
+        :raises NoRoomError: none has room; names what is pinned there.
+        """
+        buffer = Buffer(self, name, device, size_bytes, offers, placements, resv)
+        self.buffers[name] = buffer
+        return buffer
+
+    def negotiate(
+        self,
+        subject: str,
+        exporter: Sequence[Offer],
+        importer: Sequence[Offer],
+        allowed: Collection[Placement],
+    ) -> Outcome:
+        """:func:`negotiate` on this machine, as an event. Errors as there."""
+        with self.events.span("negotiate", subject) as span:
+            try:
+                outcome = negotiate(
+                    self._topology,
+                    exporter,
+                    importer,
+                    self.policy,
+                    allowed=allowed,
+                    check=self._reach,
+                    forwarder=self._forwarder,
+                )
+            except OSError as error:
+                report = getattr(error, "report", None)
+                if report is not None:
+                    span.details.update(report.as_json(_REPORTED_LOSERS))
+                raise
+            span.details.update(outcome.report.as_json(_REPORTED_LOSERS))
+            return outcome
+
+    def _reach(self, path: Path) -> Refusal | None:
+        return self.backend.reach(path)
+
+    def pinned(self, device: str, placement: Placement) -> list[str]:
+        """Who pins what in that memory: "buf0 (4096 bytes) by nic0"."""
+        return [
+            f"{buffer.name} ({buffer.size_bytes} bytes) by {', '.join(buffer.pinned_by())}"
+            for buffer in self.buffers.values()
+            if buffer.device == device and buffer.placement is placement and buffer.pinned_by()
+        ]
