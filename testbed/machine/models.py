@@ -16,8 +16,10 @@ from testbed.errors import DeviceLost, HostError, InputError
 from testbed.machine.command import MODELS_READY, MODELS_SOCKET, MODELS_SPEC, MemoryFd, vfio_socket
 from testbed.machine.processes import HelperCommand
 from testbed.machine.sockets import ask
-from testbed.topology.model import OwnDevice
+from testbed.topology.fault_rules import NS_PER_S, parse_rules, rule_data
+from testbed.topology.model import Gpu, Nic, OwnDevice
 from testbed.topology.plan import MODEL_KINDS, NodePlan, RackPlan, Role
+from testbed.topology.ways import Way, ways_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # Isolated and without site-packages, as the built-in models need none: a third of the start.
@@ -68,7 +70,13 @@ def models_command(node: NodePlan) -> HelperCommand:
 def _devices(plan: RackPlan, node: NodePlan) -> Iterator[dict[str, Any]]:
     nics = _nics(plan)
     for function in node.functions:
-        device = {"name": function.device, "socket": vfio_socket(function.qemu_id)}
+        if function.kind not in MODEL_KINDS:
+            continue
+        device = {
+            "name": function.device,
+            "socket": vfio_socket(function.qemu_id),
+            **_on_purpose(plan, node, function.device),
+        }
         if function.kind == "model":
             memory = next(f for f in node.of_device(function.device) if f.role is Role.VRAM)
             links = list(_links(plan, node.name, function.device))
@@ -97,6 +105,29 @@ def _own(plan: RackPlan, node: str, device: str) -> OwnDevice:
     return next(e for e in entries if isinstance(e, OwnDevice) and e.name == device)
 
 
+def _on_purpose(plan: RackPlan, node: NodePlan, device: str) -> dict[str, Any]:
+    """The faults that a device begins with, and the pace that it keeps on PCIe; nothing if none."""
+    spec = plan.topology.nodes[node.name]
+    entry = next(e for e in spec.entries() if e.name == device)
+    found: dict[str, Any] = {}
+    if isinstance(entry, Gpu | Nic | OwnDevice) and entry.faults:
+        rules = parse_rules(entry.faults, by="topology")
+        found["faults"] = [rule_data(rule) for rule in rules]
+    ways = ways_of(spec, device)
+    if ways.are_timed:
+        names = {f.device: f.name for f in node.by_role(Role.VRAM)}
+        found["bus_timing"] = {
+            "memory": _timing(ways.memory),
+            "up": {names[gpu]: _timing(way) for gpu, way in ways.up.items()},
+            "across": {names[gpu]: _timing(way) for gpu, way in ways.across.items()},
+        }
+    return found
+
+
+def _timing(way: Way) -> dict[str, float]:
+    return {"bytes_per_s": way.bytes_per_s, "latency_s": way.latency_ns / NS_PER_S}
+
+
 def _nics(plan: RackPlan) -> list[tuple[str, str]]:
     """All NIC models of the rack; the first has network address 1."""
     return [
@@ -120,6 +151,7 @@ def _links(plan: RackPlan, node: str, device: str) -> Iterator[dict[str, Any]]:
             "socket": _beside(node, ends[0][0], f"link{number}.sock"),
             "listens": listens,
             "width": link.width,
+            **_timing(Way(link.bandwidth_bytes_per_s or 0, link.latency_ns or 0)),
         }
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import traceback
-from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import ClassVar, Final, Protocol, TypeVar
 
@@ -26,7 +26,7 @@ from testbed.models.config import Bar, ConfigSpace, Identity, MsixLayout
 from testbed.models.dma import DmaTable
 from testbed.models.inject import Rules
 from testbed.models.interrupts import Interrupts
-from testbed.models.pacing import NO_TIMING, Duplex, Timing
+from testbed.models.pacing import UNTIMED, Duplex
 from testbed.models.routing import Router, TableRouter
 from testbed.models.witness import Event, Path, Witness
 
@@ -47,24 +47,6 @@ class Machine(Protocol):
         """Write, likewise."""
 
 
-@dataclass(frozen=True)
-class BusTiming:
-    """What the ways through the PCIe tree carry, as whoever knows the tree worked it out.
-
-    ``memory``  to the machine's memory, and to all that is not named below.
-    ``up``      to a peer's memory by way of the root complex, by the memory's name.
-    ``across``  to a peer's memory below a common switch.
-    """
-
-    memory: Timing = NO_TIMING
-    up: Mapping[str, Timing] = field(default_factory=dict)
-    across: Mapping[str, Timing] = field(default_factory=dict)
-
-    def of(self, path: Path, target: str) -> Timing:
-        """That of an access."""
-        return (self.across if path is Path.PEER else self.up).get(target, self.memory)
-
-
 class BusSpace(Space):
     """The bus above a device: switches first, then the IOMMU's mappings, then QEMU itself."""
 
@@ -74,7 +56,7 @@ class BusSpace(Space):
         self.table = DmaTable()
         self.router = router
         self.machine: Machine | None = None
-        self.timing = BusTiming()
+        self.timing = UNTIMED
         self._config = config
         self._pipes = Duplex()
 

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from testbed.errors import InputError
+from testbed.models.witness import Path
 
 MAX_LATENCY_S = 1.0
 COARSE_S = 0.001  # how late a timer of the event loop may be
@@ -41,6 +43,27 @@ class Timing:
 
 
 NO_TIMING = Timing()
+
+
+@dataclass(frozen=True)
+class BusTiming:
+    """What the ways through the PCIe tree carry, as whoever knows the tree worked it out.
+
+    ``memory``  to the machine's memory, and to all that is not named below.
+    ``up``      to a peer's memory by way of the root complex, by the memory's name.
+    ``across``  to a peer's memory below a common switch.
+    """
+
+    memory: Timing = NO_TIMING
+    up: Mapping[str, Timing] = field(default_factory=dict)
+    across: Mapping[str, Timing] = field(default_factory=dict)
+
+    def of(self, path: Path, target: str) -> Timing:
+        """That of an access."""
+        return (self.across if path is Path.PEER else self.up).get(target, self.memory)
+
+
+UNTIMED = BusTiming()
 
 
 class Pipe:

@@ -89,6 +89,9 @@ class ModelProcess:
         cache = MemoryCache()
         opened = {item.name: cache.add(_open_memory(item)) for item in memories}
         device = make_device(spec, opened, trusted=trusted)
+        device.bus.timing = spec.bus_timing
+        for rule in spec.faults:
+            device.rules.add(rule)
         self._listener = Listener(device, spec.socket, cache, on_change)
         self.control = Control({spec.name: self._listener}, opened)
 

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from testbed.errors import InputError
+from testbed.models.inject import Rule
 from testbed.models.link import LinkEnd
-from testbed.models.pacing import Timing
+from testbed.models.pacing import UNTIMED, BusTiming, Timing
 
 MAX_SOCKET_PATH: Final = 107  # sun_path without its NUL
 MAX_DEVICES: Final = 512
@@ -52,6 +53,7 @@ class DeviceSpec:
     ``address``, ``wire`` and ``peers`` are a NIC's: its number on the rack's network, its socket
     there, and the sockets of others by their numbers.
     ``msi``: a gpu or nic interrupts by MSI instead of MSI-X, and QEMU 11.1 can unplug it.
+    ``faults`` are armed before the first command; ``bus_timing`` is what its ways on PCIe carry.
     ``options`` are handed to a device of one's own as keywords; with ``sha256`` its file must be
     the one of that digest.
     """
@@ -67,6 +69,8 @@ class DeviceSpec:
     msi: bool = False
     options: Mapping[str, object] = field(default_factory=dict)
     sha256: str = ""
+    faults: tuple[Rule, ...] = ()
+    bus_timing: BusTiming = UNTIMED
 
     @property
     def is_own(self) -> bool:
@@ -181,6 +185,8 @@ def _device(data: object, where: str) -> DeviceSpec:
         msi=reader.take("msi", bool, False),
         options=reader.take("options", dict, {}),
         sha256=reader.take("sha256", str, ""),
+        faults=tuple(Rule.parse(item) for item in reader.take("faults", list, [])),
+        bus_timing=_bus_timing(reader.take("bus_timing", dict, {}), f"{where}.bus_timing"),
     )
     reader.end()
     if not 0 <= device.address <= MAX_ADDRESS:
@@ -197,6 +203,34 @@ def _peers(reader: _Reader) -> dict[int, Path]:
     return peers
 
 
+def _bus_timing(data: dict[str, Any], where: str) -> BusTiming:
+    reader = _Reader(data, where)
+    timing = BusTiming(
+        _timing(reader.take("memory", dict, {}), f"{where}.memory"),
+        **{
+            side: {
+                name: _timing(item, f"{where}.{side}.{name}")
+                for name, item in reader.take(side, dict, {}).items()
+            }
+            for side in ("up", "across")
+        },
+    )
+    reader.end()
+    return timing
+
+
+def _timing(data: object, where: str) -> Timing:
+    reader = _Reader(data, where)
+    timing = _take_timing(reader)
+    reader.end()
+    return timing
+
+
+def _take_timing(reader: _Reader) -> Timing:
+    rate = reader.take("bytes_per_s", float, 0.0)
+    return Timing(rate, reader.take("latency_s", float, 0.0))
+
+
 def _link(data: object, where: str) -> LinkEnd:
     reader = _Reader(data, where)
     end = LinkEnd(
@@ -204,10 +238,7 @@ def _link(data: object, where: str) -> LinkEnd:
         listens=reader.take("listens", bool),
         peer=reader.take("peer", str),
         width=reader.take("width", int, 16),
-        timing=Timing(
-            reader.take("bytes_per_s", float, 0.0),
-            reader.take("latency_s", float, 0.0),
-        ),
+        timing=_take_timing(reader),
     )
     reader.end()
     return end

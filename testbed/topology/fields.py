@@ -7,6 +7,7 @@ Each rule validates, says what it expected, and describes itself to JSON Schema.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -14,12 +15,20 @@ from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from testbed.topology.fault_rules import ACTIONS, RULE_EXPECTED, RuleError, parse_rule
 from testbed.topology.units import (
+    DURATION_EXPECTED,
+    MAX_BYTES_PER_S,
     MIB,
+    RATE_EXPECTED,
     SIZE_EXPECTED,
     SizeError,
+    format_duration,
+    format_rate,
     format_size,
     is_power_of_two,
+    parse_duration,
+    parse_rate,
     parse_size,
     power_of_two_at_least,
 )
@@ -93,6 +102,72 @@ class Size:
                 {"type": "integer", "minimum": self.least_bytes},
                 {"type": "string", "pattern": r"^[0-9]+ *([kKmMgGtT]([iI]?[bB])?|[bB])?$"},
             ],
+            EXPECTED_KEY: self.expected,
+        }
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A bandwidth or a time, written with its unit; a whole number in the model."""
+
+    what: str
+    expected: str
+    parse: Callable[[str], int]
+    format: Callable[[int], str]
+    most: int
+
+    def validate(self, value: object) -> int:
+        """Bytes a second, or nanoseconds, from what the user wrote."""
+        if not isinstance(value, str):
+            raise rule_error(f"{shown(value)} is no {self.what}", expected=self.expected)
+        try:
+            number = self.parse(value)
+        except SizeError as error:
+            raise rule_error(str(error), expected=self.expected, nearest=error.nearest) from None
+        if number > self.most:
+            raise rule_error(
+                f"{shown(value)} is too much", expected=f"at most {self.format(self.most)}"
+            )
+        return number
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        as_text = core_schema.plain_serializer_function_ser_schema(self.format, when_used="json")
+        return core_schema.no_info_plain_validator_function(self.validate, serialization=as_text)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {"type": "string", EXPECTED_KEY: self.expected}
+
+
+@dataclass(frozen=True)
+class FaultWords:
+    """A fault rule in words; kept as words."""
+
+    expected: ClassVar[str] = RULE_EXPECTED
+
+    def validate(self, value: object) -> str:
+        """The words, one space between them."""
+        if not isinstance(value, str):
+            raise rule_error(f"{shown(value)} is no fault rule", expected=self.expected)
+        try:
+            return parse_rule(value, by="topology").name
+        except RuleError as error:
+            raise rule_error(str(error), expected=error.expected, nearest=error.nearest) from None
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self.validate)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        return {
+            "type": "string",
+            "pattern": f"^ *({'|'.join(ACTIONS)})( |$)",
             EXPECTED_KEY: self.expected,
         }
 
@@ -241,3 +316,11 @@ BAR_SIZE = Size(least_bytes=MIB, power_of_two=True)
 BarSize = Annotated[int, BAR_SIZE]
 DiskSize = Annotated[int, Size(least_bytes=MIB, multiple_bytes=MIB)]
 Flag = Annotated[bool, Field(strict=True)]
+MAX_LATENCY_NS = 1_000_000_000
+Bandwidth = Annotated[
+    int, Quantity("bandwidth", RATE_EXPECTED, parse_rate, format_rate, MAX_BYTES_PER_S)
+]
+Latency = Annotated[
+    int, Quantity("time", DURATION_EXPECTED, parse_duration, format_duration, MAX_LATENCY_NS)
+]
+FaultRule = Annotated[str, FaultWords()]

@@ -28,15 +28,18 @@ from pydantic import (
 from testbed.errors import Diagnostic, InputError
 from testbed.topology.fields import (
     Address,
+    Bandwidth,
     BarSize,
     CpuModel,
     DeviceClass,
     DiskSize,
+    FaultRule,
     Flag,
     GpuRef,
     HostAddress,
     KernelName,
     KernelWord,
+    Latency,
     MemorySize,
     Name,
     Sha256,
@@ -161,7 +164,37 @@ class _Entry(_Model):
         return ()
 
 
-class Gpu(_Entry):
+class _OnPcie(_Entry):
+    """An entry with a PCIe link of its own, upwards."""
+
+    bandwidth_bytes_per_s: Bandwidth | None = Field(
+        None,
+        alias="bandwidth",
+        description="What its PCIe link carries each way, if transfers of `model` engines are to "
+        "be slowed down to it; a way through the tree carries what its narrowest link does.",
+    )
+    latency_ns: Latency | None = Field(
+        None,
+        alias="latency",
+        description="What its PCIe link adds to each transfer; a way adds up its links'.",
+    )
+
+
+FaultRules = Entries[FaultRule]
+_FAULTS = (
+    "Faults on purpose, from the first command on: rules as `testbed inject` takes them, such as "
+    "`drop write nth=3`. Only with engine `model`."
+)
+
+
+def _only_a_model_injects(faults: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    engine = info.data.get("engine")
+    if faults and engine not in (None, "model"):
+        raise rule_error(f"engine '{engine}' has no faults on purpose", expected="engine: model")
+    return faults
+
+
+class Gpu(_OnPcie):
     """A GPU: one slot with its video memory, a copy engine and a doorbell page."""
 
     kind = "gpu"
@@ -175,9 +208,12 @@ class Gpu(_Entry):
     doorbell: Flag = Field(
         False, description="One page of registers that a peer rings by writing to it."
     )
+    faults: FaultRules = Field((), description=_FAULTS)
+
+    _check_faults = field_validator("faults")(_only_a_model_injects)
 
 
-class Nic(_Entry):
+class Nic(_OnPcie):
     """A network card, seen as one more device that does DMA."""
 
     kind = "nic"
@@ -187,6 +223,9 @@ class Nic(_Entry):
         description="The device. `model`: the testbed's own, in Python, RDMA-like. `igb`, `edu`: "
         "QEMU's, as independent witnesses.",
     )
+    faults: FaultRules = Field((), description=_FAULTS)
+
+    _check_faults = field_validator("faults")(_only_a_model_injects)
 
 
 class Nvme(_Entry):
@@ -210,7 +249,7 @@ class Passthrough(_Entry):
     host: HostAddress = Field(description="The device's address on the host (`lspci -D`).")
 
 
-class OwnDevice(_Entry):
+class OwnDevice(_OnPcie):
     """A device of your own: a Python class (docs/own-device.md), run only with `--trust`."""
 
     kind = "device"
@@ -231,6 +270,8 @@ class OwnDevice(_Entry):
         None, description="What the file must hold; records say here what it held."
     )
 
+    faults: FaultRules = Field((), description=_FAULTS.partition(" Only")[0])
+
     @field_validator("model")
     @classmethod
     def _beside_the_topology(cls, model: str, info: ValidationInfo) -> str:
@@ -243,7 +284,7 @@ class OwnDevice(_Entry):
         return self.model.rpartition(":")[0]
 
 
-class Switch(_Entry):
+class Switch(_OnPcie):
     """A PCIe switch; each entry below gets a downstream port of its own."""
 
     kind = "switch"
@@ -261,7 +302,7 @@ class Switch(_Entry):
         return self.below
 
 
-class RootPort(_Entry):
+class RootPort(_OnPcie):
     """A root port: one link out of the root complex."""
 
     kind = "root_port"
@@ -345,6 +386,15 @@ class Link(_Model):
         json_schema_extra={"minItems": 2, "maxItems": 2},
     )
     width: int = Field(16, strict=True, ge=1, le=64, description="Number of lanes.")
+    bandwidth_bytes_per_s: Bandwidth | None = Field(
+        None,
+        alias="bandwidth",
+        description="What all lanes together carry each way, if transfers are to be slowed down "
+        "to it.",
+    )
+    latency_ns: Latency | None = Field(
+        None, alias="latency", description="What it adds to each transfer."
+    )
 
 
 class Topology(_Model):

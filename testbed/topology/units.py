@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes as people write them (``64M``, ``4 KiB``, ``1G``) to bytes, and back.
+"""Sizes as people write them (``64M``, ``4 KiB``, ``1G``) to bytes, and back; rates and times too.
 
 ``K``, ``KiB`` and ``KB`` all mean 1024: memory and BARs come in powers of two, and a rack in which
-``64MB`` differed from ``64M`` would only be a trap.
+``64MB`` differed from ``64M`` would only be a trap. Rates (``25GB/s``, ``200Gbit/s``) are decimal,
+as makers state them; ``GiB/s`` is binary.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
+from fractions import Fraction
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -20,6 +23,10 @@ SIZE_EXPECTED = "a number of bytes or a size such as 4K, 64M or 1G"
 # More than this is no size of anything here, and keeps the arithmetic after it within 64 bits.
 MAX_SIZE_BYTES = 1 << 62
 
+RATE_EXPECTED = "a bandwidth such as 25GB/s, 800MB/s or 200Gbit/s"
+MAX_BYTES_PER_S = 10**15
+DURATION_EXPECTED = "a time such as 300ns, 2us, 5ms or 1s"
+
 _FACTORS = {"K": KIB, "M": MIB, "G": GIB, "T": TIB}
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{ending}": factor for letter, factor in _FACTORS.items() for ending in ("", "iB", "B")
@@ -27,8 +34,19 @@ _UNITS = {"": 1, "B": 1} | {
 _UNITS_BY_LOWER = {unit.lower(): unit for unit in _UNITS}
 
 
+_RATE_UNITS = {
+    f"{prefix}{unit}/s": Fraction(factor, 8 if unit == "bit" else 1)
+    for prefix, factor in (
+        *(("", 1), ("K", 10**3), ("M", 10**6), ("G", 10**9), ("T", 10**12)),
+        *(("Ki", KIB), ("Mi", MIB), ("Gi", GIB), ("Ti", TIB)),
+    )
+    for unit in ("B", "bit")
+}
+_DURATION_UNITS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
+
+
 class SizeError(ValueError):
-    """A text that is no size; ``nearest`` is the size that was perhaps meant, or ""."""
+    """A text that is no size, rate or time; ``nearest`` is what was perhaps meant, or ""."""
 
     def __init__(self, message: str, *, nearest: str = "") -> None:
         super().__init__(message)
@@ -58,6 +76,54 @@ def format_size(size_bytes: int) -> str:
         if size_bytes and size_bytes % factor == 0:
             return f"{size_bytes // factor}{unit}"
     return str(size_bytes)
+
+
+def parse_rate(text: str) -> int:
+    """``25GB/s`` to bytes a second (at least 1); SizeError as :func:`parse_size`."""
+    bytes_per_s = int(_quantity(text, "bandwidth", _RATE_UNITS))
+    if bytes_per_s < 1:
+        raise SizeError(f"'{text}' is less than a byte a second")
+    if bytes_per_s > MAX_BYTES_PER_S:
+        raise SizeError(f"'{text}' is too large")
+    return bytes_per_s
+
+
+def format_rate(bytes_per_s: int) -> str:
+    """The shortest exact text: ``25000000000`` to ``25GB/s``."""
+    units = [unit for unit in _RATE_UNITS if unit.endswith("B/s")]
+    texts = [
+        f"{bytes_per_s // int(_RATE_UNITS[unit])}{unit}"
+        for unit in units
+        if bytes_per_s % int(_RATE_UNITS[unit]) == 0
+    ]
+    return min(texts, key=len)
+
+
+def parse_duration(text: str) -> int:
+    """``2us`` to nanoseconds; SizeError as :func:`parse_size`."""
+    return int(_quantity(text, "time", _DURATION_UNITS))
+
+
+def format_duration(time_ns: int) -> str:
+    """The shortest exact text: ``2000`` to ``2us``."""
+    unit = next(u for u, f in reversed(_DURATION_UNITS.items()) if time_ns % f == 0 or f == 1)
+    return f"{time_ns // _DURATION_UNITS[unit]}{unit}"
+
+
+def _quantity(text: str, what: str, units: Mapping[str, Fraction | int]) -> Fraction:
+    match = re.match(r"^\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z/]*)\s*$", text)
+    if match is None:
+        raise SizeError(f"'{text}' is no {what}")
+    number, unit = match.groups()
+    factor = units.get(unit)
+    if factor is None:
+        lower = {known.lower(): known for known in units}
+        begun = [each for each in lower if unit and each.startswith(unit.lower())]
+        close = begun or difflib.get_close_matches(unit.lower(), lower, n=1, cutoff=0.5)
+        found = lower[close[0]] if close else ""
+        problem = f"has an unknown unit '{unit}'" if unit else "has no unit"
+        raise SizeError(f"'{text}' {problem}", nearest=f"{number}{found}" if found else "")
+    return Fraction(number) * factor
 
 
 def is_power_of_two(number: int) -> bool:

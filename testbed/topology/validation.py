@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from testbed.topology.fields import RULE_ERROR, Size, Text, Variable, shown
+from testbed.topology.fields import RULE_ERROR, FaultWords, Quantity, Size, Text, Variable, shown
 from testbed.topology.problem import DataPath, Problem, listing, nearest
 
 Location = tuple[str | int, ...]
@@ -158,7 +158,7 @@ def expected_of(field: FieldInfo, *, short: bool = False) -> str:
     for rule in (*field.metadata, *_rules_in(field.annotation)):
         if isinstance(rule, Text):
             return rule.what if short else rule.expected
-        if isinstance(rule, Size | Variable):
+        if isinstance(rule, Size | Quantity | FaultWords | Variable):
             return rule.expected
     if get_origin(field.annotation) is Literal:
         return listing(str(choice) for choice in get_args(field.annotation))

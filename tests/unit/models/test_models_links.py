@@ -13,9 +13,8 @@ import pytest
 from testbed.errors import InputError
 from testbed.models import registers as hw
 from testbed.models.access import Cause
-from testbed.models.device import BusTiming
 from testbed.models.link import LinkEnd
-from testbed.models.pacing import Timing
+from testbed.models.pacing import BusTiming, Timing
 from testbed.models.registers import (
     Aperture,
     Command,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes."""
+"""Sizes, rates and times."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ import pytest
 
 from testbed.topology.units import (
     SizeError,
+    format_duration,
+    format_rate,
     format_size,
     is_power_of_two,
+    parse_duration,
+    parse_rate,
     parse_size,
     power_of_two_at_least,
     round_up,
@@ -52,6 +56,37 @@ def test_what_is_written_reads_back(size_bytes: int) -> None:
 
 def test_shortest_form() -> None:
     assert [format_size(n) for n in (1 << 20, 1 << 30, 1536, 1025)] == ["1M", "1G", "1536", "1025"]
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"),
+    [
+        ("25GB/s", 25 * 10**9),
+        ("31.5 GB/s", 315 * 10**8),
+        ("200Gbit/s", 25 * 10**9),
+        ("1GiB/s", 1 << 30),
+        ("8bit/s", 1),
+    ],
+)
+def test_rates_are_decimal(text: str, bytes_per_s: int) -> None:
+    assert parse_rate(text) == bytes_per_s
+    assert parse_rate(format_rate(bytes_per_s)) == bytes_per_s
+
+
+@pytest.mark.parametrize(("text", "time_ns"), [("2us", 2000), ("1.5ms", 1_500_000), ("0s", 0)])
+def test_times(text: str, time_ns: int) -> None:
+    assert parse_duration(text) == time_ns
+    assert parse_duration(format_duration(time_ns)) == time_ns
+
+
+@pytest.mark.parametrize(
+    ("text", "nearest"),
+    [("25G", "25GB/s"), ("25gb/s", "25GB/s"), ("3", ""), ("x", ""), ("1bit/s", "")],
+)
+def test_what_is_no_rate(text: str, nearest: str) -> None:
+    with pytest.raises(SizeError) as caught:
+        parse_rate(text)
+    assert caught.value.nearest == nearest
 
 
 def test_powers_and_multiples() -> None:
