@@ -124,8 +124,11 @@ def _fit(
             too_many = middle
         else:
             fits = middle
-    # With that many devices: how much memory.
-    enough, too_little = _MOST_HALVINGS, -1
+    # With that many devices: how much memory. Mostly all of it.
+    largest = draft(fits, 0)
+    if not _refusal(largest):
+        return largest, reason
+    enough, too_little = _MOST_HALVINGS, 0
     while enough - too_little > 1:
         middle = (enough + too_little) // 2
         if _refusal(draft(fits, middle)):

@@ -32,6 +32,7 @@ class _Matrix:
     source: Source
     labels: list[str]
     cells: dict[tuple[str, str], str] = field(default_factory=dict)
+    places: dict[tuple[str, str], int] = field(default_factory=dict)
     legend: dict[str, str] = field(default_factory=dict)
 
 
@@ -112,6 +113,7 @@ def _row(matrix: _Matrix, words: list[tuple[str, int]]) -> None:
             fault = Fault(index, f"{cell} is no number of links", f"1 to {MOST_LINKS}")
             raise matrix.source.error(fault)
         matrix.cells[row, column] = cell
+        matrix.places[row, column] = index
 
 
 def _check_symmetry(matrix: _Matrix) -> None:
@@ -119,8 +121,8 @@ def _check_symmetry(matrix: _Matrix) -> None:
         other = matrix.cells[column, row]
         if cell != other:
             message = f"{row} to {column} is {cell}, and {column} to {row} is {other}"
-            index = matrix.source.text.find(row)
-            raise matrix.source.error(Fault(max(index, 0), message, "a symmetric matrix"))
+            fault = Fault(matrix.places[row, column], message, "a symmetric matrix")
+            raise matrix.source.error(fault)
 
 
 def _groups(matrix: _Matrix, labels: list[str], levels: Iterable[str]) -> list[list[str]]:
