@@ -105,3 +105,11 @@ class KernelMethods:
         self, *, provider: str, client: str, size_bytes: int = 4096
     ) -> dict[str, Any]:
         return self._probe.map_type(provider, client, size_bytes)
+
+    @registry.method("p2p.router")
+    def _p2p_router(self, *, rescan: bool = False) -> dict[str, Any]:
+        from guest_agent.p2p import router
+
+        if rescan:
+            router.rescan()
+        return router.state()

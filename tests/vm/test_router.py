@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The switch router: NVMe disks read into each other's memory, as below a real switch or not."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from testbed import deploy
+from testbed.errors import CapabilityMissing
+from testbed.guest import modules
+from testbed.host.prepare import Installation
+from testbed.rack import Rack, RackNode
+from testbed.topology import load
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
+
+TOPOLOGY = """\
+rack: router
+nodes:
+  host0:
+    pcie:
+      - root_port: rp0
+        below:
+          - switch: plain
+            below:
+              - {nvme: near0, size: 16M, cmb: 16M}
+              - {nvme: near1, size: 16M}
+              - {gpu: gpu0, vram: 16M, engine: edu}
+      - root_port: rp1
+        below:
+          - switch: redirecting
+            acs: redirect
+            below:
+              - {nvme: apart0, size: 16M, cmb: 16M}
+              - {nvme: apart1, size: 16M}
+"""
+
+# Reads what the second disk holds into memory of the first one; says what arrived.
+READ = """\
+import glob, json, mmap, os, sys
+provider, disk = sys.argv[1:]
+size = 16384
+name = glob.glob(f"/sys/bus/pci/devices/{disk}/nvme/nvme*/nvme*n1")[0].rpartition("/")[2]
+drive = os.open(f"/dev/{name}", os.O_RDWR | os.O_DIRECT)
+ram = mmap.mmap(-1, size)
+ram[:] = os.urandom(size)
+assert os.pwritev(drive, [ram], 0) == size
+memory = os.open(f"/sys/bus/pci/devices/{provider}/p2pmem/allocate", os.O_RDWR)
+peer = mmap.mmap(memory, size, mmap.MAP_SHARED)
+before = os.urandom(size)
+peer[:] = before
+try:
+    done = os.preadv(drive, [peer], 0)
+except OSError as error:
+    done = -error.errno
+after = peer[:]
+arrived = "right" if after == ram[:] else "stale" if after == before else "mixed"
+print(json.dumps([done, arrived]))
+"""
+SIZE = 16384
+
+
+@pytest.fixture(scope="module")
+def rack(
+    installation: Installation, accelerator: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Rack]:
+    folder = tmp_path_factory.mktemp("router")
+    (folder / "rack.yaml").write_text(TOPOLOGY)
+    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
+    with deploy.start(
+        load.load(folder / "rack.yaml", {}), run_dir=folder / "run", options=options
+    ) as running:
+        running.node().link.run("cat >/run/read.py", stdin=READ.encode())
+        yield running
+
+
+@pytest.fixture(scope="module")
+def node(rack: Rack) -> RackNode:
+    return rack.node()
+
+
+@pytest.fixture(scope="module")
+def bdf(node: RackNode) -> dict[str, str]:
+    return {function.name: function.bdf for function in node.plan.functions}
+
+
+@pytest.fixture
+def router(node: RackNode) -> Iterator[Callable[..., dict[str, Any]]]:
+    """The router's state, while it is loaded."""
+    try:
+        modules.load(node, "p2p_router")
+    except CapabilityMissing as error:
+        pytest.skip(error.capability)
+
+    def state(*, rescan: bool = False) -> dict[str, Any]:
+        found: dict[str, Any] = node.agent.call("p2p.router", rescan=rescan)
+        assert not [window for window in found["windows"] if window["error"]]
+        return found
+
+    yield state
+    modules.unload(node, "p2p_router")
+
+
+def read(node: RackNode, provider: str, disk: str) -> tuple[int, str, set[str]]:
+    """How many bytes the kernel says it read, what arrived, and whose accesses faulted."""
+    mark = node.agent.call("faults.mark")["sequence"]
+    done = node.link.run(f"python3 /run/read.py {provider} {disk}")
+    assert done.exit_status == 0, done.stderr.decode()
+    count, arrived = json.loads(done.stdout)
+    faults = node.agent.call("faults.since", sequence=mark)["records"]
+    return count, arrived, {fault["requester"] for fault in faults}
+
+
+def pairs_of(state: dict[str, Any]) -> set[tuple[str, str]]:
+    return {(pair["initiator"], pair["peer"]) for pair in state["pairs"]}
+
+
+def below_the_plain_switch(bdf: dict[str, str]) -> set[tuple[str, str]]:
+    peers = [bdf[name] for name in ("near0", "near1", "gpu0.vram", "gpu0.engine")]
+    return {(bdf[each], peer) for each in ("near0", "near1") for peer in peers} - {
+        (bdf[each], bdf[each]) for each in ("near0", "near1")
+    }
+
+
+def test_without_the_router_the_kernel_believes_stale_bytes(
+    node: RackNode, bdf: dict[str, str]
+) -> None:
+    count, arrived, faults = read(node, bdf["near0"], bdf["near1"])
+    assert (count, arrived) == (SIZE, "stale")
+    assert faults == {bdf["near1"]}
+
+
+def test_with_it_the_bytes_arrive(
+    node: RackNode, bdf: dict[str, str], router: Callable[..., dict[str, Any]]
+) -> None:
+    assert read(node, bdf["near0"], bdf["near1"]) == (SIZE, "right", set())
+
+
+def test_unloading_removes_what_it_installed(node: RackNode, bdf: dict[str, str]) -> None:
+    modules.load(node, "p2p_router")
+    modules.unload(node, "p2p_router")
+    count, arrived, faults = read(node, bdf["near0"], bdf["near1"])
+    assert (count, arrived, faults) == (SIZE, "stale", {bdf["near1"]})
+
+
+def test_only_what_a_plain_switch_joins_is_routed(
+    node: RackNode, bdf: dict[str, str], router: Callable[..., dict[str, Any]]
+) -> None:
+    state = router()
+    assert pairs_of(state) == below_the_plain_switch(bdf)
+    ranges = {(pair["start"], pair["size"]) for pair in state["pairs"]}
+    assert {(window["start"], window["size"]) for window in state["windows"]} == ranges
+    count, arrived, faults = read(node, bdf["apart0"], bdf["apart1"])
+    assert (count, arrived, faults) == (-22, "stale", set()), "the kernel refuses"
+
+
+def test_a_change_of_acs_is_followed(
+    node: RackNode, bdf: dict[str, str], router: Callable[..., dict[str, Any]]
+) -> None:
+    ports = sorted(port for name, port in bdf.items() if name.startswith("redirecting."))
+    before = set_acs(node, ports, [0] * len(ports))
+    joined = {(bdf[one], bdf[other]) for one, other in (("apart0", "apart1"), ("apart1", "apart0"))}
+    assert pairs_of(router(rescan=True)) == below_the_plain_switch(bdf) | joined
+    # One of the two is enough: a request is redirected by its own port, an answer by the other.
+    set_acs(node, ports[:1], before[:1])
+    assert pairs_of(router(rescan=True)) == below_the_plain_switch(bdf)
+    set_acs(node, ports, before)
+
+
+def set_acs(node: RackNode, ports: list[str], values: list[int]) -> list[int]:
+    """Write the ports' ACS control registers; returns what they held."""
+    script = (
+        "import json, os, sys\n"
+        "held = []\n"
+        "for port, value in json.loads(sys.argv[1]):\n"
+        "    fd = os.open(f'/sys/bus/pci/devices/{port}/config', os.O_RDWR)\n"
+        "    at = 0x100\n"
+        "    while (head := int.from_bytes(os.pread(fd, 4, at), 'little')) & 0xFFFF != 0x0D:\n"
+        "        at = head >> 20\n"
+        "    held.append(int.from_bytes(os.pread(fd, 2, at + 6), 'little'))\n"
+        "    os.pwrite(fd, value.to_bytes(2, 'little'), at + 6)\n"
+        "print(json.dumps(held))\n"
+    )
+    words = json.dumps(list(zip(ports, values, strict=True)))
+    done = node.link.run(f"python3 - '{words}'", stdin=script.encode())
+    assert done.exit_status == 0, done.stderr.decode()
+    held: list[int] = json.loads(done.stdout)
+    return held
+
+
+def test_a_driver_that_comes_and_goes_is_followed(
+    node: RackNode, bdf: dict[str, str], router: Callable[..., dict[str, Any]]
+) -> None:
+    whole, leaving = below_the_plain_switch(bdf), bdf["near1"]
+    bind = f"echo {leaving} >/sys/bus/pci/drivers/nvme"
+    node.link.run(f"{bind}/unbind")
+    assert pairs_of(router()) == {pair for pair in whole if pair[0] != leaving}
+    container = node.agent.call("vfio.open", devices=[leaving])["container"]
+    assert pairs_of(router()) == {pair for pair in whole if pair[0] != leaving}, "VFIO has it"
+    node.agent.call("vfio.close", container=container)
+    node.link.run(f"{bind}/bind")
+    assert pairs_of(router()) == whole
+    deadline = time.monotonic() + 20
+    while node.link.run(f"ls /sys/bus/pci/devices/{leaving}/nvme/nvme*/nvme*n1").exit_status:
+        assert time.monotonic() < deadline
+    assert read(node, bdf["near0"], leaving) == (SIZE, "right", set())
+
+
+def test_hot_plug_is_followed(
+    node: RackNode, bdf: dict[str, str], router: Callable[..., dict[str, Any]]
+) -> None:
+    def until(wanted: set[tuple[str, str]]) -> None:
+        deadline = time.monotonic() + 30
+        while (found := pairs_of(router())) != wanted:
+            assert time.monotonic() < deadline, found ^ wanted
+
+    whole, plugged = below_the_plain_switch(bdf), bdf["near1"]
+    function = next(each for each in node.plan.functions if each.name == "near1")
+    node.qmp("device_del", id=function.qemu_id)
+    until({pair for pair in whole if plugged not in pair})
+    node.qmp("device_add", driver="edu", id="plugged0", bus=function.parent)
+    until({pair for pair in whole if pair[0] != plugged})
+    node.qmp("device_del", id="plugged0")
+    until({pair for pair in whole if plugged not in pair})
