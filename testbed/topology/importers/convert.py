@@ -182,12 +182,19 @@ def _say_settings(
         ("root_port_acs", Kind.ROOT_PORT, "root port"),
         ("switch_acs", Kind.SWITCH, "switch"),
     ):
-        parts = [p for p in write.parts_of(draft.roots, kind) if p.acs is Acs.UNKNOWN]
+        parts = [part for part in _of(draft, kind) if part.acs is Acs.UNKNOWN]
         if parts:
             notes.unknown.append(
                 f"ACS of {counted(len(parts), noun)}: -s {variable}=redirect|none "
                 f"(now {values[variable]})"
             )
+    bridges = [*_of(draft, Kind.ROOT_PORT), *_of(draft, Kind.SWITCH)]
+    turned_off = sum(part.acs is Acs.OFF for part in bridges)
+    if turned_off:
+        notes.changed.append(
+            f"ACS of {counted(turned_off, 'root port or switch', 'root ports and switches')} is "
+            "turned off in the file: none here; Linux turns it on where it uses the IOMMU"
+        )
     if machine.peers_through_host is None:
         notes.unknown.append(
             "whether Linux lets peers meet in the host bridge: -s cpu=EPYC allows it, max does not "
@@ -202,7 +209,7 @@ def _say_settings(
         "the IOMMU: -s iommu_kind=..., -s iommu_mode=... "
         f"(now {values['iommu_kind']}, {values['iommu_mode']})"
     )
-    gpus = list(write.parts_of(draft.roots, Kind.GPU))
+    gpus = _of(draft, Kind.GPU)
     if "vram" in values:
         largest_bytes = max((gpu.memory_bytes for gpu in gpus), default=0)
         size, unit = (GIB, "GiB") if largest_bytes >= GIB else (MIB, "MiB")
@@ -211,6 +218,10 @@ def _say_settings(
     if reason:
         scaled = f"; memory divided by {1 << draft.vram_shift}" if draft.vram_shift else ""
         notes.changed.append(f"made smaller to fit one virtual machine: {reason}{scaled}")
+
+
+def _of(draft: write.Draft, kind: Kind) -> list[Part]:
+    return list(write.parts_of(draft.roots, kind))
 
 
 def _head(machine: Machine, name: str, notes: Notes) -> list[str]:

@@ -150,7 +150,7 @@ def _entry(port: Part) -> Part:
 def _acs_of(ports: Sequence[Part]) -> Acs:
     """A switch's ACS from its ports': redirecting if any of them redirects."""
     found = {port.acs for port in ports} or {Acs.UNKNOWN}
-    return next(acs for acs in (Acs.UNKNOWN, Acs.REDIRECT, Acs.NONE) if acs in found)
+    return next(acs for acs in Acs if acs in found)
 
 
 def say_folded(
@@ -183,7 +183,7 @@ def say_mixed(machine: Machine, kept: Collection[str], notes: Notes) -> None:
         part = stack.pop()
         stack.extend(part.below)
         found = {p.acs for p in part.below if p.kind is Kind.PORT}
-        if part.kind is Kind.SWITCH and {Acs.REDIRECT, Acs.NONE} <= found:
+        if part.kind is Kind.SWITCH and Acs.REDIRECT in found and len(found) > 1:
             notes.changed.append(
                 f"some ports of the switch {part.origin} redirect and some do not: here all do"
             )

@@ -60,6 +60,7 @@ class _Reader:
     owners: dict[str, str] = field(default_factory=dict)  # gp_index of an OSDev → its PCI address
     packages: int = 0
     zen_packages: int = 0
+    loose: list[Element] = field(default_factory=list)  # PCI devices without a bridge above
 
     def machine(self, root: Element) -> Machine:
         """Everything in a ``<topology>``."""
@@ -69,6 +70,9 @@ class _Reader:
         for bridge in self._host_bridges(root):
             host_bridges += 1
             roots += maker.root_bus(self._functions(bridge))
+        for functions in self._without_bridges():
+            is_lost = functions[0].address.bus != 0
+            roots += maker.root_bus(functions, is_lost=is_lost)
         maker.say()
         if host_bridges > 1:
             self.notes.changed.append(f"{host_bridges} host bridges: all stands on one root bus")
@@ -87,18 +91,26 @@ class _Reader:
         )
 
     def _host_bridges(self, element: Element) -> Iterator[Element]:
-        """Objects with PCI below them: host bridges, and PCI devices that hang there without."""
+        """The objects that have all PCI below them."""
         for child in element.each("object"):
             kind = child.get("type")
             if kind == "Bridge":
                 yield child
             elif kind == "PCIDev":
-                yield Element(child.file, "object", {}, child.line, child.column, [child])
+                self.loose.append(child)
             else:
                 if kind in ("Package", "Socket"):
                     self.packages += 1
                     self.zen_packages += _is_zen(child)
                 yield from self._host_bridges(child)
+
+    def _without_bridges(self) -> Iterator[list[Function]]:
+        """The devices of a file that was written without bridges, by bus."""
+        buses: dict[tuple[int, int], list[Function]] = {}
+        for function in map(self._function, self.loose):
+            address = function.address
+            buses.setdefault((address.domain, address.bus), []).append(function)
+        yield from buses.values()
 
     def _functions(self, bridge: Element) -> tuple[Function, ...]:
         """What is directly behind a bridge; a bridge from PCI to PCI has an address itself."""

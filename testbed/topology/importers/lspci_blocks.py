@@ -92,7 +92,7 @@ class Block:
         """The function, as the tree needs it; ``is_all_shown``: lspci could read capabilities."""
         acs = Acs.UNKNOWN
         if self.acs_control is not None:
-            acs = Acs.REDIRECT if self.acs_control else Acs.NONE
+            acs = Acs.REDIRECT if self.acs_control else Acs.OFF
         elif not self.has_acs and (self.has_extended or (is_all_shown and self.has_capabilities)):
             acs = Acs.NONE
         kind = kinds.of_class(self.class_code, self.vendor, self.device)

@@ -36,11 +36,12 @@ DEVICES = (Kind.GPU, Kind.NIC, Kind.NVME, Kind.OTHER)
 
 
 class Acs(StrEnum):
-    """What is known of a port's Access Control Services."""
+    """What is known of a port's Access Control Services; of several ports, the first counts."""
 
-    REDIRECT = "redirect"  # peer requests go up to the root complex
-    NONE = "none"  # the port has no ACS, or does not redirect
     UNKNOWN = "unknown"
+    REDIRECT = "redirect"  # peer requests go up to the root complex
+    OFF = "off"  # they are there, and leave peers alone
+    NONE = "none"  # there are none
 
 
 @dataclass(frozen=True, order=True)

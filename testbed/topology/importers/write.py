@@ -23,6 +23,8 @@ MOST_MODELS = 32
 _ROOT_SLOTS = range(FIRST_FREE_SLOT, NETWORK_SLOT)
 _FUNCTIONS = 8
 
+_ACS_WORDS = {Acs.REDIRECT: "redirect", Acs.OFF: "none", Acs.NONE: "none"}
+
 Variable = tuple[str, str]  # the default, and a comment
 
 
@@ -169,7 +171,7 @@ class _Body:
         else:
             name, variable = f"sw{self._switches}", "switch_acs"
             self._switches += 1
-        acs = "{{ " + variable + " }}" if part.acs is Acs.UNKNOWN else part.acs
+        acs = "{{ " + variable + " }}" if part.acs is Acs.UNKNOWN else _ACS_WORDS[part.acs]
         return name, [f"acs: {acs}"]
 
     def _device_fields(self, part: Part) -> list[str]:

@@ -125,6 +125,7 @@ def test_a_workstation_pasted_with_its_prompt() -> None:
         "nvme0": "0000:5e:00.0",
     }
     assert "64 GiB" in "\n".join(result.notes.changed)
+    assert any("1 root port or switch is turned off" in note for note in result.notes.changed)
     # The second port and the virtual function, the GPU's audio, and 00:1f.4 beside the NIC.
     assert any(note.startswith("4 functions") for note in result.notes.folded)
 
@@ -200,6 +201,7 @@ def test_ports_of_one_switch_that_do_not_agree_are_named() -> None:
     )
     result = imported("lspci", text)
     assert any("some ports of the switch 0000:18:00.0" in note for note in result.notes.changed)
+    assert not any("turned off" in note for note in result.notes.changed)
     assert "switch" in str(shape_of(result.topology))
 
 

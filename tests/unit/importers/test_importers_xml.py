@@ -200,3 +200,16 @@ def test_words_from_the_file_cannot_leave_their_comment() -> None:
     assert "{{ range" not in result.text
     assert "\x9b" not in result.text
     assert "evil" in result.text
+
+
+def test_hwloc_without_bridges_gives_each_bus_a_root_port() -> None:
+    text = (
+        '<topology><object type="Machine">'
+        '<object type="PCIDev" pci_busid="0000:3b:00.0" pci_type="0200 [15b3:1017] [0:0] 00"/>'
+        '<object type="PCIDev" pci_busid="0000:3b:00.1" pci_type="0200 [15b3:1017] [0:0] 00"/>'
+        '<object type="PCIDev" pci_busid="0000:00:02.0" pci_type="0300 [8086:3e98] [0:0] 00"/>'
+        "</object></topology>"
+    )
+    result = imported("hwloc", text)
+    assert shape_of(result.topology, acs=False) == (("root_port", "", ("nic",)), ("gpu",))
+    assert any("1 root port above" in note for note in result.notes.unknown)
