@@ -19,13 +19,15 @@ interrupts.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from testbed.errors import AgentError, CapabilityMissing, DeviceLost, InputError
+from testbed.errors import AgentError, CapabilityMissing, DeviceLost, InputError, TestbedError
+from testbed.topology.plan import MODEL_KINDS
 
 if TYPE_CHECKING:
     from testbed.suites.faults import FaultWatch
@@ -201,28 +203,29 @@ class Driver:
 
         :raises DeviceLost: its process died, or its code raised: the file, the line and what.
         """
-        for state in self.node.models.call("devices"):
-            if state["device"] != self.device:
-                continue
-            if state["lost"] is not None:
-                raise DeviceLost(
-                    f"device '{self.device}': its process is gone ({state['lost']})",
-                    node=self.node.name,
-                    hint=f"its words are in {self.node.log_dir / f'{self.node.name}.models.log'}",
-                )
-            if state["failure"]:
-                failure = state["failure"]
-                raise DeviceLost(
-                    f"device '{self.device}': {failure['what']} at {failure['where']}",
-                    node=self.node.name,
-                )
+        state = self._model_state()
+        if state.get("lost") is not None:
+            raise DeviceLost(
+                f"device '{self.device}': its process is gone (status {state['lost']})",
+                node=self.node.name,
+                hint=f"its words are in {self.node.log_dir / f'{self.node.name}.models.log'}",
+            )
+        if failure := state.get("failure"):
+            raise DeviceLost(
+                f"device '{self.device}': {failure['what']} at {failure['where']}",
+                node=self.node.name,
+            )
 
     # --- the end
 
     def close(self) -> None:
-        """Give it back to whom it belonged; its buffers go. Safe to call twice."""
+        """Give it back to whom it belonged; its buffers go. Safe to call twice.
+
+        One whose process is gone stays as it is until the machine's end: the kernel would reset it,
+        and wait a minute for it to come back (drivers/pci/pci.c, PCIE_RESET_READY_POLL_MS).
+        """
         container, self._container = self._container, None
-        if container is None:
+        if container is None or self._model_state().get("lost") is not None:
             return
         self.call("vfio.close" if self.translated else "raw.close", container=container)
         for number in range(1, self._buffers + 1):
@@ -237,7 +240,15 @@ class Driver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.close()
+        with contextlib.suppress(*((TestbedError,) if error is not None else ())):
+            self.close()  # what went wrong first is what counts
+
+    def _model_state(self) -> dict[str, Any]:
+        """What the supervisor of the node's models knows of it; nothing of a device of QEMU's."""
+        if all(f.kind not in MODEL_KINDS for f in self.node.plan.of_device(self.device)):
+            return {}
+        states: list[dict[str, Any]] = self.node.models.call("devices")
+        return next((state for state in states if state["device"] == self.device), {})
 
     def _bar(self, index: int) -> dict[str, Any]:
         return {"bar": self.bdf, "index": index}
