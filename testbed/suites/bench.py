@@ -222,10 +222,10 @@ class Bench:
         into: Memory,
         offset: int,
         expected: bytes,
-        path: str = "iommu",
+        path: str | None = "iommu",
     ) -> Judgement:
         """Copy, and judge at the destination: the expected bytes are there, nothing faulted, and
-        a device that keeps count of its paths moved them by ``path``.
+        a device that keeps count of its paths moved them by ``path`` (None: by whichever).
 
         The device's own status is kept as evidence and decides nothing; only the mutation
         ``trust-status`` believes it.

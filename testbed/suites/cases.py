@@ -5,12 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import permutations
 
-from testbed.topology.model import Gpu, Topology
+from testbed.topology.model import Gpu, Node, Topology
+from testbed.topology.oracle import Cpu, MapType, p2p_decision, redirecting_ports
 from testbed.topology.plan import Function, NodePlan, RackPlan, Role
 
 _MAX_PAIRS = 3
+
+
+class Route(StrEnum):
+    """Where a request by the peer's bus address goes, as the hardware does it."""
+
+    SWITCH = "switch"  # straight to the peer, inside the switch that both are below
+    REDIRECTED = "redirected"  # up to the root complex, though they have a switch in common
+    ROOT = "root"  # up to the root complex: there is no other way
 
 
 @dataclass(frozen=True)
@@ -18,7 +28,7 @@ class Pair:
     """``requester`` does DMA to ``peer``, another device's video memory.
 
     ``local`` is the requester's own video memory, or None for a NIC, which uses guest memory.
-    ``path`` says what lies between them.
+    ``path`` says what lies between them, ``route`` who decides about a bus address.
     """
 
     node: str
@@ -26,6 +36,7 @@ class Pair:
     local: Function | None
     peer: Function
     path: str
+    route: Route = Route.ROOT
 
     def __str__(self) -> str:
         return f"{self.requester.device}-{self.peer.device}"
@@ -55,7 +66,11 @@ class Doorbell:
 
 def pairs(plan: RackPlan) -> tuple[Pair, ...]:
     """For each node the first pair of each kind of path; GPUs before NICs, igb before edu."""
-    return tuple(pair for node in plan.nodes.values() for pair in _pairs_of(node))
+    return tuple(
+        pair
+        for name, node in plan.nodes.items()
+        for pair in _pairs_of(node, plan.topology.nodes[name])
+    )
 
 
 def doorbells(plan: RackPlan, topology: Topology) -> tuple[Doorbell, ...]:
@@ -86,7 +101,17 @@ def path_between(node: NodePlan, one: Function, other: Function) -> str:
     return f"{kind} {common.device}"
 
 
-def _pairs_of(node: NodePlan) -> Iterator[Pair]:
+def route_between(node: NodePlan, spec: Node, requester: Function, peer: Function) -> Route:
+    """Who decides about a request of ``requester`` by the bus address of ``peer``."""
+    redirecting = redirecting_ports(node, spec)
+    # Whether the kernel would allow it plays no part; so neither does the processor.
+    decision = p2p_decision(node, peer, requester, cpu=Cpu("", 0), redirecting=redirecting)
+    if decision.map_type is MapType.BUS:
+        return Route.SWITCH
+    return Route.REDIRECTED if decision.redirects else Route.ROOT
+
+
+def _pairs_of(node: NodePlan, spec: Node) -> Iterator[Pair]:
     engines = [f for f in node.functions if f.role is Role.ENGINE]
     memories = {f.device: f for f in node.by_role(Role.VRAM)}
     gpus = [f for f in engines if f.device in memories]
@@ -99,12 +124,13 @@ def _pairs_of(node: NodePlan) -> Iterator[Pair]:
     for requester, other in candidates:
         peer = memories[other.device]
         path = path_between(node, requester, peer)
+        route = route_between(node, spec, requester, peer)
         # Two GPUs below a switch are the same case whichever switch it is.
-        kind = (path.split()[0], len(_ports_above(node, requester)), len(_ports_above(node, peer)))
+        kind = (route, len(_ports_above(node, requester)), len(_ports_above(node, peer)))
         slow_repeat = requester.kind == "edu" and chosen
         if kind not in chosen and not slow_repeat and len(chosen) < _MAX_PAIRS:
             local = memories.get(requester.device)
-            chosen[kind] = Pair(node.name, requester, local, peer, path)
+            chosen[kind] = Pair(node.name, requester, local, peer, path, route)
     yield from chosen.values()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from testbed.results.evidence import Access
 from testbed.results.judging import Judgement, judge_fault
 from testbed.suites.bench import Bench, Engine
-from testbed.suites.cases import Pair
+from testbed.suites.cases import Pair, Route
 from testbed.suites.mapper import Mapper
 from testbed.suites.memory import Memory
 
@@ -26,6 +26,7 @@ class Ground:
     engine: Engine
     local: Memory
     peer: Memory
+    route: Route
 
     @classmethod
     def of(cls, bench: Bench, pair: Pair, *, local_bytes: int = LOCAL_BYTES) -> Ground:
@@ -40,7 +41,7 @@ class Ground:
             if pair.local is not None
             else bench.buffer(f"local-{pair.requester.qemu_id}", local_bytes)
         )
-        return cls(bench, engine, local, peer)
+        return cls(bench, engine, local, peer, pair.route)
 
     @property
     def mapper(self) -> Mapper:
@@ -59,8 +60,10 @@ class Ground:
         """Put a pattern into the peer's bytes."""
         return self.peer.fill(PEER_OFFSET, size_bytes, seed)
 
-    def deliver_to_peer(self, source_iova: int, target_iova: int, expected: bytes) -> Judgement:
-        """Copy, and judge what the peer then holds at the usual place."""
+    def deliver_to_peer(
+        self, source_iova: int, target_iova: int, expected: bytes, *, path: str | None = "iommu"
+    ) -> Judgement:
+        """Copy, and judge what the peer then holds at the usual place, and how it came there."""
         return self.bench.deliver(
             self.engine,
             source_iova,
@@ -68,9 +71,12 @@ class Ground:
             into=self.peer,
             offset=PEER_OFFSET,
             expected=expected,
+            path=path,
         )
 
-    def deliver_to_local(self, source_iova: int, target_iova: int, expected: bytes) -> Judgement:
+    def deliver_to_local(
+        self, source_iova: int, target_iova: int, expected: bytes, *, path: str | None = "iommu"
+    ) -> Judgement:
         """Copy, and judge what the requester's own memory then holds."""
         return self.bench.deliver(
             self.engine,
@@ -79,6 +85,7 @@ class Ground:
             into=self.local,
             offset=LOCAL_OFFSET,
             expected=expected,
+            path=path,
         )
 
     def write_refused(self, source_iova: int, address: int, reasons: frozenset[int]) -> Judgement:

@@ -15,7 +15,7 @@ import pytest
 from testbed.errors import CapabilityMissing
 from testbed.suites import cases
 from testbed.suites.bench import Bench
-from testbed.suites.cases import Doorbell, Pair
+from testbed.suites.cases import Doorbell, Pair, Route
 from testbed.suites.ground import Ground
 from testbed.suites.interface import Rack
 from testbed.suites.mutations import Mutation
@@ -38,6 +38,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     choices: dict[str, list[Any]] = {
         "pair": list({pair.node: pair for pair in reversed(pairs)}.values()),
         "each_pair": list(pairs),
+        "switched_pair": [pair for pair in pairs if pair.route is Route.SWITCH],
+        "redirected_pair": [pair for pair in pairs if pair.route is Route.REDIRECTED],
         "doorbell": list(cases.doorbells(source.plan, source.topology)),
         "node_name": list(source.plan.nodes),
     }
@@ -51,6 +53,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(name, values or [None], ids=ids or ["none"], indirect=True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def give_back(rack: LiveRack) -> Iterator[None]:
+    """At the end the devices go back to their drivers, in a rack that lives on."""
+    yield
+    if rack.is_running and not rack.ours:
+        rack.drop_all()
+
+
 @pytest.fixture
 def pair(request: pytest.FixtureRequest) -> Pair:
     """The first pair of each node."""
@@ -61,6 +71,20 @@ def pair(request: pytest.FixtureRequest) -> Pair:
 def each_pair(request: pytest.FixtureRequest) -> Pair:
     """A pair for each kind of path of each node."""
     return _given(request, Pair, "two devices, one of which has video memory")
+
+
+@pytest.fixture
+def switched_pair(request: pytest.FixtureRequest) -> Pair:
+    """A pair below a switch that routes between them."""
+    return _given(request, Pair, "two devices below a switch without ACS redirect")
+
+
+@pytest.fixture
+def redirected_pair(request: pytest.FixtureRequest) -> Pair:
+    """A pair below a switch that sends their requests up."""
+    return _given(
+        request, Pair, "two devices below a switch with ACS redirect, and an IOMMU in use"
+    )
 
 
 @pytest.fixture
@@ -78,26 +102,42 @@ def node_name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def ground(rack: LiveRack, pair: Pair, mutation: Mutation) -> Iterator[Ground]:
     """The node's first pair, ready, on a bench that all tests share."""
-    bench = shared_bench(rack, pair.node, mutation)
-    yield Ground.of(bench, pair)
-    if rack.is_running:
-        bench.clean()
+    yield from _ground(rack, pair, mutation)
 
 
 @pytest.fixture
 def each_ground(rack: LiveRack, each_pair: Pair, mutation: Mutation) -> Iterator[Ground]:
     """As ``ground``, once for each kind of path."""
-    bench = shared_bench(rack, each_pair.node, mutation)
-    yield Ground.of(bench, each_pair)
-    if rack.is_running:
-        bench.clean()
+    yield from _ground(rack, each_pair, mutation)
+
+
+@pytest.fixture
+def switched_ground(rack: LiveRack, switched_pair: Pair, mutation: Mutation) -> Iterator[Ground]:
+    """As ``ground``, for a pair below a plain switch."""
+    yield from _ground(rack, switched_pair, mutation)
+
+
+@pytest.fixture
+def redirected_ground(
+    rack: LiveRack, redirected_pair: Pair, mutation: Mutation
+) -> Iterator[Ground]:
+    """As ``ground``, for a pair below a redirecting switch."""
+    yield from _ground(rack, redirected_pair, mutation)
 
 
 @pytest.fixture
 def reasons(rack: LiveRack, request: pytest.FixtureRequest) -> Reasons:
     """The reason codes of the IOMMU under test."""
-    chosen = "each_pair" if "each_pair" in request.fixturenames else "pair"
+    names = ("each_pair", "redirected_pair", "pair")
+    chosen = next(name for name in names if name in request.fixturenames)
     return reasons_of(rack.topology.nodes[request.getfixturevalue(chosen).node].iommu)
+
+
+def _ground(rack: LiveRack, pair: Pair, mutation: Mutation) -> Iterator[Ground]:
+    bench = shared_bench(rack, pair.node, mutation)
+    yield Ground.of(bench, pair)
+    if rack.is_running:
+        bench.clean()
 
 
 def _given(request: pytest.FixtureRequest, kind: type[T], what: str) -> T:

@@ -78,12 +78,15 @@ class PathWatch:
         if self._witness is not None and kind is None:
             self._after = self._witness.moved()
 
-    def judge(self, path: str, size_bytes: int) -> Judgement:
-        """Did ``size_bytes`` go by ``path``, each way, and none past the IOMMU otherwise?"""
-        if self._witness is None:
-            return Judgement(True, "the device keeps no count of paths")
-        moved = {
+    def judge(self, path: str | None, size_bytes: int) -> Judgement:
+        """Did the device write ``size_bytes`` by ``path``, and none past the IOMMU otherwise?"""
+        if self._witness is None or path is None:
+            return Judgement(True, "by whichever path")
+        return judge_path(self._witness.device, self.moved(), path, size_bytes)
+
+    def moved(self) -> Moved:
+        """Bytes read and written meanwhile, by path; empty for a device that keeps no count."""
+        return {
             name: (read - self._before[name][0], written - self._before[name][1])
             for name, (read, written) in self._after.items()
         }
-        return judge_path(self._witness.device, moved, path, size_bytes)

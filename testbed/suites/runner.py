@@ -35,7 +35,8 @@ from testbed.suites.mutations import Mutation, parse_mutation
 from testbed.suites.session import ConformanceSession
 from testbed.topology.model import to_data
 
-SUITES = {"p2p-iommu": "p2p_iommu.py"}
+# A suite by its name: its modules.
+SUITES = {"p2p-iommu": ("p2p_iommu.py", "p2p_routes.py")}
 PYTEST_LOG = "pytest.log"
 _PYTEST_INI = "pytest.ini"
 _TEST_TIMEOUT_S = 300
@@ -151,7 +152,7 @@ def _conclude(
 def _run_session(
     choice: Choice, source: RackSource, run_dir: Path, ktap: KtapStream
 ) -> ConformanceSession:
-    paths = [_suite_path(word) for word in choice.suites or SUITES]
+    paths = [path for word in choice.suites or SUITES for path in _suite_paths(word)]
     session = ConformanceSession(
         source, mutation=choice.mutation, on_plan=ktap.plan, on_outcome=ktap.outcome
     )
@@ -251,16 +252,16 @@ class _Writer:
         return written
 
 
-def _suite_path(word: str) -> str:
+def _suite_paths(word: str) -> list[str]:
     if word in SUITES:
-        return str(Path(__file__).with_name(SUITES[word]))
+        return [str(Path(__file__).with_name(module)) for module in SUITES[word]]
     path = word.partition("::")[0]
     if not Path(path).exists():
         known = ", ".join(SUITES)
         raise InputError(
             diagnostics=[Diagnostic(word, 0, 0, "no such suite or file", f"{known}, or a path")]
         )
-    return str(Path(path).resolve()) + word[len(path) :]
+    return [str(Path(path).resolve()) + word[len(path) :]]
 
 
 def _host() -> dict[str, Any]:

@@ -94,14 +94,11 @@ class ConformanceSession:
         before = list(items)
         yield
         kept = set(items)
-        needed = {(item.path, gate) for item in items for gate in _marked(item, GATED_BY)}
-        if needed:
-            items[:] = [
-                item
-                for item in before
-                if item in kept
-                or any((item.path, name) in needed for name in _marked(item, REQUIREMENT))
-            ]
+        for path, gate in {(item.path, g) for item in items for g in _marked(item, GATED_BY)}:
+            gates = [item for item in before if gate in _marked(item, REQUIREMENT)]
+            # A module's own gate if it has one, else that of the suite's other modules.
+            kept.update([item for item in gates if item.path == path] or gates)
+        items[:] = [item for item in before if item in kept]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Announce the plan, and let the racks boot while pytest gets going."""
