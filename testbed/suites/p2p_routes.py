@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suite ``p2p-iommu``, second part: who decides where a peer's bus address leads.
+
+A switch without ACS redirect sends a request for a peer's BAR straight to that peer, and no IOMMU
+is asked; one that redirects sends it up, where nothing maps it (PCI Express Base Specification 6.0,
+6.12). The bytes alone cannot tell the two apart from a mapping: the device's own count of paths and
+the IOMMU's faults can.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from testbed.errors import CapabilityMissing
+from testbed.results.judging import PAGE_BYTES
+from testbed.suites.ground import PEER_OFFSET, PROBE_BYTES, Ground
+from testbed.suites.observer import Observer, Refuted
+from testbed.suites.paths import PathWatch
+from testbed.suites.reasons import Reasons
+
+gated = pytest.mark.gated_by("MAP-01")
+pytest_plugins = ["testbed.suites.p2p_fixtures"]
+
+# Seeds of patterns: each place has one of its own, so that bytes tell where they come from.
+MINE, THEIRS, FRESH = 1, 2, 3
+
+
+@gated
+@pytest.mark.requirement("TOPO-16")
+def test_a_plain_switch_routes_to_the_peer(switched_ground: Ground, observe: Observer) -> None:
+    """Below a switch that does not redirect, the peer's bus address leads straight to it: the bytes
+    arrive, the IOMMU never sees them, and the device's own count says that it was so."""
+    ground = switched_ground
+    witness, address = ground.engine.witness, ground.peer.bus_address
+    assert address is not None
+    if witness is None:
+        raise CapabilityMissing(
+            f"a requester whose switch routes: QEMU sends all that {ground.engine.function.kind}"
+            " does to the IOMMU"
+        )
+    size = ground.engine.bulk_bytes
+    mine = ground.fill_local(MINE, size)
+    ground.fill_peer(THEIRS, size)
+    local = ground.map_local()
+    raw = address + PEER_OFFSET
+    observe.require(ground.deliver_to_peer(local, raw, mine, path="peer"))
+    fresh = ground.fill_peer(FRESH, size)
+    with PathWatch(witness) as paths:
+        observe.require(ground.deliver_to_local(raw, local, fresh, path=None))
+    if paths.moved()["peer"][0] < size:
+        raise Refuted(f"only {paths.moved()['peer'][0]} bytes were read from the peer directly")
+    observe.conclude(f"{size} bytes each way by bus address {raw:#x}, below the IOMMU")
+
+
+@gated
+@pytest.mark.requirement("TOPO-16")
+def test_a_redirecting_switch_sends_to_the_iommu(
+    redirected_ground: Ground, reasons: Reasons, observe: Observer
+) -> None:
+    """Below one that does, the same address goes up to the IOMMU, which has no mapping for it."""
+    ground, address = redirected_ground, redirected_ground.peer.bus_address
+    assert address is not None
+    ground.fill_local(MINE, PROBE_BYTES)
+    before = ground.fill_peer(THEIRS, PAGE_BYTES)
+    raw = address + PEER_OFFSET
+    with PathWatch(ground.engine.witness) as paths:
+        observe.require(ground.write_refused(ground.map_local(), raw, reasons.unmapped_write))
+    observe.require(ground.peer.judge(PEER_OFFSET, before))
+    if any(paths.moved().get("peer", ())):
+        raise Refuted("it faulted, and yet bytes went directly to the peer")
+    observe.conclude(f"{raw:#x} faults; nothing went by the switch")
