@@ -28,11 +28,12 @@ MAX_LINE_BYTES: Final = 16 << 20
 
 METHODS: Final = (
     *("devices", "counters", "trace", "reset_trace", "mappings"),
-    *("inject", "rules", "clear", "stick", "lose", "link", "routes", "remove", "report"),
+    *("inject", "rules", "clear", "stick", "lose", "link", "routes", "remove"),
+    *("report", "restore"),
 )
 MAX_ACTIONS: Final = 256
 
-_LINK_KEYS: Final = ("restore", "up", "lanes", "bytes_per_s", "latency_s")
+_LINK_KEYS: Final = ("lanes", "bytes_per_s", "latency_s")
 
 Params = Mapping[str, Any]
 Json = dict[str, Any] | list[Any] | None
@@ -138,7 +139,8 @@ class Control:
         """{device, on}: its engine takes no command any more, or goes on."""
         on = _get(params, "on", bool)
         self._engine(params).ring.stick(on=on)
-        self._note(params, "stick" if on else "unstick")
+        if on:
+            self._note(params, "engine stuck")
         return None
 
     def lose(self, params: Params) -> Json:
@@ -152,18 +154,19 @@ class Control:
             self._engine(params).doorbells_to_lose = count
         else:
             raise InputError("'what' is doorbell or interrupt")
-        self._note(params, f"lose {count} {what}s")
+        if count:
+            self._note(params, f"{count} {what}{'s' if count > 1 else ''} lost")
         return None
 
     def link(self, params: Params) -> Json:
-        """{device, peer, and some of: up, lanes, bytes_per_s, latency_s, restore}: cut or mend the
-        link, use fewer lanes, or slow down what this end reads and writes over it. ``restore``: as
-        it was made.
+        """{device, peer, and some of: up, lanes, bytes_per_s, latency_s}: cut or mend the link, use
+        fewer lanes, or slow down what this end reads and writes over it; or {restore: true}: as it
+        was made.
 
         → its state, lanes and timing.
         """
         port = self._link(params)
-        if params.get("restore"):
+        if "restore" in params:
             port.restore()
         timing = port.timing
         for key in ("bytes_per_s", "latency_s"):
@@ -174,9 +177,11 @@ class Control:
             port.narrow(_get(params, "lanes", int))
         if "up" in params:
             port.cut(on=not _get(params, "up", bool))
-        what = [f"{key} {params[key]}" for key in _LINK_KEYS if key in params]
-        if what:
-            self._note(params, f"link {port.end.peer}: {', '.join(what)}")
+        worse = [f"{key} {params[key]:g}" for key in _LINK_KEYS if key in params]
+        if params.get("up") is False:
+            worse.append("down")
+        if worse:
+            self._note(params, f"link to {port.end.peer}: {', '.join(worse)}")
         return {"state": port.state.name.lower(), "width": port.width, **vars(timing)}
 
     def routes(self, params: Params) -> Json:
@@ -205,8 +210,24 @@ class Control:
         if listener.session is None:
             raise InputError(f"no machine has '{listener.device.name}'")
         listener.session.remove()
-        self._note(params, "remove")
+        self._note(params, "pulled out")
         return None
+
+    def restore(self, params: Params) -> Json:
+        """{device}: undo what can be undone: rules, a stuck engine, losses to come, links.
+
+        → {peers}: the links' other ends, which may have to be restored too.
+        """
+        device = self._device(params).device
+        device.rules.clear()
+        device.interrupts_to_lose = 0
+        if isinstance(device, EngineDevice):
+            device.doorbells_to_lose = 0
+            device.ring.stick(on=False)
+        links = device.links if isinstance(device, GpuModel) else ()
+        for port in links:
+            port.restore()
+        return {"peers": [port.end.peer for port in links]}
 
     def _note(self, params: Params, what: str) -> None:
         by = _get(params, "by", str) if "by" in params else "command"
