@@ -7,7 +7,7 @@ A device declares what it is (`identity`, `bars`, `msix_vectors`), answers regis
 serves no DMA: so `read` and `write` never wait, and whatever needs DMA is started there and runs
 afterwards. All devices of a process share one thread: nothing needs a lock, and nothing may block.
 
-`testbed/models/examples/` has a complete device in under 60 lines.
+`docs/examples/adder.py` is a complete device in under 60 lines, `docs/own-device.md` its manual.
 """
 
 from __future__ import annotations
