@@ -17,6 +17,7 @@ from testbed.machine.command import (
     CONSOLE_LOG,
     CONSOLE_SOCKET,
     LOG_LINK,
+    QMP_MODELS_SOCKET,
     QMP_SOCKET,
     QMP_USER_SOCKET,
     SSH_SOCKET,
@@ -56,7 +57,12 @@ def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:
 
     CapabilityMissing for a device that this testbed cannot make yet.
     """
-    argv = [*context.qemu, *_machine(plan, node, context), *_channels(), *_iommu(plan, node.iommu)]
+    argv = [
+        *context.qemu,
+        *_machine(plan, node, context),
+        *_channels(plan),
+        *_iommu(plan, node.iommu),
+    ]
     for function in plan.functions:
         argv += _function(function, node)
     argv += [
@@ -97,7 +103,7 @@ def _machine(plan: NodePlan, node: Node, context: LaunchContext) -> list[str]:
     ]
 
 
-def _channels() -> list[str]:
+def _channels(plan: NodePlan) -> list[str]:
     """Control, console and network: unix sockets only, so that no port can be taken twice."""
     console_log = f"{LOG_LINK}/{CONSOLE_LOG}"
     network = {
@@ -107,9 +113,11 @@ def _channels() -> list[str]:
         "ipv6": False,
         "hostfwd": [{"str": f"unix:{OWN_FOLDER}/{SSH_SOCKET}-:22"}],
     }
+    monitors = [QMP_SOCKET, QMP_USER_SOCKET]
+    if any(function.kind in MODEL_KINDS for function in plan.functions):
+        monitors.append(QMP_MODELS_SOCKET)
     return [
-        *("-qmp", f"unix:{QMP_SOCKET},server=on,wait=off"),
-        *("-qmp", f"unix:{QMP_USER_SOCKET},server=on,wait=off"),
+        *(word for name in monitors for word in ("-qmp", f"unix:{name},server=on,wait=off")),
         "-chardev",
         f"socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off,logfile={console_log}",
         *("-serial", "chardev:console"),

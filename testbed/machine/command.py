@@ -11,6 +11,7 @@ from pathlib import Path
 # relatively, so that it is the same on every host and no socket path is too long.
 QMP_SOCKET = "qmp.sock"  # the harness's control channel
 QMP_USER_SOCKET = "qmp-user.sock"  # `testbed qmp`, while a suite holds the other one
+QMP_MODELS_SOCKET = "qmp-models.sock"  # the device models' own, if the node has any
 SSH_SOCKET = "ssh.sock"  # forwarded to the guest's port 22
 CONSOLE_SOCKET = "console.sock"  # the serial console, for a person
 MODELS_SPEC = "models.json"  # what the node's device models are

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import DeviceLost, HostError, InputError
-from testbed.machine.command import MODELS_READY, MODELS_SOCKET, MODELS_SPEC, MemoryFd, vfio_socket
+from testbed.machine.command import (
+    LOG_LINK,
+    MODELS_READY,
+    MODELS_SOCKET,
+    MODELS_SPEC,
+    QEMU_LOG,
+    QMP_MODELS_SOCKET,
+    MemoryFd,
+    vfio_socket,
+)
 from testbed.machine.processes import HelperCommand
 from testbed.machine.sockets import ask
 from testbed.topology.fault_rules import NS_PER_S, parse_rules, rule_data
@@ -28,6 +37,7 @@ LAUNCHER = (
     "from testbed.models.serve import main; sys.exit(main(sys.argv[2:]))"
 )
 READY_TIMEOUT_S = 20.0
+VRAM_BAR = 2  # of `ivshmem-plain`
 CALL_TIMEOUT_S = 15.0
 
 
@@ -41,8 +51,11 @@ def models_spec(plan: RackPlan, node: NodePlan) -> dict[str, Any]:
     return {
         "control": MODELS_SOCKET,
         "ready": MODELS_READY,
+        "machine": {"monitor": QMP_MODELS_SOCKET, "log": f"{LOG_LINK}/{QEMU_LOG}"},
         "memories": [
-            {"name": f.name, "fd": f.memory_fd} for f in node.by_role(Role.VRAM) if f.memory_fd
+            {"name": f.name, "fd": f.memory_fd, "function": f.qemu_id, "bar": VRAM_BAR}
+            for f in node.by_role(Role.VRAM)
+            if f.memory_fd
         ],
         "devices": list(_devices(plan, node)),
     }
@@ -75,6 +88,7 @@ def _devices(plan: RackPlan, node: NodePlan) -> Iterator[dict[str, Any]]:
         device = {
             "name": function.device,
             "socket": vfio_socket(function.qemu_id),
+            "function": function.qemu_id,
             **_on_purpose(plan, node, function.device),
         }
         if function.kind == "model":

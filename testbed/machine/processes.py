@@ -16,12 +16,16 @@ from testbed.machine.command import (
     CONSOLE_SOCKET,
     LOG_LINK,
     QEMU_LOG,
+    QMP_MODELS_SOCKET,
     QMP_SOCKET,
     QMP_USER_SOCKET,
     SSH_SOCKET,
     MemoryFd,
     NodeCommand,
 )
+
+# QEMU's own: it makes them anew.
+SOCKETS = (QMP_SOCKET, QMP_USER_SOCKET, QMP_MODELS_SOCKET, SSH_SOCKET, CONSOLE_SOCKET)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def make_node_folder(folder: Path, command: Command, run_folder: Path) -> None:
         if not (node / LOG_LINK).is_symlink():
             (node / LOG_LINK).symlink_to(logs)
         if isinstance(command, NodeCommand):
-            for name in (QMP_SOCKET, QMP_USER_SOCKET, SSH_SOCKET, CONSOLE_SOCKET):
+            for name in SOCKETS:
                 (node / name).unlink(missing_ok=True)
             if (logs / CONSOLE_LOG).exists():
                 free = (logs / f"console.{number}.log" for number in itertools.count(1))

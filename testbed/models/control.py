@@ -16,27 +16,27 @@ from dataclasses import replace
 from typing import Any, Final
 
 from testbed.errors import InputError
+from testbed.models import wire
 from testbed.models.engine_device import EngineDevice
 from testbed.models.gpu import GpuModel
 from testbed.models.inject import Rule
 from testbed.models.link import LinkPort
 from testbed.models.listener import Listener
-from testbed.models.memory import SharedMemory
-from testbed.models.routing import Route
 
 MAX_LINE_BYTES: Final = 16 << 20
 
 METHODS: Final = (
     *("devices", "counters", "trace", "reset_trace", "mappings"),
-    *("inject", "rules", "clear", "stick", "lose", "link", "routes", "remove"),
+    *("inject", "rules", "clear", "stick", "lose", "link", "remove"),
     *("report", "restore"),
 )
+REGISTER: Final = "register"  # for peers, not for the control socket's clients
 MAX_ACTIONS: Final = 256
 
 _LINK_KEYS: Final = ("lanes", "bytes_per_s", "latency_s")
 
 Params = Mapping[str, Any]
-Json = dict[str, Any] | list[Any] | None
+Json = dict[str, Any] | list[Any] | str | None
 
 
 def _get(params: Params, key: str, kind: type[Any]) -> Any:
@@ -51,16 +51,13 @@ def _get(params: Params, key: str, kind: type[Any]) -> Any:
 class Control:
     """What can be asked of the devices of one process."""
 
-    def __init__(
-        self, listeners: Mapping[str, Listener], memories: Mapping[str, SharedMemory]
-    ) -> None:
+    def __init__(self, listeners: Mapping[str, Listener]) -> None:
         self._listeners = listeners
-        self._memories = memories
         self._actions: deque[dict[str, str]] = deque(maxlen=MAX_ACTIONS)
 
     def call(self, method: str, params: Params) -> Json:
         """Any method by name. InputError if there is none, or the parameters are wrong."""
-        if method not in METHODS:
+        if method not in (*METHODS, REGISTER):
             raise InputError(f"no method '{method}'")
         answer: Json = getattr(self, method)(params)
         return answer
@@ -184,23 +181,20 @@ class Control:
             self._note(params, f"link to {port.end.peer}: {', '.join(worse)}")
         return {"state": port.state.name.lower(), "width": port.width, **vars(timing)}
 
-    def routes(self, params: Params) -> Json:
-        """{device, routes: [{address, size_bytes, memory, offset}]}: what the switches above it
-        send to a peer, without asking the IOMMU; replaces what was there.
+    def register(self, params: Params) -> str:
+        """{device, bar, offset, and size_bytes or data}: a peer below the same switch reads or
+        writes one of its registers → what was read; bytes are in hexadecimal.
         """
         device = self._device(params).device
-        routes = []
-        for item in _get(params, "routes", list):
-            if not isinstance(item, Mapping):
-                raise InputError("a route is an object")
-            memory = self._memories.get(_get(item, "memory", str))
-            if memory is None:
-                raise InputError(f"no memory '{item['memory']}'")
-            offset = _get(item, "offset", int) if "offset" in item else 0
-            size = _get(item, "size_bytes", int)
-            routes.append(Route(_get(item, "address", int), size, memory, offset))
-        device.router.replace(routes)
-        return None
+        bar, offset = _get(params, "bar", int), _get(params, "offset", int)
+        if device.bus.machine is None:
+            raise InputError(f"'{device.name}' is gone")
+        if not 0 <= bar < wire.Region.ROM:
+            raise InputError(f"no BAR {bar}")
+        if "data" not in params:
+            return device.region_read(bar, offset, _get(params, "size_bytes", int)).hex()
+        device.region_write(bar, offset, bytes.fromhex(_get(params, "data", str)))
+        return ""
 
     def remove(self, params: Params) -> Json:
         """{device}: pull the card out: from now on it answers as an empty slot does, until it is

@@ -54,7 +54,7 @@ class BusSpace(Space):
 
     def __init__(self, config: ConfigSpace, router: Router) -> None:
         self.table = DmaTable()
-        self.router = router
+        self.router: Router = router
         self.machine: Machine | None = None
         self.timing = UNTIMED
         self._config = config
@@ -68,6 +68,8 @@ class BusSpace(Space):
             raise AccessError(Cause.NO_BUS_MASTER, address, write=write)
         routed = self.router.route(address, size_bytes)
         size = routed.size_bytes
+        if routed.space is not None:
+            return routed.space.reach(address, size, write=write)
         if routed.view is not None:
             return Window(size, routed.view, Path.PEER, routed.target, self, address)
         found = self.table.reach(address, size, write=write)
@@ -86,6 +88,12 @@ class BusSpace(Space):
         """See :meth:`Space.book`."""
         timing = self.timing.of(window.path, window.target)
         return self._pipes.book(size_bytes, timing, began_s, write=write)
+
+    async def ready(self, address: int, *, write: bool) -> None:
+        """Wait until it is known how the switches stand."""
+        del address, write
+        if self.router.stale() and self.machine is not None and self._config.bus_master:
+            await self.router.refresh()
 
     async def fetch(self, address: int, size_bytes: int) -> bytes:
         """Ask QEMU, as this device: its IOMMU judges, and logs a fault with this requester."""
@@ -210,12 +218,14 @@ class Device:
         """It is gone: nothing of its memory is reachable any more; the device starts afresh."""
         self.bus.machine = None
         self.bus.table.clear()
+        self.bus.router.forget()
         self.interrupts.release()
         self.function_reset()
 
     def function_reset(self) -> None:
         """Stop all work and begin anew; mappings and interrupt descriptors stay."""
         self.witness.event(Event.RESET)
+        self.bus.router.invalidate()
         self.cancel_work()
         self.config.reset()
         self.call(self.reset)
@@ -245,6 +255,7 @@ class Device:
         size = len(data)
         if region == wire.Region.CONFIG:
             self._within(offset, size, len(self.config.bytes))
+            self.bus.router.invalidate()
             if self.config.write(offset, data):
                 self.function_reset()
             return

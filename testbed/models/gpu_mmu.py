@@ -10,7 +10,7 @@ from testbed.models.access import AccessError, Cause, Space, Window
 from testbed.models.faulting import FaultUnit
 from testbed.models.memory import SharedMemory
 from testbed.models.paging import TranslationCache, Untranslatable
-from testbed.models.registers import FaultCause, MmuControl, Replay
+from testbed.models.registers import Aperture, FaultCause, MmuControl, Replay
 from testbed.models.witness import Event, Path, Witness
 
 RUN_BYTES: Final = 8 << 20  # pages that continue each other are used together, up to so much
@@ -61,6 +61,9 @@ class VirtualSpace(Space):
     async def ready(self, address: int, *, write: bool) -> None:
         """Report a fault and wait for its replay, as often as it takes."""
         while self.control & MmuControl.ENABLE:
+            bus = self._aperture(Aperture.SYSTEM)
+            if bus is not None:
+                await bus.ready(address, write=write)
             try:
                 found = self._cache.find(self._vram, self.root, address, write=write)
             except Untranslatable as error:

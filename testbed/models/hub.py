@@ -4,7 +4,8 @@
 One JSON object a line, as the guest agent's protocol: ``{"id": 1, "method": "counters", "params":
 {"device": "gpu0"}}`` is answered by ``{"id": 1, "result": ...}`` or ``{"id": 1, "error": {"type":
 ..., "message": ...}}``, in order. Methods are those of :class:`testbed.models.control.Control`,
-carried out by the named device's process; ``devices`` is answered for all, the lost ones too.
+carried out by the named device's process; ``devices`` is answered for all, the lost ones too, and
+``routes`` and ``tree`` by the supervisor itself.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import contextlib
 import json
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -44,12 +45,19 @@ class Member:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
+Method = Callable[[Mapping[str, Any]], Awaitable[Any]]
+
+
 class Hub:
     """Serves any number of clients."""
 
-    def __init__(self, path: Path, members: Mapping[str, Member]) -> None:
+    def __init__(
+        self, path: Path, members: Mapping[str, Member], own: Mapping[str, Method] | None = None
+    ) -> None:
+        """``own`` are further methods, which raise Refused."""
         self._path = path
         self._members = members
+        self._own = own or {}
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.StreamWriter] = set()
 
@@ -154,12 +162,20 @@ class Hub:
     async def _do(self, method: str, params: Mapping[str, Any]) -> Any:
         if method == "devices":
             return await self.devices()
+        if method in self._own:
+            return await self._own[method](params)
         if method not in METHODS:
             raise Refused("InputError", f"no method '{method}'")
+        return await self.call(self.named(params), method, params)
+
+    def named(self, params: Mapping[str, Any]) -> str:
+        """The device that a request names; Refused if there is none."""
         name = params.get("device")
         if not isinstance(name, str):
             raise Refused("InputError", "'device' is missing or no str")
-        return await self.call(name, method, params)
+        if name not in self._members:
+            raise Refused("InputError", f"no device '{name}'")
+        return name
 
 
 def _lost(name: str, member: Member) -> Refused:

@@ -119,6 +119,7 @@ class RegionSpace(Space):
     async def ready(self, address: int, *, write: bool) -> None:
         """Read the page's entry; report a fault and wait for its replay, as often as it takes."""
         while True:
+            await self._bus.ready(address, write=write)
             region = self._allowed(address, write=write)
             if not region.flags & RegionFlag.ON_DEMAND:
                 return

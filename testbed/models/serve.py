@@ -25,15 +25,20 @@ from pathlib import Path
 from typing import Final
 
 from testbed.errors import HostError, InputError, TestbedError
+from testbed.machine.pci_tree import CHANGE_EVENTS
 from testbed.models import control
+from testbed.models.calls import Caller
+from testbed.models.change_log import ChangeLog
 from testbed.models.control import Control
 from testbed.models.device import Device
 from testbed.models.gpu import GpuModel
 from testbed.models.listener import Listener
+from testbed.models.live_routes import LiveRouter
 from testbed.models.memory import MemoryCache, SharedMemory
 from testbed.models.nic import NicModel
-from testbed.models.spec import DeviceSpec, MemorySpec, ServeSpec, parse
+from testbed.models.spec import DeviceSpec, MachineSpec, MemorySpec, ServeSpec, parse
 from testbed.models.supervisor import Lifeline, supervise
+from testbed.models.switchyard import Switchyard
 
 MAX_SPEC_BYTES: Final = 4 << 20
 TRUST: Final = "--trust"
@@ -82,9 +87,11 @@ class ModelProcess:
         on_change: Callable[[Device, socket.socket | None], None],
         *,
         trusted: bool = False,
+        routes: tuple[MachineSpec, Caller] | None = None,
     ) -> None:
-        """``on_change`` hears of each connection and its end. HostError if a memory cannot be
-        opened, InputError if the device cannot be made.
+        """``on_change`` hears of each connection and its end. ``routes``: the machine whose
+        switches route for the device, and who knows them. HostError if a memory cannot be opened,
+        InputError if the device cannot be made.
         """
         cache = MemoryCache()
         opened = {item.name: cache.add(_open_memory(item)) for item in memories}
@@ -92,8 +99,12 @@ class ModelProcess:
         device.bus.timing = spec.bus_timing
         for rule in spec.faults:
             device.rules.add(rule)
+        if routes is not None:
+            machine, caller = routes
+            log = ChangeLog(machine.log, CHANGE_EVENTS)
+            device.bus.router = LiveRouter(caller, log, opened, device.witness)
         self._listener = Listener(device, spec.socket, cache, on_change)
-        self.control = Control({spec.name: self._listener}, opened)
+        self.control = Control({spec.name: self._listener})
 
     async def open(self) -> None:
         """Open every socket. HostError, with all closed again, if one cannot be."""
@@ -110,7 +121,7 @@ class ModelProcess:
         self._listener.device.close()
 
 
-async def serve(process: ModelProcess, lifeline: Lifeline) -> None:
+async def serve(process: ModelProcess, lifeline: Lifeline, caller: Caller) -> None:
     """Serve until SIGTERM comes or the supervisor is gone."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -119,14 +130,18 @@ async def serve(process: ModelProcess, lifeline: Lifeline) -> None:
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     # Ctrl-C reaches the whole process group; the supervisor passes on what it means.
     loop.add_signal_handler(signal.SIGINT, lambda: None)
-    calls = loop.create_task(control.serve(lifeline.calls, process.control))
+    tasks = [
+        loop.create_task(control.serve(lifeline.calls, process.control)),
+        loop.create_task(caller.serve()),
+    ]
     gc.collect()
     gc.freeze()  # what is there now stays: the collector need not look at it after each command
     lifeline.ready()
     try:
         await stop.wait()
     finally:
-        calls.cancel()
+        for task in tasks:
+            task.cancel()
         process.close()
 
 
@@ -168,11 +183,25 @@ def _child(spec: ServeSpec, device: DeviceSpec, *, trusted: bool) -> Callable[[L
             from testbed.models.loading import limit_memory  # noqa: PLC0415  likewise
 
             limit_memory()
-        process = ModelProcess(device, spec.memories, lifeline.connection, trusted=trusted)
-        asyncio.run(serve(process, lifeline))
+        caller = Caller(lifeline.questions)
+        process = ModelProcess(
+            device,
+            spec.memories,
+            lifeline.connection,
+            trusted=trusted,
+            routes=(spec.machine, caller) if spec.machine else None,
+        )
+        asyncio.run(serve(process, lifeline, caller))
         return 0
 
     return lambda lifeline: _attempt(lambda: serve_it(lifeline))
+
+
+def _switchyard(spec: ServeSpec) -> Switchyard | None:
+    if spec.machine is None:
+        return None
+    functions = {device.function: device.name for device in spec.devices if device.function}
+    return Switchyard(spec.machine, spec.memories, functions)
 
 
 def _run(arguments: list[str]) -> int:
@@ -188,6 +217,7 @@ def _run(arguments: list[str]) -> int:
         control=spec.control,
         ready=spec.ready,
         owner_fd=0 if words[0] == STDIN else -1,
+        switchyard=_switchyard(spec),
     )
 
 

@@ -4,9 +4,11 @@
 ::
 
     {"control": "models.sock", "ready": "models.ready",
-     "memories": [{"name": "gpu0.vram", "fd": 100},
+     "machine": {"monitor": "qmp-models.sock", "log": "log/qemu.log"},
+     "memories": [{"name": "gpu0.vram", "fd": 100, "function": "gpu0-vram", "bar": 2},
                   {"name": "gpu1.vram", "path": "/proc/7/fd/101"}],
      "devices": [{"name": "gpu0", "kind": "gpu", "socket": "gpu0.vfu", "memory": "gpu0.vram",
+                  "function": "gpu0-engine",
                   "links": [{"peer": "host0/gpu1", "socket": "link0.sock", "listens": true}]},
                  {"name": "nic0", "kind": "nic", "socket": "nic0.vfu", "address": 1,
                   "wire": "nic0.wire", "peers": {"2": "../node1/nic0.wire"}},
@@ -14,7 +16,9 @@
 
 ``memories`` are the rack's memory files: a descriptor that the process inherits, or a path under
 /proc. A device of kind ``gpu`` names the one that is its video memory; all are known by name to the
-trace and to routes. ``ready`` (optional) is a file that is made when every socket is there. Paths
+trace and to routes. ``machine`` (optional) is where its QEMU tells its PCI tree: without it nothing
+is routed below the IOMMU. ``function`` is QEMU's identifier of a device, or of the one whose BAR a
+memory is. ``ready`` (optional) is a file that is made when every socket is there. Paths
 are relative to the process's working directory.
 """
 
@@ -38,12 +42,22 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
+class MachineSpec:
+    """The QEMU that the models are plugged into: a QMP socket of ours, and the log it writes."""
+
+    monitor: Path
+    log: Path
+
+
+@dataclass(frozen=True)
 class MemorySpec:
-    """One memory file: ``fd`` (an inherited one) or ``path``."""
+    """One memory file: ``fd`` (an inherited one) or ``path``; and the BAR that shows it, if any."""
 
     name: str
     fd: int = -1
     path: Path | None = None
+    function: str = ""
+    bar: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,7 @@ class DeviceSpec:
     name: str
     kind: str
     socket: Path
+    function: str = ""
     memory: str = ""
     links: tuple[LinkEnd, ...] = ()
     address: int = 0
@@ -86,6 +101,7 @@ class ServeSpec:
     memories: tuple[MemorySpec, ...]
     devices: tuple[DeviceSpec, ...]
     ready: Path | None = None
+    machine: MachineSpec | None = None
 
 
 class _Reader:
@@ -138,6 +154,7 @@ def parse(data: object) -> ServeSpec:
         _device(item, f"devices[{number}]")
         for number, item in enumerate(reader.take("devices", list))
     )
+    machine = reader.take("machine", dict, {})
     reader.end()
     for what, names in (
         ("memory", [memory.name for memory in memories]),
@@ -153,7 +170,16 @@ def parse(data: object) -> ServeSpec:
     for device in devices:
         if device.memory and device.memory not in known:
             raise InputError(f"device '{device.name}': no memory '{device.memory}'")
-    return ServeSpec(control, memories, devices, Path(ready) if ready else None)
+    return ServeSpec(control, memories, devices, Path(ready) if ready else None, _machine(machine))
+
+
+def _machine(data: Mapping[str, object]) -> MachineSpec | None:
+    if not data:
+        return None
+    reader = _Reader(data, "machine")
+    machine = MachineSpec(reader.path("monitor"), Path(reader.take("log", str)))
+    reader.end()
+    return machine
 
 
 def _memory(data: object, where: str) -> MemorySpec:
@@ -161,10 +187,12 @@ def _memory(data: object, where: str) -> MemorySpec:
     name = reader.take("name", str)
     fd = reader.take("fd", int, -1)
     path = reader.take("path", str, "")
+    function = reader.take("function", str, "")
+    bar = reader.take("bar", int, 0)
     reader.end()
     if (fd < 0) == (not path):
         raise InputError(f"{where}: either 'fd' or 'path'")
-    return MemorySpec(name, fd, Path(path) if path else None)
+    return MemorySpec(name, fd, Path(path) if path else None, function, bar)
 
 
 def _device(data: object, where: str) -> DeviceSpec:
@@ -174,6 +202,7 @@ def _device(data: object, where: str) -> DeviceSpec:
         name=reader.take("name", str),
         kind=reader.take("kind", str),
         socket=reader.path("socket"),
+        function=reader.take("function", str, ""),
         memory=reader.take("memory", str, ""),
         links=tuple(
             _link(item, f"{where}.links[{number}]")

@@ -7,7 +7,9 @@ connection. When a child dies, in whatever way, its connection stays open, and t
 answers on it as a slot answers whose card was pulled out: reads are all ones, all else goes
 nowhere. The guest sees one lost device; the machine and the other devices go on.
 
-The supervisor also serves the control socket (:mod:`testbed.models.hub`).
+The supervisor also serves the control socket (:mod:`testbed.models.hub`), tells the devices how the
+machine's switches route (:mod:`testbed.models.switchyard`) and carries what goes from one device to
+another's registers.
 """
 
 from __future__ import annotations
@@ -23,15 +25,19 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from testbed.errors import ExitCode
+from testbed.models.calls import CallFailed, answer_calls
 from testbed.models.config import Identity
+from testbed.models.control import REGISTER
 from testbed.models.device import Device
-from testbed.models.hub import Hub, Member
+from testbed.models.hub import Hub, Member, Refused
 from testbed.models.memory import MemoryCache
 from testbed.models.server import Session
+from testbed.models.switchyard import NoTree, Switchyard
 
 END_TIMEOUT_S: Final = 5.0
 MAX_WORDS: Final = 4096
@@ -47,12 +53,16 @@ class PulledOut(Device):
 class Lifeline:
     """A child's end: tells the supervisor of connections, and of being ready.
 
-    ``words`` carries that; ``calls`` is a stream of control requests, one JSON object a line.
+    ``words`` carries that; ``calls`` is a stream of control requests, one JSON object a line, and
+    ``questions`` one of what the device asks (:mod:`testbed.models.calls`).
     """
 
-    def __init__(self, words: socket.socket, calls: socket.socket) -> None:
+    def __init__(
+        self, words: socket.socket, calls: socket.socket, questions: socket.socket
+    ) -> None:
         self.socket = words
         self.calls = calls
+        self.questions = questions
 
     def ready(self) -> None:
         """Every socket is open."""
@@ -79,17 +89,28 @@ class _Child:
     pid: int
     words: socket.socket
     calls: socket.socket
+    questions: socket.socket
     held: socket.socket | None = None  # a second descriptor of its machine's connection
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     dead: asyncio.Event = field(default_factory=asyncio.Event)
     status: int = 0  # valid once it is dead; see `_exit_status`
+
+    @property
+    def sockets(self) -> tuple[socket.socket, ...]:
+        """The supervisor's ends of what connects the two."""
+        return self.words, self.calls, self.questions
 
 
 class Supervisor:
     """The parent's end, in a running loop."""
 
     def __init__(
-        self, children: Mapping[str, _Child], control: Path, ready: Path | None, owner_fd: int
+        self,
+        children: Mapping[str, _Child],
+        control: Path,
+        ready: Path | None,
+        owner_fd: int,
+        switchyard: Switchyard | None,
     ) -> None:
         self._children = children
         self._ready = ready
@@ -99,8 +120,12 @@ class Supervisor:
         self._failed = asyncio.Event()  # one ended before it was ready
         self._serving = False
         self._bereaved = False
+        self._switchyard = switchyard
+        self._answering: list[asyncio.Task[None]] = []
         self._hub = Hub(
-            control, {child.name: Member(child.pid, child.calls) for child in children.values()}
+            control,
+            {child.name: Member(child.pid, child.calls) for child in children.values()},
+            {"routes": self._routes, "tree": self._tree},
         )
 
     async def run(self) -> int:
@@ -111,6 +136,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for child in self._children.values():
             self._watch(child)
+            answer = answer_calls(child.questions, partial(self._answer, child.name))
+            self._answering.append(loop.create_task(answer))
         if self._owner_fd >= 0:
             with contextlib.suppress(PermissionError):  # a file: it has no end to wait for
                 loop.add_reader(self._owner_fd, self._owner_spoke)
@@ -122,6 +149,10 @@ class Supervisor:
                 await self._stop.wait()
             return await self._end()
         finally:
+            for task in self._answering:
+                task.cancel()
+            if self._switchyard is not None:
+                self._switchyard.close()
             for child in self._children.values():
                 if child.held is not None:
                     child.held.close()
@@ -209,6 +240,37 @@ class Supervisor:
     def _session_ended(self, session: Session, _reason: str) -> None:
         self._sessions.discard(session)
 
+    async def _answer(self, device: str, method: str, params: Mapping[str, Any]) -> Any:
+        """What a device's process asks; CallFailed if there is no answer."""
+        try:
+            if method == REGISTER:
+                return await self._hub.call(params["device"], REGISTER, params)
+            return await self._ask_switchyard().routes(device, params["seen"])
+        except (NoTree, Refused) as error:
+            raise CallFailed(str(error)) from error
+
+    def _ask_switchyard(self) -> Switchyard:
+        if self._switchyard is None:
+            raise Refused("InputError", "the specification names no machine to ask")
+        return self._switchyard
+
+    async def _routes(self, params: Mapping[str, Any]) -> Any:
+        """{device} → what becomes of its requests: by range, where they end and why; the rest goes
+        upstream. As the machine stands now.
+        """
+        name = self._hub.named(params)
+        try:
+            return (await self._ask_switchyard().routes(name))["routes"]
+        except NoTree as error:
+            raise Refused("NoTree", str(error)) from error
+
+    async def _tree(self, _params: Mapping[str, Any]) -> Any:
+        """The machine's PCI tree as it stands now."""
+        try:
+            return await self._ask_switchyard().tree()
+        except NoTree as error:
+            raise Refused("NoTree", str(error)) from error
+
     def _owner_spoke(self) -> None:
         if not os.read(self._owner_fd, MAX_WORDS):
             asyncio.get_running_loop().remove_reader(self._owner_fd)
@@ -262,6 +324,7 @@ def _exit_status(pid: int) -> int:
 def _fork(name: str, main: ChildMain, others: list[_Child]) -> _Child:
     words, their_words = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     calls, their_calls = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    questions, their_questions = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     supervisor = os.getpid()
     pid = os.fork()
     if not pid:
@@ -270,16 +333,17 @@ def _fork(name: str, main: ChildMain, others: list[_Child]) -> _Child:
             # A model that hangs must not outlive its supervisor either.
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() == supervisor:
-                for end in (words, calls, *(s for c in others for s in (c.words, c.calls))):
+                for end in (words, calls, questions, *(s for c in others for s in c.sockets)):
                     end.close()
-                status = main(Lifeline(their_words, their_calls))
+                status = main(Lifeline(their_words, their_calls, their_questions))
         finally:
             sys.stderr.flush()
             os._exit(status)
     their_words.close()
     their_calls.close()
+    their_questions.close()
     words.setblocking(False)
-    return _Child(name, pid, words, calls)
+    return _Child(name, pid, words, calls, questions)
 
 
 def supervise(
@@ -288,11 +352,13 @@ def supervise(
     control: Path,
     ready: Path | None = None,
     owner_fd: int = -1,
+    switchyard: Switchyard | None = None,
 ) -> int:
     """Run each of ``children`` in a process of its own, and outlive them.
 
     :param control: the control socket to serve. :param ready: a file to make when all serve.
     :param owner_fd: its end of file is the end, as SIGTERM is; -1 for none.
+    :param switchyard: knows the machine's switches; closed here.
     :returns: the exit status.
     """
     sys.stdout.flush()
@@ -303,11 +369,11 @@ def supervise(
 
     async def run() -> int:
         by_name = {child.name: child for child in forked}
-        return await Supervisor(by_name, control, ready, owner_fd).run()
+        return await Supervisor(by_name, control, ready, owner_fd, switchyard).run()
 
     try:
         return min(asyncio.run(run()), 255)
     finally:
         for child in forked:
-            child.words.close()
-            child.calls.close()
+            for end in child.sockets:
+                end.close()

@@ -43,6 +43,9 @@ class Event(StrEnum):
     UNMAP = "dma_unmaps"
     RESET = "resets"
     INJECTED = "injected"
+    ROUTES_READ = "routes_read"  # how the switches above route was found out anew
+    ROUTES_UNKNOWN = "routes_unknown"  # it could not be: an access that went up for that reason
+    PEER_UNREACHABLE = "peers_unreachable"  # routed to what only QEMU reaches, and sent up
     MODEL_ERROR = "model_errors"  # an exception in the model's own code
 
 

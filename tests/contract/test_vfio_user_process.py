@@ -350,11 +350,6 @@ class TestControl:
             client.write(hw.Common.DOORBELL_NOTIFY, 5)
             assert client.read(hw.Common.NOTIFIED) == 0
 
-    def test_routes(self, process: Process) -> None:
-        route = {"address": 1 << 32, "size_bytes": 4096, "memory": "gpu1.vram", "offset": 4096}
-        process.call("routes", device="gpu0", routes=[route])
-        process.call("routes", device="gpu0", routes=[])
-
     def test_surprise_removal(self, process: Process) -> None:
         with process.connect("gpu0.vfu") as connection:
             client = Vfio(connection)
@@ -381,8 +376,11 @@ class TestControl:
             ("link", {"device": "nic0", "peer": "gpu0"}, "no links"),
             ("link", {"device": "gpu0", "peer": "gpu7"}, "no link to 'gpu7'"),
             ("link", {"device": "gpu0", "peer": "gpu1", "latency_s": -1}, "latency_s"),
-            ("routes", {"device": "gpu0", "routes": [1]}, "a route is an object"),
-            ("routes", {"device": "gpu0", "routes": [{"memory": "x"}]}, "no memory 'x'"),
+            ("routes", {}, "'device'"),
+            ("routes", {"device": "gpu9"}, "no device 'gpu9'"),
+            ("routes", {"device": "gpu0"}, "names no machine"),
+            ("tree", {}, "names no machine"),
+            ("register", {"device": "gpu0", "bar": 0, "offset": 0}, "no method 'register'"),
             ("remove", {"device": "gpu0"}, "no machine has 'gpu0'"),
         ],
     )
