@@ -9,6 +9,7 @@ from guest_agent.p2p.attachment import Attachment, Importer, Mapping
 from guest_agent.p2p.buffer import Buffer
 from guest_agent.p2p.clock import ManualClock
 from guest_agent.p2p.core import Core
+from guest_agent.p2p.events import Recorder
 from guest_agent.p2p.interconnect import PRIVATE_KINDS, Constraints, Kind, Offer, Placement
 from guest_agent.p2p.negotiate import Forwarder
 from guest_agent.p2p.policies import BEST_QUALITY, Policy
@@ -76,12 +77,18 @@ class Machine:
         policy: Policy = BEST_QUALITY,
         forwarder: Forwarder | None = None,
         vram_bytes: int = 1 << 24,
+        keep_events: int = 10_000,
     ) -> None:
         self.clock = ManualClock()
         self.backend = MemoryBackend(self.clock, vram_bytes)
         self.topology = topology or tree()
         self.core = Core(
-            self.backend, self.topology, self.clock, policy=policy, forwarder=forwarder
+            self.backend,
+            self.topology,
+            self.clock,
+            policy=policy,
+            forwarder=forwarder,
+            events=Recorder(self.clock, keep_events),
         )
         self.exporter = Task("gpu0 driver")
         self.told: list[str] = []
