@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 MAX_TIMEOUT_S = 300.0
 
 
-def _check_timeout(timeout_s: float) -> None:
+def check_timeout(timeout_s: float) -> None:
+    """:raises ParameterError: longer than a call may take."""
     if timeout_s > MAX_TIMEOUT_S:
         raise ParameterError(f"timeout_s: at most {MAX_TIMEOUT_S:.0f}, not {timeout_s}")
 
@@ -40,13 +41,19 @@ def _check_access(access: str) -> None:
         raise ParameterError(f"access: {access!r} is neither read nor write")
 
 
+registry.area("gpu", "guest_agent.gpu_methods")
+registry.area("nic", "guest_agent.nic_methods")
+registry.area("nvme", "guest_agent.storage_methods")
+registry.area("p2pmem", "guest_agent.storage_methods")
+
+
 class Agent(KernelMethods):
     """State of one channel: buffers, containers, engines by number, and the kernel log's reader."""
 
     def __init__(self) -> None:
         super().__init__()
         self._containers: dict[int, VfioContainer | RawContainer] = {}
-        self._engines: dict[int, Engine] = {}
+        self.engines: dict[int, Engine] = {}
         self._next = 1
         self._buffers_made: Buffers | None = None
         self._log_made: KernelLog | None = None
@@ -65,7 +72,7 @@ class Agent(KernelMethods):
             except Exception as error:  # the rest must still be given back
                 problems.append(f"{type(error).__name__}: {error}")
 
-        for engine in self._engines.values():
+        for engine in self.engines.values():
             attempt(engine.close)
         for container in self._containers.values():
             attempt(container.close)
@@ -74,13 +81,14 @@ class Agent(KernelMethods):
             attempt(self._buffers_made.close)
         if self._log_made is not None:
             attempt(self._log_made.close)
-        self._engines.clear()
+        self.engines.clear()
         self._containers.clear()
         self._buffers_made = self._log_made = None
         return problems
 
     @property
-    def _buffers(self) -> Buffers:
+    def buffers(self) -> Buffers:
+        """Memory that was allocated by name."""
         if self._buffers_made is None:
             from guest_agent.hw.memory import Buffers
 
@@ -108,10 +116,11 @@ class Agent(KernelMethods):
     def _held(self) -> set[str]:
         return {bdf for container in self._containers.values() for bdf in container.devices}
 
-    def _engine(self, number: int) -> Engine:
-        if number not in self._engines:
+    def engine(self, number: int) -> Engine:
+        """The engine of that number. :raises ParameterError: there is none."""
+        if number not in self.engines:
             raise ParameterError(f"engine: there is no {number}")
-        return self._engines[number]
+        return self.engines[number]
 
     def _vfio(self, number: int) -> VfioContainer:
         from guest_agent.hw.vfio import VfioContainer
@@ -121,11 +130,14 @@ class Agent(KernelMethods):
             raise ParameterError(f"container: {number} is no VFIO container")
         return container
 
-    def _region(self, name: str, target: Mapping[str, Any]) -> Region:
-        """``{"ram": name}`` or ``{"bar": bdf, "index": 2}``, perhaps with an ``offset`` beside."""
+    def region(self, name: str, target: Mapping[str, Any]) -> Region:
+        """The memory that a call names as ``{"ram": name}`` or ``{"bar": bdf, "index": 2}``.
+
+        It may name an ``offset`` beside. :raises ParameterError: there is no such memory.
+        """
         if "ram" in target:
             rpc.check_parts(name, target, {"ram": "str"}, {"offset": "int"})
-            return self._buffers.get(target["ram"])
+            return self.buffers.get(target["ram"])
         rpc.check_parts(name, target, {"bar": "str", "index": "int"}, {"offset": "int"})
         return self._device(f"{name}.bar", target["bar"]).region(target["index"])
 
@@ -221,7 +233,7 @@ class Agent(KernelMethods):
         page_bytes: int = 0,
     ) -> dict[str, Any]:
         self._vfio(container).map(
-            self._region("source", source),
+            self.region("source", source),
             source.get("offset", 0),
             iova,
             size_bytes,
@@ -241,8 +253,8 @@ class Agent(KernelMethods):
         if container not in self._containers:
             raise ParameterError(f"container: there is no {container}")
         devices = set(self._containers[container].devices.values())
-        for each in [n for n, engine in self._engines.items() if engine.device in devices]:
-            self._engines.pop(each).close()
+        for each in [n for n, engine in self.engines.items() if engine.device in devices]:
+            self.engines.pop(each).close()
         return {"restored": self._containers.pop(container).close()}
 
     @registry.method("irq.arm")
@@ -252,18 +264,18 @@ class Agent(KernelMethods):
 
     @registry.method("irq.wait")
     def _irq_wait(self, *, device: str, timeout_s: float, vector: int = 0) -> dict[str, int]:
-        _check_timeout(timeout_s)
+        check_timeout(timeout_s)
         return {"count": self._device("device", device).wait(vector, timeout_s)}
 
     # ---- memory
 
     @registry.method("memory.alloc")
     def _memory_alloc(self, *, name: str, size_bytes: int) -> dict[str, int | None]:
-        return {"physical": self._buffers.alloc(name, size_bytes)}
+        return {"physical": self.buffers.alloc(name, size_bytes)}
 
     @registry.method("memory.free")
     def _memory_free(self, *, name: str) -> dict[str, Any]:
-        self._buffers.free(name)
+        self.buffers.free(name)
         return {}
 
     @registry.method("memory.fill")
@@ -272,7 +284,7 @@ class Agent(KernelMethods):
     ) -> dict[str, Any]:
         from guest_agent.hw import memory
 
-        memory.fill(self._region("target", target), offset, size_bytes, seed)
+        memory.fill(self.region("target", target), offset, size_bytes, seed)
         return {}
 
     @registry.method("memory.checksum")
@@ -281,7 +293,7 @@ class Agent(KernelMethods):
     ) -> dict[str, Any]:
         from guest_agent.hw import memory
 
-        return memory.checksum(self._region("target", target), offset, size_bytes)
+        return memory.checksum(self.region("target", target), offset, size_bytes)
 
     @registry.method("memory.read")
     def _memory_read(
@@ -291,7 +303,7 @@ class Agent(KernelMethods):
 
         if size_bytes > memory.MAX_READ_BYTES:
             raise ParameterError(f"size_bytes: at most {memory.MAX_READ_BYTES} at once")
-        return {"hex": self._region("target", target).read(offset, size_bytes).hex()}
+        return {"hex": self.region("target", target).read(offset, size_bytes).hex()}
 
     @registry.method("memory.write")
     def _memory_write(
@@ -305,7 +317,7 @@ class Agent(KernelMethods):
             data = bytes.fromhex(hex)
         except ValueError:
             raise ParameterError("hex: not pairs of hexadecimal digits") from None
-        self._region("target", target).write(offset, data)
+        self.region("target", target).write(offset, data)
         return {}
 
     # ---- engines
@@ -318,7 +330,7 @@ class Agent(KernelMethods):
 
         driver = engine_class(kind)
         function = self._device("device", device)
-        if any(engine.device is function for engine in self._engines.values()):
+        if any(engine.device is function for engine in self.engines.values()):
             raise ParameterError(f"device: {device} has an engine already")
         memory = None
         if scratch is not None:
@@ -328,7 +340,7 @@ class Agent(KernelMethods):
                 {"iova": "int", "target": "dict[str, Any]", "size_bytes": "int"},
                 {"offset": "int"},
             )
-            region = self._region("scratch.target", scratch["target"])
+            region = self.region("scratch.target", scratch["target"])
             memory = Scratch(
                 region, scratch.get("offset", 0), scratch["size_bytes"], scratch["iova"]
             )
@@ -336,7 +348,7 @@ class Agent(KernelMethods):
         engine = driver(function, memory)
         engine.open()
         number = self._number()
-        self._engines[number] = engine
+        self.engines[number] = engine
         return {
             "engine": number,
             "granule_bytes": engine.granule_bytes,
@@ -354,15 +366,15 @@ class Agent(KernelMethods):
         size_bytes: int,
         timeout_s: float = 10.0,
     ) -> dict[str, Any]:
-        _check_timeout(timeout_s)
-        return self._engine(engine).copy(source_iova, target_iova, size_bytes, timeout_s)
+        check_timeout(timeout_s)
+        return self.engine(engine).copy(source_iova, target_iova, size_bytes, timeout_s)
 
     @registry.method("engine.write32")
     def _engine_write32(
         self, *, engine: int, iova: int, value: int, timeout_s: float = 10.0
     ) -> dict[str, Any]:
-        _check_timeout(timeout_s)
-        return self._engine(engine).write32(iova, value, timeout_s)
+        check_timeout(timeout_s)
+        return self.engine(engine).write32(iova, value, timeout_s)
 
     @registry.method("engine.storm")
     def _engine_storm(
@@ -374,9 +386,9 @@ class Agent(KernelMethods):
         access: str = "read",
         timeout_s: float = 10.0,
     ) -> dict[str, Any]:
-        _check_timeout(timeout_s)
+        check_timeout(timeout_s)
         _check_access(access)
-        return self._engine(engine).storm(iova, count, access, timeout_s)
+        return self.engine(engine).storm(iova, count, access, timeout_s)
 
     @registry.method("engine.burst")
     def _engine_burst(
@@ -384,12 +396,12 @@ class Agent(KernelMethods):
     ) -> dict[str, Any]:
         from guest_agent.hw.engine import burst
 
-        _check_timeout(timeout_s)
+        check_timeout(timeout_s)
         _check_access(access)
-        return burst([self._engine(each) for each in engines], iova, access, timeout_s)
+        return burst([self.engine(each) for each in engines], iova, access, timeout_s)
 
     @registry.method("engine.close")
     def _engine_close(self, *, engine: int) -> dict[str, Any]:
-        self._engine(engine).close()
-        del self._engines[engine]
+        self.engine(engine).close()
+        del self.engines[engine]
         return {}

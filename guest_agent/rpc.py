@@ -51,6 +51,10 @@ def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _is_objects(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
 # A parameter's annotation, as text, decides how it is checked and what the error says.
 _KINDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "int": (_is_int, "an integer ≥ 0"),
@@ -59,6 +63,7 @@ _KINDS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "str": (lambda value: isinstance(value, str), "a string"),
     "list[int]": (_is_numbers, "a list of integers ≥ 0"),
     "list[str]": (_is_names, "a list of strings"),
+    "list[dict[str, Any]]": (_is_objects, "a list of objects"),
     "dict[str, Any]": (lambda value: isinstance(value, dict), "an object"),
 }
 
@@ -95,6 +100,11 @@ class Registry:
 
     def __init__(self) -> None:
         self._methods: dict[str, tuple[Method, dict[str, str], frozenset[str]]] = {}
+        self._areas: dict[str, str] = {}
+
+    def area(self, prefix: str, module: str) -> None:
+        """Methods ``prefix.*`` are in ``module``, which is loaded when one is first called."""
+        self._areas[prefix] = module
 
     def method(self, name: str) -> Callable[[Method], Method]:
         """Decorate the function that answers ``name``.
@@ -120,11 +130,15 @@ class Registry:
         return add
 
     def names(self) -> list[str]:
-        """All methods, sorted."""
+        """All methods, sorted; loads every area."""
+        for prefix in list(self._areas):
+            self._load(prefix)
         return sorted(self._methods)
 
     def call(self, name: str, params: Mapping[str, object], *before: object) -> Any:
         """Check ``params`` and call; ``before`` are the method's positional arguments."""
+        if name not in self._methods:
+            self._load(name.partition(".")[0])
         found = self._methods.get(name)
         if found is None:
             raise UnknownMethodError(f"no method {_short(name)}")
@@ -138,6 +152,12 @@ class Registry:
             if each in required and each not in params:
                 raise ParameterError(f"{each}: missing")
         return function(*before, **params)
+
+    def _load(self, prefix: str) -> None:
+        module = self._areas.get(prefix)
+        if module is not None:
+            __import__(module)
+            del self._areas[prefix]
 
 
 def serve(registry: Registry, target: object, read_fd: int, write_fd: int) -> None:
