@@ -25,6 +25,46 @@ from testbed.results.verdicts import Outcome, RequirementResult, by_requirement,
 
 SCHEMA = "testbed.run/1"
 FILE_NAME = "record.json"
+SUITE = "suite"  # who wanted a fault: a shipped suite, to judge what it does
+
+
+@dataclass(frozen=True)
+class RuleRecord:
+    """A fault rule: its words, who wanted it (``topology``, ``command``, ``test`` or, as a part of
+    what it judges, ``suite``), and how many of the accesses that it saw it struck.
+    """
+
+    name: str
+    by: str
+    armed: bool
+    seen: int
+    struck: int
+
+
+@dataclass(frozen=True)
+class ActionRecord:
+    """Something else that was done to a device on purpose: ``engine stuck``, by whom."""
+
+    what: str
+    by: str
+
+
+@dataclass(frozen=True)
+class DeviceRecord:
+    """One model device at the end of its rack.
+
+    ``rack``      which of the run's racks: ``rack``, ``rack-scalable`` …
+    ``counters``  by path, and ``events``, since the rack began; empty if they could not be asked.
+    ``lost``      the exit status of its model if that has died (256 + signal), else None.
+    """
+
+    rack: str
+    node: str
+    device: str
+    lost: int | None = None
+    counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    rules: tuple[RuleRecord, ...] = ()
+    actions: tuple[ActionRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,6 +76,7 @@ class RunRecord:
     ``topology``   the rack as resolved (no templates left), as plain data.
     ``command``    the words that started it, to be typed again.
     ``mutation``   the deliberate break in force, or "" (see :mod:`testbed.suites.mutations`).
+    ``devices``    every model device of every rack: what it moved by which path, what was injected.
     ``started``    UTC, ISO 8601.
     ``exit_code``  what the process answered.
     """
@@ -50,6 +91,7 @@ class RunRecord:
     requirements: tuple[RequirementResult, ...]
     exit_code: int
     mutation: str = ""
+    devices: tuple[DeviceRecord, ...] = ()
     tool_version: str = __version__
     schema: str = SCHEMA
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -65,6 +107,25 @@ class RunInfo:
     host: Mapping[str, Any] = field(default_factory=dict)
     topology: Mapping[str, Any] = field(default_factory=dict)
     mutation: str = ""
+    devices: tuple[DeviceRecord, ...] = ()
+
+
+def injected(record: RunRecord) -> tuple[str, ...]:
+    """What went wrong on purpose in the racks of the run, one line each; or by itself, if a
+    device's model died. A suite's own faults are part of what it judges, and are not named.
+    """
+    lines: list[str] = []
+    for device in record.devices:
+        name = f"{device.node}/{device.device}"
+        lines += [
+            f"{name}: {rule.name}, struck {rule.struck}"
+            for rule in device.rules
+            if rule.by != SUITE
+        ]
+        lines += [f"{name}: {action.what}" for action in device.actions if action.by != SUITE]
+        if device.lost is not None:
+            lines.append(f"{name}: its model died")
+    return tuple(lines)
 
 
 def make_record(
@@ -79,6 +140,7 @@ def make_record(
         host=info.host,
         topology=info.topology,
         mutation=info.mutation,
+        devices=info.devices,
         outcomes=outcomes,
         requirements=by_requirement(outcomes),
         exit_code=int(exit_code(outcomes) if code is None else code),

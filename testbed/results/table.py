@@ -10,8 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from testbed.results.ktap import one_line
-from testbed.results.record import RunRecord
+from testbed.results.record import RunRecord, injected
 from testbed.results.verdicts import Verdict, combine, count
+
+_SHOWN = 3  # injected faults in the summary; the record has all
 
 _STYLES = {
     Verdict.PASS: "green",
@@ -54,6 +56,10 @@ def summary(record: RunRecord, run_dir: Path) -> str:
     numbers = ", ".join(f"{n} {verdict.lower()}" for verdict, n in counts.items() if n)
     word = combine(o.verdict for o in record.outcomes) if record.outcomes else "no tests"
     broken = f" with --break {record.mutation}" if record.mutation else ""
+    faults = injected(record)
+    if faults:
+        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        broken += f" with faults injected ({'; '.join(faults[:_SHOWN])}{more})"
     return (
         f"{word}: {numbers or 'nothing ran'} in {record.duration_s:.1f} s{broken}"
         f" (exit {record.exit_code}); everything is in {run_dir}"

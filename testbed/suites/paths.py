@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from testbed.results.judging import Judgement, Moved, judge_path
+from testbed.results.record import SUITE
 from testbed.suites.interface import RackNode
 from testbed.topology.plan import MODEL_KINDS, Function
 
@@ -49,6 +50,7 @@ class DeviceWitness:
         rule: dict[str, Any] = {
             "name": _LOSE_RULE,
             "action": "drop",
+            "by": SUITE,
             "write": True,
             "start": iova,
             "end": iova + size_bytes,

@@ -18,7 +18,9 @@ Fixtures: ``rack`` is the running rack (:class:`testbed.suites.racks.LiveRack`; 
 what is dear to make); ``observe`` takes evidence and judgements
 (:class:`testbed.suites.observer.Observer`); ``variant("name")`` is another rack, which the module's
 function ``rack_variants(topology)`` describes and which boots in the background; ``mutation`` is
-the deliberate break in force (:mod:`testbed.suites.mutations`).
+the deliberate break in force (:mod:`testbed.suites.mutations`); ``faults`` lets model devices go
+wrong and takes it back, ``witness("gpu0")`` counts what one does in a ``with`` block
+(:mod:`testbed.suites.device_faults`, docs/faults.md).
 
 Markers: ``requirement("ID", …)`` names what a test shows; ``gated_by("ID")`` skips it unless the
 tests of ID have passed before.
@@ -31,13 +33,15 @@ Without one of its options this plugin does nothing, and importing it costs noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from testbed.devices import Watch
+    from testbed.suites.device_faults import Faults
     from testbed.suites.mutations import Mutation
     from testbed.suites.observer import Observer
     from testbed.suites.racks import LiveRack
@@ -127,6 +131,24 @@ def mutation(request: pytest.FixtureRequest) -> Mutation:
 def observe(request: pytest.FixtureRequest) -> Observer:
     """Takes the test's evidence and judgements."""
     return _session(request).observer(request.node)
+
+
+@pytest.fixture
+def faults(rack: LiveRack) -> Iterator[Faults]:
+    """Faults on purpose in model devices; taken back at the end of the test, or it is an ERROR."""
+    from testbed.suites.device_faults import Faults  # noqa: PLC0415  nothing to import when unused
+
+    injected = Faults(rack)
+    yield injected
+    injected.disarm()
+
+
+@pytest.fixture(scope="session")
+def witness(rack: LiveRack) -> Callable[[str], Watch]:
+    """``with witness("gpu0") as watch``: by which paths it moved how much, and what happened."""
+    from testbed.devices import find_device  # noqa: PLC0415  nothing to import when unused
+
+    return lambda word: find_device(rack.nodes, word).watch()
 
 
 def _session(request: pytest.FixtureRequest) -> ConformanceSession:

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from testbed.errors import CapabilityMissing, TestbedError
+from testbed.results.record import DeviceRecord
+from testbed.suites.device_records import records
 from testbed.suites.interface import Rack, RackNode, RackSource
 from testbed.topology.model import Topology
 from testbed.topology.plan import RackPlan
 
 T = TypeVar("T")
 
-MAX_STARTS = 4
+MAX_DEATHS = 4
 
 
 class LiveRack:
@@ -33,12 +35,14 @@ class LiveRack:
         self._topology = topology
         self._label = label
         self._starts = 0
+        self._deaths = 0
         self._future: Future[Rack] | None = None
         self._why_gone = ""
         self._kept: dict[object, tuple[object, Callable[[Any], None]]] = {}
         self.waited_s = 0.0  # in all, for machines to boot
         self.touched = False  # by the test that runs
         self.last_versions: Mapping[str, Any] = {}
+        self.devices: list[DeviceRecord] = []  # of its machines that have ended
 
     def start(self) -> None:
         """Begin to boot in the background, if that has not been done."""
@@ -84,10 +88,16 @@ class LiveRack:
     def lost(self, test: str) -> None:
         """The machine died in ``test``: end what is left of it; :meth:`get` boots another."""
         self._kept.clear()
+        self._deaths += 1
         if not self._source.restartable:
             self._why_gone = f"rack {self._label} died in {test}, and is not ours to start again"
-        elif self._starts >= MAX_STARTS:
-            self._why_gone = f"rack {self._label} died {self._starts} times, last in {test}"
+        elif self._deaths >= MAX_DEATHS:
+            self._why_gone = f"rack {self._label} died {self._deaths} times, last in {test}"
+        self._end()
+
+    def renew(self) -> None:
+        """A test has broken a part of the machine for good: end it; :meth:`get` boots another."""
+        self._kept.clear()
         self._end()
 
     @property
@@ -137,6 +147,7 @@ class LiveRack:
     def _end(self, *, wait: bool = True) -> None:
         future, self._future = self._future, None
         if future is not None and (wait or future.done()) and future.exception() is None:
+            self.devices += records(future.result(), self._label)
             future.result().close()
 
     @property
@@ -197,6 +208,10 @@ class RackPool:
     def all(self) -> list[LiveRack]:
         """The main rack first."""
         return [self.main, *self._variants.values()]
+
+    def devices(self) -> list[DeviceRecord]:
+        """The model devices of all racks that have ended."""
+        return [device for rack in self.all() for device in rack.devices]
 
     def waited_s(self) -> float:
         """What tests have waited for machines to boot, in all."""

@@ -89,6 +89,7 @@ def run_engines(
     writer = _Writer(run_dir, command or sys.argv)
     ktap.plan(len(sources) + 1)
     found: dict[str, list[Outcome]] = {}
+    devices: list[record.DeviceRecord] = []
     session = None
     for engine, source in sources.items():
         if isinstance(source, CapabilityMissing):
@@ -99,6 +100,7 @@ def run_engines(
         folder.mkdir(mode=0o700, exist_ok=True)
         session = _run_session(choice, source, folder, ktap.subtest(engine))
         found[engine] = session.outcomes
+        devices += session.devices
         ktap.subtest_ended(engine, session.outcomes)
         if session.interrupted:
             break
@@ -109,6 +111,7 @@ def run_engines(
         outcomes.append(agreement(found))
         ktap.outcome(outcomes[-1])
     session.outcomes[:] = outcomes
+    session.devices[:] = devices
     return _conclude(writer, session, ktap, run_dir, console)
 
 
@@ -240,6 +243,7 @@ class _Writer:
             host=_host(),
             topology=to_data(session.pool.source.topology),
             mutation=session.mutation,
+            devices=tuple(session.devices),
         )
         written = record.make_record(
             info,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import pytest
 
 from testbed.errors import CapabilityMissing, LostError
+from testbed.results.record import DeviceRecord
 from testbed.results.verdicts import Outcome, Verdict, combine
 from testbed.suites.interface import RackSource
 from testbed.suites.mutations import Mutation
@@ -67,6 +68,7 @@ class ConformanceSession:
         self.pool = RackPool(source)
         self.mutation = mutation
         self.outcomes: list[Outcome] = []
+        self.devices: list[DeviceRecord] = []  # of the racks that have ended
         self.interrupted = False
         self._planned = False
         self._waited_s = 0.0
@@ -219,6 +221,7 @@ class ConformanceSession:
         self._announce(len(self.outcomes))
         for failure in self.pool.close(wait=not self.interrupted):
             self._emit_failed_end(failure)
+        self.devices.extend(self.pool.devices())
         self._on_end(self)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
