@@ -11,10 +11,9 @@
         assert card.wait_interrupt(0)
 
 Subclass it and give your card's operations names. Each access is one call of the agent, over SSH:
-about a millisecond, or some when the machine is emulated. The device is taken through VFIO (its
-kernel driver is unbound, and gets it back), so that its DMA reaches buffers and nothing else;
-without an IOMMU through sysfs, and then buffers stand at their physical addresses and there are no
-interrupts.
+ten milliseconds in an emulated machine. The device is taken through VFIO (its kernel driver is
+unbound, and gets it back), so that its DMA reaches buffers and nothing else; without an IOMMU
+through sysfs, and then buffers stand at their physical addresses and there are no interrupts.
 """
 
 from __future__ import annotations
@@ -201,16 +200,16 @@ class Driver:
     def check(self) -> None:
         """Return if the device's model is well.
 
-        :raises DeviceLost: its process died, or its code raised: the file, the line and what.
+        :raises DeviceLost: its process died or does not answer, or its code raised: the file, the
+            line and what.
         """
-        state = self._model_state()
-        if state.get("lost") is not None:
+        if gone := self._gone():
             raise DeviceLost(
-                f"device '{self.device}': its process is gone (status {state['lost']})",
+                f"device '{self.device}': {gone}",
                 node=self.node.name,
                 hint=f"its words are in {self.node.log_dir / f'{self.node.name}.models.log'}",
             )
-        if failure := state.get("failure"):
+        if failure := self._model_state().get("failure"):
             raise DeviceLost(
                 f"device '{self.device}': {failure['what']} at {failure['where']}",
                 node=self.node.name,
@@ -221,11 +220,11 @@ class Driver:
     def close(self) -> None:
         """Give it back to whom it belonged; its buffers go. Safe to call twice.
 
-        One whose process is gone stays as it is until the machine's end: the kernel would reset it,
+        One whose model is gone stays as it is until the machine's end: the kernel would reset it,
         and wait a minute for it to come back (drivers/pci/pci.c, PCIE_RESET_READY_POLL_MS).
         """
         container, self._container = self._container, None
-        if container is None or self._model_state().get("lost") is not None:
+        if container is None or self._gone():
             return
         self.call("vfio.close" if self.translated else "raw.close", container=container)
         for number in range(1, self._buffers + 1):
@@ -242,6 +241,13 @@ class Driver:
     ) -> None:
         with contextlib.suppress(*((TestbedError,) if error is not None else ())):
             self.close()  # what went wrong first is what counts
+
+    def _gone(self) -> str:
+        """Why there is nothing behind it any more, or ""."""
+        state = self._model_state()
+        if state.get("lost") is not None:
+            return f"its process is gone (status {state['lost']})"
+        return "" if state.get("connected", True) else "its model does not answer"
 
     def _model_state(self) -> dict[str, Any]:
         """What the supervisor of the node's models knows of it; nothing of a device of QEMU's."""
