@@ -9,6 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from guest_agent.hw.vfio import VfioContainer
     from guest_agent.observe.kmsg import KernelLog
     from guest_agent.p2p.probe import Probe
 
@@ -26,6 +27,9 @@ class KernelMethods:
 
     @property
     def _log(self) -> KernelLog:
+        raise NotImplementedError
+
+    def _vfio(self, number: int) -> VfioContainer:
         raise NotImplementedError
 
     @property
@@ -113,3 +117,9 @@ class KernelMethods:
         if rescan:
             router.rescan()
         return router.state()
+
+    @registry.method("p2p.route")
+    def _p2p_route(self, *, container: int) -> dict[str, Any]:
+        from guest_agent.p2p import router
+
+        return router.route(self._vfio(container))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +32,7 @@ nodes:
               - {nvme: near0, size: 16M, cmb: 16M}
               - {nvme: near1, size: 16M}
               - {gpu: gpu0, vram: 16M, engine: edu}
+              - {gpu: gpu1, vram: 16M, engine: edu}
       - root_port: rp1
         below:
           - switch: redirecting
@@ -38,6 +40,8 @@ nodes:
             below:
               - {nvme: apart0, size: 16M, cmb: 16M}
               - {nvme: apart1, size: 16M}
+              - {gpu: gpu2, vram: 16M, engine: edu}
+              - {gpu: gpu3, vram: 16M, engine: edu}
 """
 
 # Reads what the second disk holds into memory of the first one; says what arrived.
@@ -121,10 +125,15 @@ def pairs_of(state: dict[str, Any]) -> set[tuple[str, str]]:
 
 
 def below_the_plain_switch(bdf: dict[str, str]) -> set[tuple[str, str]]:
-    peers = [bdf[name] for name in ("near0", "near1", "gpu0.vram", "gpu0.engine")]
-    return {(bdf[each], peer) for each in ("near0", "near1") for peer in peers} - {
-        (bdf[each], bdf[each]) for each in ("near0", "near1")
-    }
+    return pairs_below(bdf, ("near0", "near1"), ("gpu0", "gpu1"))
+
+
+def pairs_below(
+    bdf: dict[str, str], disks: tuple[str, str], gpus: tuple[str, str]
+) -> set[tuple[str, str]]:
+    """The disks, which drivers use, reach one another and all functions of the GPUs."""
+    peers = [*disks, *(f"{gpu}.{part}" for gpu in gpus for part in ("vram", "engine"))]
+    return {(bdf[disk], bdf[peer]) for disk in disks for peer in peers if disk != peer}
 
 
 def test_without_the_router_the_kernel_believes_stale_bytes(
@@ -164,12 +173,14 @@ def test_a_change_of_acs_is_followed(
 ) -> None:
     ports = sorted(port for name, port in bdf.items() if name.startswith("redirecting."))
     before = set_acs(node, ports, [0] * len(ports))
-    joined = {(bdf[one], bdf[other]) for one, other in (("apart0", "apart1"), ("apart1", "apart0"))}
+    joined = pairs_below(bdf, ("apart0", "apart1"), ("gpu2", "gpu3"))
     assert pairs_of(router(rescan=True)) == below_the_plain_switch(bdf) | joined
-    # One of the two is enough: a request is redirected by its own port, an answer by the other.
+    # One of two ports is enough: a request is redirected by its own, an answer by the other.
     set_acs(node, ports[:1], before[:1])
-    assert pairs_of(router(rescan=True)) == below_the_plain_switch(bdf)
+    without = {pair for pair in joined if bdf["apart0"] not in pair}
+    assert pairs_of(router(rescan=True)) == below_the_plain_switch(bdf) | without
     set_acs(node, ports, before)
+    assert pairs_of(router(rescan=True)) == below_the_plain_switch(bdf)
 
 
 def set_acs(node: RackNode, ports: list[str], values: list[int]) -> list[int]:
@@ -211,9 +222,70 @@ def test_a_driver_that_comes_and_goes_is_followed(
     assert read(node, bdf["near0"], leaving) == (SIZE, "right", set())
 
 
+def raw_copy(node: RackNode, bdf: dict[str, str], source: str, target: str) -> Any:
+    """Have the source GPU's engine write its VRAM to the target's bus address; what came of it.
+
+    Both memories are seen by the host alone: no CPU mapping in the guest has a part in it.
+    """
+    functions = {each["bdf"]: each for each in node.agent.call("pci.tree")["devices"]}
+
+    def bus_address(gpu: str) -> int:
+        bars = functions[bdf[f"{gpu}.vram"]]["bars"]
+        return next(int(bar["address"]) for bar in bars if bar["index"] == 2)
+
+    size = 4096
+    memories = [node.host_memory(f"{gpu}.vram") for gpu in (source, target)]
+    memories[0][:size], memories[1][:size] = os.urandom(size), bytes(size)
+    engine = node.agent.call("engine.open", device=bdf[f"{source}.engine"], kind="edu")["engine"]
+    mark = node.agent.call("faults.mark")["sequence"]
+    addresses = {"source_iova": bus_address(source), "target_iova": bus_address(target)}
+    node.agent.call("engine.copy", engine=engine, size_bytes=size, **addresses)
+    faults = node.agent.call("faults.since", sequence=mark)["records"]
+    node.agent.call("engine.close", engine=engine)
+    arrived = memories[1][:size] == memories[0][:size]
+    for memory in memories:
+        memory.close()
+    return arrived, {fault["requester"] for fault in faults}
+
+
+def functions_of(bdf: dict[str, str], *gpus: str) -> list[str]:
+    return [bdf[f"{gpu}.{part}"] for gpu in gpus for part in ("vram", "engine")]
+
+
+def test_a_raw_address_of_vfio_works_below_a_plain_switch_once_it_is_routed(
+    node: RackNode, bdf: dict[str, str], router: Callable[..., dict[str, Any]]
+) -> None:
+    opened = node.agent.call("vfio.open", devices=functions_of(bdf, "gpu0", "gpu1"))["container"]
+    try:
+        arrived, faults = raw_copy(node, bdf, "gpu0", "gpu1")
+        assert (arrived, faults) == (False, {bdf["gpu0.engine"]})
+        answer = node.agent.call("p2p.route", container=opened)
+        assert {bdf["gpu0.vram"], bdf["gpu1.vram"]} <= {each["peer"] for each in answer["windows"]}
+        assert answer["widened"] == []
+        assert {bdf["near0"], bdf["near1"]} <= {each["peer"] for each in answer["left_out"]}
+        assert raw_copy(node, bdf, "gpu0", "gpu1") == (True, set())
+    finally:
+        node.agent.call("vfio.close", container=opened)
+
+
+def test_a_raw_address_of_vfio_faults_below_a_redirecting_switch(
+    node: RackNode, bdf: dict[str, str], router: Callable[..., dict[str, Any]]
+) -> None:
+    opened = node.agent.call("vfio.open", devices=functions_of(bdf, "gpu2"))["container"]
+    try:
+        answer = node.agent.call("p2p.route", container=opened)
+        peers = {each["peer"] for each in (*answer["windows"], *answer["left_out"])}
+        assert peers == set(functions_of(bdf, "gpu2")), "functions of one slot, and no more"
+        arrived, faults = raw_copy(node, bdf, "gpu2", "gpu3")
+        assert (arrived, faults) == (False, {bdf["gpu2.engine"]})
+    finally:
+        node.agent.call("vfio.close", container=opened)
+
+
 def test_hot_plug_is_followed(
     node: RackNode, bdf: dict[str, str], router: Callable[..., dict[str, Any]]
 ) -> None:
+    # The last test: the slot keeps another device than the plan says.
     def until(wanted: set[tuple[str, str]]) -> None:
         deadline = time.monotonic() + 30
         while (found := pairs_of(router())) != wanted:

@@ -12,12 +12,13 @@
  *
  * A window exists only while some function of its IOMMU group is bound to a driver that uses the
  * kernel's DMA API: so long the group's domain can be neither replaced nor given to a VFIO user.
- * Functions that VFIO owns are routed by their user (VFIO_IOMMU_MAP_DMA of the same window).
+ * Functions that VFIO owns are routed by their user (VFIO_IOMMU_MAP_DMA of the same windows); what
+ * these are is shown as "outside".
  *
  * Windows belong to a group's domain: a function that shares a group with one that may pass gets
  * the windows too. Below redirecting ports every function has a group of its own.
  *
- * /proc/p2p_router shows windows and pairs (lines of key=value words); writing "rescan" to it has
+ * /proc/p2p_router shows all of it (lines of key=value words); writing "rescan" to it has
  * the ACS settings and BARs read again, which change without an event. Binding, unbinding, plugging
  * and unplugging are followed by themselves.
  */
@@ -357,9 +358,30 @@ static int on_event(struct notifier_block *block, unsigned long event, void *dat
 
 static struct notifier_block notifier = { .notifier_call = on_event };
 
+/* What a function may reach that its driver maps for itself (VFIO), for its user to install. */
+static void show_outside(struct seq_file *file, struct pci_dev *initiator)
+{
+	struct pci_dev *peer = NULL;
+	int bar;
+
+	for_each_pci_dev(peer) {
+		if (peer == initiator || peer->hdr_type != PCI_HEADER_TYPE_NORMAL ||
+		    !routed(initiator, peer))
+			continue;
+		for (bar = 0; bar < PCI_STD_NUM_BARS; bar++)
+			if (is_reachable(peer, bar))
+				seq_printf(file,
+					   "outside initiator=%s peer=%s bar=%d start=0x%llx size=0x%llx\n",
+					   pci_name(initiator), pci_name(peer), bar,
+					   (unsigned long long)pci_bus_address(peer, bar),
+					   (unsigned long long)pci_resource_len(peer, bar));
+	}
+}
+
 static int show(struct seq_file *file, void *unused)
 {
 	struct initiator *initiator;
+	struct pci_dev *pdev = NULL;
 	struct window *window;
 	size_t i;
 
@@ -381,6 +403,13 @@ static int show(struct seq_file *file, void *unused)
 			   (unsigned long long)pairs[i].start,
 			   (unsigned long long)(pairs[i].end - pairs[i].start));
 	mutex_unlock(&lock);
+	for_each_pci_dev(pdev) {
+		device_lock(&pdev->dev);	/* comes before the mutex */
+		if (pdev->dev.driver && pdev->hdr_type == PCI_HEADER_TYPE_NORMAL &&
+		    to_pci_driver(pdev->dev.driver)->driver_managed_dma && !routes_itself(pdev))
+			show_outside(file, pdev);
+		device_unlock(&pdev->dev);
+	}
 	return 0;
 }
 
