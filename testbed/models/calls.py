@@ -26,17 +26,23 @@ class Caller:
 
     def __init__(self, stream: socket.socket) -> None:
         self._stream = stream
+        self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._pending: dict[int, asyncio.Future[Any]] = {}
         self._next = 0
 
-    async def serve(self) -> None:
-        """Take the answers, until the stream ends."""
-        reader, self._writer = await asyncio.open_connection(
+    async def open(self) -> None:
+        """From now on there can be calls."""
+        self._reader, self._writer = await asyncio.open_connection(
             sock=self._stream, limit=MAX_LINE_BYTES
         )
+
+    async def serve(self) -> None:
+        """Take the answers, until the stream ends. To be run once it is open."""
+        if self._reader is None or self._writer is None:
+            raise CallFailed("not open")
         try:
-            while line := await reader.readline():
+            while line := await self._reader.readline():
                 answer = json.loads(line)
                 future = self._pending.get(answer["id"])
                 if future is None or future.done():

@@ -125,6 +125,7 @@ async def serve(process: ModelProcess, lifeline: Lifeline, caller: Caller) -> No
     """Serve until SIGTERM comes or the supervisor is gone."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
+    await caller.open()
     await process.open()
     loop.add_reader(lifeline.socket, stop.set)  # it says nothing: this is its end
     loop.add_signal_handler(signal.SIGTERM, stop.set)
