@@ -30,6 +30,14 @@ _MAKE_TIMEOUT_S = 300.0
 _POLL_S = 0.05
 _SHOWN_ERRORS = 5
 _ERROR = re.compile(r"\berror: |\bERROR: |^make.*\*\*\* ")
+# What the compiler says where a kernel's interface is another than the sources were written for.
+_INTERFACE = re.compile(
+    r"error: (?:too (?:many|few) arguments to function '(\w+)'"
+    r"|implicit declaration of function '(\w+)'"
+    r"|passing argument \d+ of '(\w+)'"
+    r"|unknown type name '(\w+)'"
+    r"|'([^']+)' (?:undeclared|has no member named))"
+)
 _UNDEFINED = re.compile(r'modpost: "([^"]+)" \[[^\]]*\] undefined!')
 
 Option = Annotated[str, Field(pattern=r"^[A-Z0-9_]+$")]
@@ -72,7 +80,8 @@ def build(
 
     :param kernel_id: the kernel's build-id.
     :raises CapabilityMissing: the kernel lacks an option or a symbol, which is named.
-    :raises ModuleBuildError: the compiler refuses it, in its own words.
+        So does one whose module interface is another than the sources know.
+    :raises ModuleBuildError: the compiler refuses it for any other reason, in its own words.
     :raises SetupError: there is no such module; no space.
     """
     sources = _sources(name)
@@ -172,9 +181,25 @@ def _compile(
     if undefined and "error: " not in said:
         which = ", ".join(f"the symbol {each}" for each in undefined)
         raise CapabilityMissing(f"{which} in the guest's kernel {tree.release}")
-    raise ModuleBuildError(
-        f"module {name} cannot be compiled for kernel {tree.release}:\n" + _first_errors(said, work)
-    )
+    errors = _first_errors(said, work)
+    if others := _other_interface(said):
+        raise CapabilityMissing(
+            f"{', '.join(others)} as module {name} knows it, in the guest's kernel {tree.release}",
+            hint=f"the compiler's first words:\n{errors}",
+        )
+    raise ModuleBuildError(f"module {name} cannot be compiled for kernel {tree.release}:\n{errors}")
+
+
+def _other_interface(said: str) -> list[str]:
+    """The kernel's functions and types that explain every error; none if one is unexplained."""
+    names = []
+    for line in said.splitlines():
+        if "error: " in line:
+            found = _INTERFACE.search(line)
+            if found is None:
+                return []
+            names.append(next(group for group in found.groups() if group))
+    return list(dict.fromkeys(names))
 
 
 def _wait(process: subprocess.Popen[bytes], options: SetupOptions) -> None:

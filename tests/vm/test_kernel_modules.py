@@ -13,7 +13,7 @@ import pytest
 from testbed import deploy
 from testbed.errors import AgentError, CapabilityMissing, ModuleError
 from testbed.guest import modules
-from testbed.host import guest_modules
+from testbed.host import guest_modules, kmod
 from testbed.host.prepare import Installation
 from testbed.rack import Rack, RackNode
 from testbed.topology import load, model
@@ -73,9 +73,10 @@ def probe(node: RackNode) -> Iterator[RackNode]:
     modules.unload(node, "p2p_probe")
 
 
-def test_a_module_is_compiled_by_our_compiler_alone(installation: Installation) -> None:
+@pytest.mark.parametrize("name", kmod.names())
+def test_a_module_is_compiled_by_our_compiler_alone(name: str, installation: Installation) -> None:
     builder = guest_modules.builder("default")
-    module = builder.build("p2p_probe")
+    module = builder.build(name)
     assert module.release == installation.kernel().release
     data = module.file.read_bytes()
     version = builder.tools.compiler.split()[1].partition("-")[0]

@@ -145,12 +145,12 @@ def test_a_module_is_built_once(tmp_path: Path, tree: KernelTree, sources: Path)
 def test_what_the_compiler_says_is_passed_on(
     tmp_path: Path, tree: KernelTree, sources: Path
 ) -> None:
-    script = 'echo noise; echo "$PWD/demo.c:3:9: error: unknown type"; echo more; exit 2'
+    script = 'echo noise; echo "$PWD/demo.c:3:9: error: expected"; echo more; exit 2'
     with pytest.raises(ModuleBuildError) as caught:
         built(tmp_path, tree, script)
     assert str(caught.value).splitlines() == [
         f"module demo cannot be compiled for kernel {RELEASE}:",
-        "  demo.c:3:9: error: unknown type",
+        "  demo.c:3:9: error: expected",
     ]
     assert not list((tmp_path / "cache/modules").glob("*/*")), "nothing half-made is left"
 
@@ -164,6 +164,27 @@ def test_a_symbol_that_the_kernel_lacks_is_a_capability(
     (sources / "module.yaml").write_text("symbols: [iommu_map, gone]\n")
     with pytest.raises(CapabilityMissing, match="the symbol gone in"):
         built(tmp_path, tree, "exit 9")
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("too many arguments to function 'iommu_map'", "iommu_map"),
+        ("implicit declaration of function 'pcim_p2pdma_init'; did you mean …", "pcim_p2pdma_init"),
+        ("'struct dma_buf_ops' has no member named 'pin'", "struct dma_buf_ops"),
+        ("'DMABUF' undeclared (first use in this function)", "DMABUF"),
+        ("passing argument 2 of 'sort' from incompatible pointer type", "sort"),
+    ],
+)
+def test_another_interface_is_a_capability(
+    tmp_path: Path, tree: KernelTree, sources: Path, words: str, name: str
+) -> None:
+    script = f"""echo "demo.c:1:1: error: {words}"; echo "make: *** [x] Error 1"; exit 2"""
+    with pytest.raises(CapabilityMissing, match=f"^{name} as module demo knows it") as caught:
+        built(tmp_path, tree, script)
+    assert words in caught.value.hint
+    with pytest.raises(ModuleBuildError):
+        built(tmp_path, tree, f"echo 'demo.c:2:2: error: our own fault'; {script}")
 
 
 def test_an_option_that_the_kernel_lacks_is_a_capability(
