@@ -45,7 +45,10 @@ while True: pass""",
         "from pathlib import Path; Path(__file__).with_name('trace').touch(exist_ok=False)",
         "pass",
     ),
-    "talks": ("print('{}')", "def __init__(self, name):\n        super().__init__(name); print(1)"),
+    "talks": (
+        "print('{}', flush=True)",
+        "def __init__(self, name):\n        super().__init__(name); print(1)",
+    ),
     "imports": ("import good", "bars = good.Card.bars"),
     "leaves_a_trace": (
         "from pathlib import Path; Path(__file__).with_name('trace').touch()",
