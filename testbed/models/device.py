@@ -32,6 +32,7 @@ from testbed.models.witness import Event, Path, Witness
 
 ACCESS_SIZES: Final = (1, 2, 4, 8)
 PROBE_BYTES: Final = 8
+PAGE_BYTES: Final = wire.PAGE_BYTES
 Answer = TypeVar("Answer")
 
 
@@ -59,6 +60,8 @@ class BusSpace(Space):
         self.timing = UNTIMED
         self._config = config
         self._pipes = Duplex()
+        # Where the latest message that QEMU carried out ended, for reads and for writes.
+        self._answered = [-1, -1]
 
     def reach(self, address: int, size_bytes: int, *, write: bool) -> Window:
         """See :meth:`Space.reach`; NO_BUS_MASTER and DEVICE_GONE are refused here."""
@@ -79,9 +82,12 @@ class BusSpace(Space):
             return Window(found.size_bytes, found.view, Path.IOMMU, target, self, address)
         size = min(found.size_bytes, self.machine.max_transfer_bytes)
         if mapping is None or not (mapping.writable if write else mapping.readable):
-            # Nothing is mapped here: a register of another device, or a fault. QEMU takes a refused
-            # access apart, and with virtio-iommu each part is a fault of its own.
-            size = min(size, PROBE_BYTES - address % PROBE_BYTES)
+            # Nothing is announced here: a register of another device, a mapping that QEMU keeps to
+            # itself (VT-d's first stage), or a fault. It takes a refused access apart, and with
+            # virtio-iommu each part is a fault of its own: a little first, then to the page's end.
+            is_open = self._answered[write] == address and address % PAGE_BYTES
+            step = PAGE_BYTES if is_open else PROBE_BYTES
+            size = min(size, step - address % step)
         return Window(size, None, Path.MESSAGE, "", self, address)
 
     def book(self, window: Window, size_bytes: int, began_s: float, *, write: bool) -> float:
@@ -99,13 +105,16 @@ class BusSpace(Space):
         """Ask QEMU, as this device: its IOMMU judges, and logs a fault with this requester."""
         if self.machine is None:
             raise AccessError(Cause.DEVICE_GONE, address, write=False)
-        return await self.machine.dma_read(address, size_bytes)
+        data = await self.machine.dma_read(address, size_bytes)
+        self._answered[False] = address + size_bytes
+        return data
 
     async def store(self, address: int, data: bytes) -> None:
         """Likewise."""
         if self.machine is None:
             raise AccessError(Cause.DEVICE_GONE, address, write=True)
         await self.machine.dma_write(address, data)
+        self._answered[True] = address + len(data)
 
 
 @dataclass(frozen=True)

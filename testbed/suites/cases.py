@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import permutations
+from itertools import pairwise, permutations
 
 from testbed.topology.model import Gpu, Node, Topology
-from testbed.topology.oracle import Cpu, MapType, p2p_decision, redirecting_ports
+from testbed.topology.oracle import redirecting_ports
 from testbed.topology.plan import Function, NodePlan, RackPlan, Role
 
 _MAX_PAIRS = 3
@@ -103,12 +103,16 @@ def path_between(node: NodePlan, one: Function, other: Function) -> str:
 
 def route_between(node: NodePlan, spec: Node, requester: Function, peer: Function) -> Route:
     """Who decides about a request of ``requester`` by the bus address of ``peer``."""
-    redirecting = redirecting_ports(node, spec)
-    # Whether the kernel would allow it plays no part; so neither does the processor.
-    decision = p2p_decision(node, peer, requester, cpu=Cpu("", 0), redirecting=redirecting)
-    if decision.map_type is MapType.BUS:
-        return Route.SWITCH
-    return Route.REDIRECTED if decision.redirects else Route.ROOT
+    above_peer = _ports_above(node, peer)
+    ports = _ports_above(node, requester)
+    for below, port in pairwise(ports):
+        if port in above_peer:
+            # The port at which the request enters the switch decides. One further down has sent it
+            # up already, and how the way down is set plays no part, though Linux asks for all of
+            # them (drivers/pci/p2pdma.c, calc_map_type_and_dist).
+            redirects = below.bdf in redirecting_ports(node, spec)
+            return Route.REDIRECTED if redirects else Route.SWITCH
+    return Route.ROOT
 
 
 def _pairs_of(node: NodePlan, spec: Node) -> Iterator[Pair]:
