@@ -2,8 +2,9 @@
 """A device's routes as the running machine's switches stand: asked for when first needed, and again
 when something has changed.
 
-Before each access the device looks at QEMU's log, one `fstat` as long as nothing was written. If
-its new lines speak of a change of the tree, the access waits until the supervisor
+Before an access the device looks at QEMU's log, one system call as long as nothing was written, and
+one look is good until the event loop runs again: no doorbell can come in between. If new lines
+speak of a change of the tree, the access waits until the supervisor
 (:mod:`testbed.models.switchyard`) has told the routes anew. Should it not know them within
 :data:`REFRESH_TIMEOUT_S`, nothing is routed: accesses go up, where the IOMMU judges them, and each
 is counted as ``routes_unknown``.
@@ -53,14 +54,24 @@ class LiveRouter:
         self._known = False
         self._stale = True
         self._watched = False
+        self._looked = False  # since the event loop last ran
         self._retry_s = 0.0
         self._turn = asyncio.Lock()
 
     def stale(self) -> bool:
         """See :class:`testbed.models.routing.Router`."""
-        if not self._stale and self._watched and self._log.changed():
+        if not self._stale:
+            if self._looked or not self._watched:
+                return False
+            if not self._log.changed():
+                self._looked = True
+                asyncio.get_running_loop().call_soon(self._look_again)
+                return False
             self._stale = True
-        return self._stale and time.monotonic() >= self._retry_s
+        return time.monotonic() >= self._retry_s
+
+    def _look_again(self) -> None:
+        self._looked = False
 
     async def refresh(self) -> None:
         """Ask the supervisor."""
