@@ -115,6 +115,18 @@ class Mapping:
             fence.check()
         return self.live.address
 
+    def address_under(self, fence: Fence) -> Address:
+        """The address, of a mapping that was invalidated while ``fence`` was in the reservation.
+
+        Whoever takes memory away waits for BOOKKEEP fences, so that until this one signals the
+        memory is still there (``dma_buf_invalidate_mappings``).
+
+        :raises StaleError: it was unmapped, or the fence has signalled.
+        """
+        if self.closed or fence.is_signalled():
+            raise StaleError(f"{self} is used after {fence} had signalled")
+        return self.live.address
+
     @property
     def ready(self) -> list[Fence]:
         """The fences that must have ended well before it may be used."""

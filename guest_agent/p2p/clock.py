@@ -23,6 +23,10 @@ class Clock(Protocol):
         """Let others work; return at ``until_ns`` or before."""
         ...
 
+    def wake(self, at_ns: int) -> None:
+        """Something ends at that time by itself: a pause that is under way then returns."""
+        ...
+
 
 _POLL_NS = 200_000
 
@@ -39,6 +43,9 @@ class MonotonicClock:
         left = min(until_ns - time.monotonic_ns(), _POLL_NS)
         if left > 0:
             time.sleep(left / 1e9)
+
+    def wake(self, at_ns: int) -> None:
+        """Nothing to do: pauses are shorter than anyone would notice."""
 
 
 class ManualClock:
@@ -61,6 +68,10 @@ class ManualClock:
     def after(self, delay_ns: int, action: Callable[[], object]) -> None:
         """Run ``action`` in ``delay_ns``."""
         self.at(self._now_ns + delay_ns, action)
+
+    def wake(self, at_ns: int) -> None:
+        """Let a pause end at that time."""
+        self.at(at_ns, lambda: None)
 
     def pause(self, until_ns: int) -> None:
         """Go to the next action that is due, but not beyond ``until_ns``, and run it."""

@@ -135,6 +135,7 @@ class KeepAlive(Fence):
 
     def __init__(self, context: FenceContext, what: str, clock: Clock, until_ns: int) -> None:
         super().__init__(context, what, until_ns, lambda: clock.now_ns() >= until_ns)
+        clock.wake(until_ns)
 
     def release(self) -> None:
         """The transfer is through: the buffer may move."""

@@ -56,10 +56,16 @@ class Graph:
         self._timeout_ns = timeout_ns
         self._context = FenceContext("operations")
         self._waiting: dict[int, Operation] = {}  # by the identity of their fence
+        self._deferred: list[Callable[[], object]] = []
 
     def __len__(self) -> int:
-        """How many are not done."""
-        return len(self._waiting)
+        """How many are not done, deferred work included."""
+        return len(self._waiting) + len(self._deferred)
+
+    def defer(self, work: Callable[[], object]) -> None:
+        """Do this at the next :meth:`pump`: what a fence's callback may not do itself, such as
+        locking a reservation."""
+        self._deferred.append(work)
 
     def add(
         self,
@@ -126,6 +132,9 @@ class Graph:
                     progress |= operation.device.is_signalled()
                 elif not operation.begun:
                     progress |= self._try(operation)
+        deferred, self._deferred = self._deferred, []
+        for work in deferred:
+            work()
 
     def _ask(self) -> bool:
         """The poll of the operations' fences: whatever is due signals on its own."""

@@ -46,8 +46,10 @@ def revoke(buffer: Buffer, task: Task, why: str) -> None:
                     for each in buffer.attachments
                     if any(not fence.is_signalled() for fence in each.fences)
                 ]
+        core.graph.pump()
         while _holding(buffer) and core.clock.now_ns() < until_ns:
             core.clock.pause(until_ns)
+            core.graph.pump()
         late += [name for name in _holding(buffer) if name not in late]
         take_all_away(buffer)
         if late:
