@@ -152,7 +152,7 @@ class Control:
         else:
             raise InputError("'what' is doorbell or interrupt")
         if count:
-            self._note(params, f"{count} {what}{'s' if count > 1 else ''} lost")
+            self._note(params, f"{count} {what}{'s' if count > 1 else ''} to be lost")
         return None
 
     def link(self, params: Params) -> Json:

@@ -120,7 +120,7 @@ def injected(record: RunRecord) -> tuple[str, ...]:
         lines += [
             f"{name}: {rule.name}, struck {rule.struck}"
             for rule in device.rules
-            if rule.by != SUITE
+            if rule.by != SUITE and (rule.armed or rule.struck)
         ]
         lines += [f"{name}: {action.what}" for action in device.actions if action.by != SUITE]
         if device.lost is not None:

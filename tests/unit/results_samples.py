@@ -13,7 +13,14 @@ from testbed.results.evidence import (
     Note,
     Witness,
 )
-from testbed.results.record import RunInfo, RunRecord, make_record
+from testbed.results.record import (
+    ActionRecord,
+    DeviceRecord,
+    RuleRecord,
+    RunInfo,
+    RunRecord,
+    make_record,
+)
 from testbed.results.verdicts import Outcome, Verdict
 
 FAULT = FaultSeen("0000:05:00.1", 0xF4000000, Access.READ, 6, Witness.GUEST, "PTE Read access")
@@ -42,12 +49,30 @@ OUTCOMES = (
 )
 
 
-def sample_record() -> RunRecord:
+DEVICES = (
+    DeviceRecord(
+        "rack",
+        "host0",
+        "gpu0",
+        counters={"iommu": {"reads": 1, "read_bytes": 64}, "events": {"interrupts": 2}},
+        rules=(
+            RuleRecord("drop write nth=3", "command", armed=True, seen=9, struck=1),
+            RuleRecord("suite-lost-writes", "suite", armed=False, seen=1, struck=1),
+            RuleRecord("poison", "test", armed=False, seen=0, struck=0),
+        ),
+        actions=(ActionRecord("engine stuck", "test"), ActionRecord("pulled out", "suite")),
+    ),
+    DeviceRecord("rack-2", "host0", "gpu1", lost=265),
+)
+
+
+def sample_record(devices: tuple[DeviceRecord, ...] = ()) -> RunRecord:
     info = RunInfo(
         command=("testbed", "run"),
         started="2026-11-21T01:02:03+00:00",
         versions={"qemu": "11.1.2", "image": {"sha256": "00"}},
         host={"cpus": 2},
         topology={"rack": "quad-gpu", "nodes": {"host0": {"pcie": []}}},
+        devices=devices,
     )
     return make_record(info, OUTCOMES, duration_s=1.25)

@@ -18,7 +18,7 @@ from testbed.results.ktap import KtapStream
 from testbed.results.record import json_schema, load_record, write_record
 from testbed.results.table import print_table, summary
 from testbed.results.verdicts import Outcome, Verdict, by_requirement
-from tests.unit.results_samples import OUTCOMES, sample_record
+from tests.unit.results_samples import DEVICES, OUTCOMES, sample_record
 
 
 class TestRecord:
@@ -26,6 +26,8 @@ class TestRecord:
         path = tmp_path / "record.json"
         write_record(sample_record(), path)
         assert load_record(path) == sample_record()
+        write_record(sample_record(DEVICES), path)
+        assert load_record(path) == sample_record(DEVICES)
         assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
 
     def test_it_says_its_version_and_the_whole_outcome(self, tmp_path: Path) -> None:
@@ -149,6 +151,17 @@ def test_the_table_names_every_requirement_and_where_to_look() -> None:
     assert summary(sample_record(), Path("/runs/x")) == (
         "FAIL: 1 pass, 1 fail, 1 skip, 1 lost, 1 error in 1.2 s (exit 1); everything is in /runs/x"
     )
+
+
+def test_a_run_with_faults_on_purpose_or_a_dead_model_says_so() -> None:
+    """But not of faults that a suite needs for what it judges, or that never struck."""
+    assert (
+        " in 1.2 s with faults injected (host0/gpu0: drop write nth=3, struck 1; host0/gpu0:"
+        " engine stuck; host0/gpu1: its model died) (exit 1);"
+        in summary(sample_record(DEVICES), Path("/r"))
+    )
+    many = replace(DEVICES[0], rules=DEVICES[0].rules[:1] * 5, actions=())
+    assert "struck 1 and 2 more) (exit" in summary(sample_record((many,)), Path("/r"))
 
 
 def test_a_verdict_is_never_coloured_into_another() -> None:
