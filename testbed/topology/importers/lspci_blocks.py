@@ -41,9 +41,12 @@ _REGION = re.compile(r"(?:Region [0-5]: )?Memory at .*\[size=([0-9]{1,6})([KMGT]
 _CAPABILITY = re.compile(r"Capabilities: \[([0-9a-f]{2,3})(?: v[0-9]+)?\] (.*)", re.IGNORECASE)
 _ACS_CONTROL = re.compile(r"ACSCtl:.*?ReqRedir([+-]) CmpltRedir([+-]).*?EgressCtrl([+-])")
 _IOMMU_GROUP = re.compile(r"IOMMU group: ([0-9]{1,6})")
-_HEX = re.compile(r"([0-9a-f]{2,3}):((?: [0-9a-f]{2})+)[ \t]*", re.IGNORECASE | re.ASCII)
+_HEX = re.compile(r"(?: [0-9a-f]{2})+", re.IGNORECASE | re.ASCII)
+_HEX_LENGTH = 16 * len(" 00")
 _HEX_START = re.compile(r"[0-9a-f]{2,3}:(?: |$)", re.IGNORECASE | re.ASCII)
 
+# What the lines that matter start with: Access Control, Bus, Capabilities, IOMMU, Memory, Region.
+_ATTRIBUTES = frozenset("ABCIMR")
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _LEAST_CONFIG_BYTES = 64
 _MOST_CONFIG_BYTES = 4096
@@ -131,19 +134,20 @@ class _Reader:
 
     def line(self, text: str, index: int, number: int) -> None:
         """One line; ``index`` is where it starts in the source."""
+        body = text.removeprefix(self._prefix)
+        block = self._block
+        # Most lines are one of these two, and the costlier look for a header is spared them.
+        if block is not None and body[:1] in ("\t", " "):
+            _attribute(block, body.strip())
+            return
+        if block is not None and _HEX_START.match(body):
+            self._hex(block, body, index + len(text) - len(body))
+            return
         header = _HEADER.match(text)
         if header and (not self.blocks or header["prefix"] == self._prefix):
             self.end_block()
             self._prefix = header["prefix"]
             self._block = self._start(header, index, number)
-            return
-        if self._block is None:
-            return
-        body = text.removeprefix(self._prefix)
-        if _HEX_START.match(body):
-            self._hex(self._block, body, index + len(text) - len(body))
-        elif body[:1] in (" ", "\t"):
-            _attribute(self._block, body.strip())
         elif body.strip(" \t>"):
             self.end_block()  # a prompt, or the next command's output
 
@@ -166,15 +170,15 @@ class _Reader:
 
     def _hex(self, block: Block, text: str, index: int) -> None:
         """A line of the configuration space: 16 bytes, at the next offset."""
-        match = _HEX.fullmatch(text)
-        expected = len(block.config)
-        if match is None or len(match[2].split()) != 16:
+        offset, _, words = text.rstrip().partition(":")
+        if len(words) != _HEX_LENGTH or not _HEX.fullmatch(words):
             fault = Fault(index, "a damaged line of configuration space", "16 bytes")
             raise self._source.error(fault)
-        if int(match[1], 16) != expected or expected >= _MOST_CONFIG_BYTES:
-            message = f"configuration space at {match[1]} where {expected:02x} should come"
+        expected = len(block.config)
+        if int(offset, 16) != expected or expected >= _MOST_CONFIG_BYTES:
+            message = f"configuration space at {offset} where {expected:02x} should come"
             raise self._source.error(Fault(index, message))
-        block.config += bytes.fromhex(match[2])
+        block.config += bytes.fromhex(words)
         self._hex_index = index
 
     def end_block(self) -> None:
@@ -208,6 +212,8 @@ def _block(address: Address, line: int, rest: str) -> Block:
 
 def _attribute(block: Block, text: str) -> None:
     """One of the indented lines below a function's first."""
+    if text[:1] not in _ATTRIBUTES:
+        return
     if text.startswith("Bus:"):
         match = _BUS.match(text)
         block.secondary = int(match[1], 16) if match else 0

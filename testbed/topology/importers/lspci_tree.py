@@ -39,6 +39,8 @@ class Tree:
 def parse(source: Source, deadline: Deadline) -> Tree:
     """The first tree in the source; an empty one if there is none."""
     reader = _Reader(source)
+    if "-[" not in source.text:
+        return reader.tree
     offset = 0
     for number, line in enumerate(source.text.split("\n"), 1):
         if number % 4096 == 0:

@@ -126,6 +126,7 @@ def test_a_workstation_pasted_with_its_prompt() -> None:
     }
     assert "64 GiB" in "\n".join(result.notes.changed)
     assert any("1 root port or switch is turned off" in note for note in result.notes.changed)
+    assert "4 root buses: all stands on one" in result.notes.changed
     # The second port and the virtual function, the GPU's audio, and 00:1f.4 beside the NIC.
     assert any(note.startswith("4 functions") for note in result.notes.folded)
 
