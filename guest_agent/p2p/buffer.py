@@ -299,21 +299,42 @@ class Buffer:
         """
         task.must_hold(self.resv, rules.EXPORTER_LOCKED, f"invalidate {self.name}")
         for attachment in list(self.attachments):
-            if attachment.live is not None:
-                attachment.live.invalidated_ns = self.core.clock.now_ns()
-                attachment.stale.append(attachment.live)
-                attachment.live = None
-            tell = attachment.importer.invalidate
-            if tell is None or not attachment.importer.dynamic:
-                continue
-            self._telling = True
-            # What a callback raises is in the event; the others must still be told.
-            with (
-                contextlib.suppress(Exception),
-                self.core.events.span("invalidate", str(attachment)),
-            ):
-                tell(task, attachment)
-            self._telling = False
+            self.tell(task, attachment)
+
+    def tell(self, task: Task, attachment: Attachment) -> None:
+        """Tell one importer. The lock is held."""
+        if attachment.live is not None:
+            attachment.live.invalidated_ns = self.core.clock.now_ns()
+            attachment.stale.append(attachment.live)
+            attachment.live = None
+        callback = attachment.importer.invalidate
+        if callback is None or not attachment.importer.dynamic:
+            return
+        self._telling = True
+        # What a callback raises is in the event; the others must still be told.
+        with (
+            contextlib.suppress(Exception),
+            self.core.events.span("invalidate", str(attachment)),
+        ):
+            callback(task, attachment)
+        self._telling = False
+
+    def renegotiate(self, task: Task, attachment: Attachment) -> Path:
+        """Choose again, after the path was lost: another one to where the bytes are now.
+
+        The lock is held; the path that there was may be chosen again.
+
+        :raises RuleError: the lock is not held.
+        :raises StaleError: it is mapped: an attachment's address is stable for as long.
+        :raises NoPathError: there is none.
+        """
+        self.check_locked(task, "renegotiate")
+        if attachment.mappings:
+            raise StaleError(f"{attachment} is mapped, and keeps its path for as long")
+        attachment.path = self.core.negotiate(
+            str(attachment), self.offers, attachment.importer.offers, [self.placement]
+        ).path
+        return attachment.path
 
     def move(self, task: Task, placement: Placement, cause: int = 0) -> Fence:
         """Move the bytes. See :func:`moves.move`."""

@@ -73,7 +73,7 @@ class Result:
     longest_wait_ns: int
 
 
-def churn(clock: ManualClock, buffer: Buffer, importer: OnDemand, setup: Setup) -> Result:
+def run_churn(clock: ManualClock, buffer: Buffer, importer: OnDemand, setup: Setup) -> Result:
     """Run both sides for ``setup.run_ns`` and count.
 
     :param importer: made with ``setup.keep_alive_ns``.

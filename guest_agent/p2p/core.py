@@ -7,7 +7,7 @@ from guest_agent.p2p.buffer import Buffer
 from guest_agent.p2p.events import Recorder
 from guest_agent.p2p.graph import Graph
 from guest_agent.p2p.interconnect import Placement
-from guest_agent.p2p.negotiate import negotiate
+from guest_agent.p2p.negotiation import negotiate
 from guest_agent.p2p.policies import BEST_QUALITY
 
 TYPE_CHECKING = False
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from guest_agent.p2p.backend import Backend
     from guest_agent.p2p.clock import Clock
     from guest_agent.p2p.interconnect import Offer, Path, Topology
-    from guest_agent.p2p.negotiate import Forwarder, Outcome
+    from guest_agent.p2p.negotiation import Forwarder, Outcome
     from guest_agent.p2p.policies import Policy
     from guest_agent.p2p.report import Refusal
     from guest_agent.p2p.resv import Reservation

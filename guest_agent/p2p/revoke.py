@@ -15,8 +15,12 @@ from guest_agent.p2p.resv import Usage, locked
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from guest_agent.p2p.attachment import Attachment
     from guest_agent.p2p.buffer import Buffer
+    from guest_agent.p2p.core import Core
+    from guest_agent.p2p.interconnect import Path
     from guest_agent.p2p.rules import Task
 
 
@@ -65,6 +69,29 @@ def unrevoke(buffer: Buffer, task: Task) -> None:
     with locked(task, buffer.resv):
         buffer.revoked = ""
     buffer.core.events.note("unrevoke", buffer.name)
+
+
+def path_lost(core: Core, task: Task, is_lost: Callable[[Path], bool], why: str) -> list[str]:
+    """A link went down, a node disappeared, a window was pulled out: tell whoever used it.
+
+    Their mappings are taken away, so that their devices fault; all other importers of the same
+    buffers go on. They may map again when the path is back, or renegotiate. No lock is held.
+
+    :param is_lost: whether a path is affected.
+    :returns: the attachments that were told.
+    :raises RuleError: the task holds a reservation.
+    """
+    told = []
+    for buffer in list(core.buffers.values()):
+        affected = [each for each in buffer.attachments if is_lost(each.path)]
+        if not affected:
+            continue
+        with core.events.span("path lost", buffer.name, why=why), locked(task, buffer.resv):
+            for attachment in affected:
+                buffer.tell(task, attachment)
+                take_away(attachment)
+                told.append(str(attachment))
+    return told
 
 
 def overdue(buffer: Buffer) -> list[str]:

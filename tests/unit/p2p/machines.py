@@ -11,7 +11,7 @@ from guest_agent.p2p.clock import ManualClock
 from guest_agent.p2p.core import Core
 from guest_agent.p2p.events import Recorder
 from guest_agent.p2p.interconnect import PRIVATE_KINDS, Constraints, Kind, Offer, Placement
-from guest_agent.p2p.negotiate import Forwarder
+from guest_agent.p2p.negotiation import Forwarder
 from guest_agent.p2p.policies import BEST_QUALITY, Policy
 from guest_agent.p2p.resv import locked
 from guest_agent.p2p.rules import Task

@@ -540,6 +540,39 @@ def test_an_importer_that_cannot_be_told_is_named_by_revoke(machine: Machine) ->
     assert machine.backend.mapped() == 0
 
 
+# --- paths that are lost
+
+
+def test_a_link_that_goes_down_is_told_to_those_who_used_it_only(machine: Machine) -> None:
+    buffer = machine.export()
+    by_link, by_pcie = machine.attach(buffer, "gpu1"), machine.attach(buffer, "gpu2")
+    one, other = machine.map(by_link), machine.map(by_pcie)
+    machine.write(one, 0, b"before")
+    address = one.address
+    machine.backend.broken["x01"] = "link x01 is down"
+    told = revoke.path_lost(
+        machine.core, machine.exporter, lambda path: path.exporter.port == "x01", "link down"
+    )
+    assert told == ["gpu1 on buf0"]
+    assert machine.told == ["gpu1"]
+    with pytest.raises(FaultError):
+        machine.backend.read(address, 0, 1)
+    assert machine.read(other, 0, 6) == b"before"
+    with pytest.raises(ReachError, match="x01 is down"):
+        machine.map(by_link)
+    with locked(NIC, buffer.resv):
+        assert buffer.renegotiate(NIC, by_link).kind is Kind.PCIE  # falls back
+    fallen = machine.map(by_link)
+    assert machine.read(fallen, 0, 6) == b"before"
+    del machine.backend.broken["x01"]
+    with locked(NIC, buffer.resv), pytest.raises(StaleError, match="keeps its path"):
+        buffer.renegotiate(NIC, by_link)
+    machine.unmap(by_link, fallen)
+    with locked(NIC, buffer.resv):
+        assert buffer.renegotiate(NIC, by_link).kind is Kind.XGMI
+    assert machine.read(machine.map(by_link), 0, 6) == b"before"
+
+
 # --- scale
 
 

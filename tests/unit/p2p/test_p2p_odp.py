@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guest_agent.p2p.churn import Result, Setup, churn
+from guest_agent.p2p.churn import Result, Setup, run_churn
 from guest_agent.p2p.errors import FenceTimeoutError, RevokedError
 from guest_agent.p2p.fence import Fence, FenceContext
 from guest_agent.p2p.odp import FaultBudgetError, OnDemand
@@ -152,7 +152,7 @@ def run(setup: Setup) -> tuple[Result, Machine]:
     machine = Machine(keep_events=100)
     machine.backend.copy_ns = setup.copy_ns
     nic = on_demand(machine, keep_alive_ns=setup.keep_alive_ns, max_faults=10**9)
-    return churn(machine.clock, nic.attachment.buffer, nic, setup), machine
+    return run_churn(machine.clock, nic.attachment.buffer, nic, setup), machine
 
 
 def test_without_keep_alive_fences_the_importer_starves() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from guest_agent.p2p.errors import AbortedError, GoneError, NoPathError, P2PError, UnknownKindError
 from guest_agent.p2p.interconnect import Constraints, Kind, Offer, Path
 from guest_agent.p2p.matching import refusal
-from guest_agent.p2p.negotiate import Outcome, negotiate
+from guest_agent.p2p.negotiation import Outcome, negotiate
 from guest_agent.p2p.policies import (
     BEST_QUALITY,
     EXPORTER_PRIORITY,
