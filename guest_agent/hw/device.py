@@ -53,6 +53,12 @@ class Device:
         """How often the armed vector fired since the last call; 0 after ``timeout_s``."""
         raise ParameterError(f"vector: {vector} of {self.bdf} is not armed ({timeout_s} s)")
 
+    def wait_any(self, vectors: tuple[int, ...], timeout_s: float) -> list[int]:
+        """Which of these armed vectors fired since they were last asked for; [] after
+        ``timeout_s``.
+        """
+        raise ParameterError(f"vector: {vectors} of {self.bdf} are not armed ({timeout_s} s)")
+
     def is_armed(self) -> bool:
         """Whether any interrupt is armed."""
         return False

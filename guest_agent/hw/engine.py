@@ -139,6 +139,10 @@ class Stopwatch:
         """Nanoseconds since the start."""
         return time.monotonic_ns() - self._start
 
+    def left_s(self) -> float:
+        """Seconds until the deadline; 0 when it is over."""
+        return max(0.0, (self._deadline - time.monotonic_ns()) / 1e9)
+
     def expired(self) -> bool:
         """Whether the time is over."""
         return time.monotonic_ns() >= self._deadline

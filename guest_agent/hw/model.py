@@ -30,6 +30,7 @@ _DUMP_AT = 128
 _COMMAND_BYTES = hw.COMMAND_BYTES
 _SPINS = 50
 _POLL_S = 0.0005
+LATE = "no answer in time"
 _GONE = 0xFFFFFFFF  # what a read of a register that is not there answers
 _CAUSES = {
     value: name.removeprefix("CAUSE_").lower()
@@ -38,25 +39,28 @@ _CAUSES = {
 }
 
 
-class _Ring(Engine):
+class Ring(Engine):
     """What both have in common. A subclass says what one copy is."""
 
+    kept_bytes: ClassVar[int] = 0  # at the end of the scratch memory, which the ring leaves alone
     register_set: ClassVar[int] = 0
     max_copy_bytes: ClassVar[int] = 1 << 40
     can: ClassVar[tuple[str, ...]] = ("copy", "write32", "storm", "burst")
 
     def __init__(self, device: Device, scratch: Scratch | None) -> None:
         super().__init__(device, scratch)
-        if scratch is None or scratch.size_bytes < PAGE_BYTES:
-            raise ParameterError(f"scratch: {self.kind} needs at least 4096 bytes for its ring")
+        least = PAGE_BYTES + self.kept_bytes
+        if scratch is None or scratch.size_bytes < least:
+            raise ParameterError(f"scratch: {self.kind} needs at least {least} bytes for its ring")
         self._registers: Region = device.region(hw.REGISTER_BAR)
         self._memory = scratch.region
         self._cell = scratch.offset
         self._cell_iova = scratch.iova
-        room = (scratch.size_bytes - _CELL_BYTES) // _COMMAND_BYTES
+        room = (scratch.size_bytes - self.kept_bytes - _CELL_BYTES) // _COMMAND_BYTES
         self._entries = min(1 << (room.bit_length() - 1), hw.MAX_RING_ENTRIES)
         self._tail = 0
-        self._fence = 0
+        self._fence = 0  # goes on over resets: a value is never used twice
+        self._memory.write64(self._cell + _FENCE_AT, 0)
 
     def open(self) -> None:
         """Reset and set up. :raises OSError: ENODEV if the device does not answer as it should."""
@@ -74,8 +78,7 @@ class _Ring(Engine):
         self._write(hw.RING_ENTRIES, self._entries)
         self._write(hw.INTERRUPT_ENABLE, hw.INTERRUPT_CAUSE_COMMAND | hw.INTERRUPT_CAUSE_NOTIFY)
         self._write(hw.CONTROL, hw.CONTROL_ENABLE)
-        self._tail = self._fence = 0
-        self._memory.write64(self._cell + _FENCE_AT, 0)
+        self._tail = 0
 
     def copy(
         self, source_iova: int, target_iova: int, size_bytes: int, timeout_s: float
@@ -138,11 +141,16 @@ class _Ring(Engine):
         """The bytes of a command that copies, and writes the fence if ``flags`` say so."""
         raise NotImplementedError
 
-    def _nothing(self) -> bytes:
+    def _nothing(self, flags: int = 0) -> bytes:
         """A command that does nothing, and writes the fence."""
         raise NotImplementedError
 
     # --- the ring
+
+    @property
+    def dump_iova(self) -> int:
+        """Where the device may write what nobody wants to read."""
+        return self._cell_iova + _DUMP_AT
 
     def _read(self, register: int) -> int:
         return self._registers.read32(register)
@@ -153,6 +161,9 @@ class _Ring(Engine):
     def _write_pair(self, low: int, value: int) -> None:
         self._write(low, value & 0xFFFFFFFF)
         self._write(low + 4, value >> 32)
+
+    def _read_pair(self, low: int) -> int:
+        return self._read(low) | self._read(low + 4) << 32
 
     def _status(self) -> int:
         """:raises OSError: ENODEV when the device is gone."""
@@ -174,16 +185,19 @@ class _Ring(Engine):
         self._put(self._nothing())
 
     def _put_one(self, iova: int, access: str, flags: int) -> None:
-        ends = (iova, self._cell_iova + _DUMP_AT)
+        ends = (iova, self.dump_iova)
         source, target = ends if access == "read" else (self._cell_iova + _VALUE_AT, iova)
         self._put(self._command(source, target, 4, flags))
+
+    def _reached(self) -> int:
+        """The value of the latest fence that the device wrote."""
+        return self._memory.words64[(self._cell + _FENCE_AT) >> 3]
 
     def _run(self, watch: Stopwatch) -> bool:
         """Ring, and wait for the latest fence; False if the engine halts or time is over."""
         self._write(hw.DOORBELL_TAIL, self._tail)
-        fence = (self._cell + _FENCE_AT) >> 3
         looks = 0
-        while self._memory.words64[fence] != self._fence:
+        while self._reached() != self._fence:
             if self._status() & hw.STATUS_HALTED or watch.expired():
                 return False
             looks += 1
@@ -200,9 +214,9 @@ class _Ring(Engine):
 
     def _why(self) -> dict[str, Any]:
         if not self._status() & hw.STATUS_HALTED:
-            return {"cause": "no answer in time"}
+            return {"cause": LATE}
         cause = self._read(hw.ERROR_CAUSE)
-        address = self._read(hw.ERROR_ADDRESS_LOW) | self._read(hw.ERROR_ADDRESS_HIGH) << 32
+        address = self._read_pair(hw.ERROR_ADDRESS_LOW)
         return {"cause": _CAUSES.get(cause, str(cause)), "address": address}
 
     def _answer(
@@ -217,7 +231,7 @@ class _Ring(Engine):
         }
 
 
-class Model(_Ring):
+class Model(Ring):
     """The GPU model; scratch memory of 4 KiB or more for the ring."""
 
     kind: ClassVar[str] = "model"
@@ -227,8 +241,8 @@ class Model(_Ring):
     def _command(self, source: int, target: int, size_bytes: int, flags: int) -> bytes:
         return self._pack(hw.OPCODE_COPY, flags, source, target, size_bytes)
 
-    def _nothing(self) -> bytes:
-        return self._pack(hw.OPCODE_NOP, hw.COMMAND_FLAG_FENCE, 0, 0, 0)
+    def _nothing(self, flags: int = 0) -> bytes:
+        return self._pack(hw.OPCODE_NOP, flags | hw.COMMAND_FLAG_FENCE, 0, 0, 0)
 
     def _pack(self, opcode: int, flags: int, source: int, target: int, size_bytes: int) -> bytes:
         system = hw.APERTURE_SYSTEM
@@ -241,7 +255,7 @@ class Model(_Ring):
         )  # fmt: skip
 
 
-class ModelNic(_Ring):
+class ModelNic(Ring):
     """The NIC model in loopback; each copy goes between two regions that cover all addresses."""
 
     kind: ClassVar[str] = "model-nic"
@@ -269,8 +283,8 @@ class ModelNic(_Ring):
     def _command(self, source: int, target: int, size_bytes: int, flags: int) -> bytes:
         return self._pack(hw.NIC_OPCODE_WRITE, flags, source, target, size_bytes)
 
-    def _nothing(self) -> bytes:
-        return self._pack(hw.NIC_OPCODE_NOP, hw.COMMAND_FLAG_FENCE, 0, 0, 0)
+    def _nothing(self, flags: int = 0) -> bytes:
+        return self._pack(hw.NIC_OPCODE_NOP, flags | hw.COMMAND_FLAG_FENCE, 0, 0, 0)
 
     def _pack(self, opcode: int, flags: int, source: int, target: int, size_bytes: int) -> bytes:
         return struct.pack(

@@ -116,17 +116,25 @@ class VfioDevice(Device):
 
         A level-triggered interrupt (``intx``) is unmasked again after it was counted.
         """
-        fd = self._eventfds.get(vector)
-        if fd is None:
-            raise ParameterError(f"vector: {vector} of {self.bdf} is not armed")
+        return self._fired((vector,), timeout_s).get(vector, 0)
+
+    def wait_any(self, vectors: tuple[int, ...], timeout_s: float) -> list[int]:
+        """See :meth:`Device.wait_any`."""
+        return list(self._fired(vectors, timeout_s))
+
+    def _fired(self, vectors: tuple[int, ...], timeout_s: float) -> dict[int, int]:
         poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        if not poll.poll(timeout_s * 1000):
-            return 0
-        count = os.eventfd_read(fd)
-        if self._kind == "intx":
+        by_fd = {}
+        for vector in vectors:
+            fd = self._eventfds.get(vector)
+            if fd is None:
+                raise ParameterError(f"vector: {vector} of {self.bdf} is not armed")
+            poll.register(fd, select.POLLIN)
+            by_fd[fd] = vector
+        counts = {by_fd[fd]: os.eventfd_read(fd) for fd, _ in poll.poll(timeout_s * 1000)}
+        if counts and self._kind == "intx":
             abi.unmask(self._fd, abi.IRQ_INDEX["intx"])
-        return count
+        return counts
 
     def is_armed(self) -> bool:
         """Whether any interrupt is armed."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -92,6 +93,18 @@ def test_a_method_gets_its_parameters() -> None:
     assert registry.call("a.b", {"size": 3, "names": ["y"]}, "x") == ["x", 3, ["y"]]
     assert registry.call("a.b", {"size": 3, "names": None}, "x") == ["x", 3, None]
     assert registry.names() == ["a.b"]
+
+
+def test_an_area_is_loaded_by_the_first_call_of_one_of_its_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "far_methods.py").write_text("raise SystemExit('loaded')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = _registry()
+    registry.area("far", "far_methods")
+    registry.call("a.b", {"size": 3}, "x")
+    with pytest.raises(SystemExit, match="loaded"):
+        registry.call("far.away", {})
 
 
 def test_only_what_is_in_the_table_can_be_called() -> None:

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 
 import pytest
 
 from guest_agent.hw import model_registers as registers
-from guest_agent.hw.device import Device as AgentDevice
 from guest_agent.hw.engine import Engine, Scratch, burst
 from guest_agent.hw.model import Model, ModelNic
-from guest_agent.hw.region import Region
 from guest_agent.pattern import pattern
 from guest_agent.rpc import ParameterError
 from testbed.models.device import Device
@@ -20,57 +17,11 @@ from testbed.models.gpu import GpuModel
 from testbed.models.memory import SharedMemory
 from testbed.models.nic import NicModel
 from testbed.models.testing import FakeQemu
-from testbed.models.wire import Region as Place
+from tests.unit.models.agent_side import Function, seen
 
 SOURCE, TARGET, SCRATCH, HOLE = 0x1_0000_0000, 0x2_0000_0000, 0x10000, 0x9_0000_0000
 SIZE = 1 << 16
 SCRATCH_BYTES = 8192
-
-
-class Registers(Region):
-    """BAR0, seen through the fake machine."""
-
-    def __init__(self, qemu: FakeQemu) -> None:
-        super().__init__(mmap.mmap(-1, 4096))
-        self.qemu = qemu
-        self.gone = False
-
-    def read32(self, offset: int) -> int:
-        return 0xFFFFFFFF if self.gone else self.qemu.read(0, offset)
-
-    def write32(self, offset: int, value: int) -> None:
-        if not self.gone:
-            self.qemu.write(0, offset, value)
-
-
-class Function(AgentDevice):
-    """The PCI function, likewise."""
-
-    def __init__(self, qemu: FakeQemu) -> None:
-        super().__init__("0000:05:00.1")
-        self.qemu = qemu
-        self.registers = Registers(qemu)
-        self.resets = 0
-
-    def config_read(self, offset: int, size_bytes: int) -> int:
-        return self.qemu.read(Place.CONFIG, offset, size_bytes)
-
-    def config_write(self, offset: int, size_bytes: int, value: int) -> None:
-        self.qemu.write(Place.CONFIG, offset, value, size_bytes)
-
-    def reset(self) -> bool:
-        self.resets += 1
-        self.qemu.reset()
-        return True
-
-    def _map(self, index: int) -> Region:
-        assert index == registers.REGISTER_BAR
-        return self.registers
-
-
-def seen(memory: SharedMemory) -> Region:
-    """The guest's view of a memory."""
-    return Region(mmap.mmap(memory.fd, memory.size_bytes))
 
 
 class Machine:

@@ -1,0 +1,475 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's GPU methods against the GPU model: MMU, page faults, links, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guest_agent.pattern import pattern
+from guest_agent.rpc import ParameterError
+from testbed.models.gpu import GpuModel
+from testbed.models.link import LinkEnd
+from testbed.models.memory import SharedMemory
+from testbed.models.witness import Event
+from testbed.models.witness import Path as Way
+from tests.unit.models.agent_rig import MIB, RAM, VIDEO, VIDEO_BYTES, VRAM, Rig
+
+HUGE = 2 * MIB
+V = 0x7000_0000_0000
+
+
+class Gpu(Rig):
+    """A GPU opened with ``gpu.open``."""
+
+    def __init__(
+        self, name: str = "gpu0", links: tuple[LinkEnd, ...] = (), *, replayable: bool = True
+    ) -> None:
+        self.vram = SharedMemory.create(16 * MIB, name=f"{name}.vram")
+        self.model = GpuModel(name, self.vram, links)
+        super().__init__(self.model, "model", self.vram)
+        video = {"bar": VRAM, "index": 2, "offset": VIDEO, "size_bytes": VIDEO_BYTES}
+        opened = self.on("gpu.open", video=video, replayable=replayable)
+        assert opened == {"links": len(links), "video_bytes": 16 * MIB}
+
+    def map(self, virtual: int, size: int, address: int, where: str = "vram", **more: Any) -> None:
+        place: dict[str, Any] = {"space": where, "address": address}
+        if where == "link":
+            place["link"] = 0
+        self.on(
+            "gpu.map",
+            pages=[{"virtual": virtual, "size_bytes": size, "backing": place, **more}],
+        )
+
+    def run(self, *commands: dict[str, Any], **more: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = self.on("gpu.submit", commands=list(commands), **more)
+        return answer
+
+    def do(self, *commands: dict[str, Any], **more: Any) -> None:
+        answer = self.run(*commands, **more)
+        assert answer["completed"], answer
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes(self.vram.view[offset : offset + size])
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.vram.view[offset : offset + len(data)] = data
+
+
+@pytest.fixture
+def gpu() -> Iterator[Gpu]:
+    gpu = Gpu()
+    yield gpu
+    gpu.close()
+
+
+def at(space: str, address: int, **more: int) -> dict[str, Any]:
+    return {"space": space, "address": address, **more}
+
+
+def virtual(address: int) -> dict[str, Any]:
+    return at("virtual", address)
+
+
+def copy(source: dict[str, Any], target: dict[str, Any], size: int, **more: Any) -> dict[str, Any]:
+    return {"op": "copy", "source": source, "target": target, "size_bytes": size, **more}
+
+
+def fill(target: dict[str, Any], value: int, size: int = 8) -> dict[str, Any]:
+    return {"op": "fill", "target": target, "value": value, "size_bytes": size}
+
+
+def signal(target: dict[str, Any], value: int) -> dict[str, Any]:
+    return {"op": "signal", "target": target, "value": value}
+
+
+def page_at(address: int) -> dict[str, Any]:
+    return {"virtual": address, "size_bytes": 4096, "backing": at("vram", 0)}
+
+
+# --- page tables and batches
+
+
+@pytest.mark.parametrize("page", [4096, HUGE])
+@pytest.mark.parametrize("by", ["poll", "interrupt"])
+def test_a_copy_between_pages_of_video_and_system_memory(gpu: Gpu, page: int, by: str) -> None:
+    gpu.map(V, 2 * HUGE, 2 * MIB, page_bytes=page)
+    gpu.map(V + 4 * HUGE, 2 * HUGE, RAM, "system", page_bytes=page)
+    gpu.write(2 * MIB, pattern(1, 0, 2 * HUGE))
+    size = HUGE + 5000
+    gpu.do(copy(virtual(V + 3), virtual(V + 4 * HUGE + 7), size), by=by)
+    assert bytes(gpu.ram.view[7 : 7 + size]) == pattern(1, 3, size)
+    assert gpu.model.witness.bytes_by(Way.IOMMU, write=True) >= size
+
+
+def test_pages_in_any_order_are_one_range_of_virtual_addresses(gpu: Gpu) -> None:
+    gpu.map(V, 4096, 3 * MIB)
+    gpu.map(V + 4096, 4096, RAM, "system")
+    gpu.map(V + 8192, 4096, MIB)
+    gpu.write(0, pattern(2, 0, 12288))
+    gpu.do(copy(at("vram", 0), virtual(V), 12288))
+    got = gpu.read(3 * MIB, 4096) + bytes(gpu.ram.view[:4096]) + gpu.read(MIB, 4096)
+    assert got == pattern(2, 0, 12288)
+
+
+def test_every_command_of_one_batch(gpu: Gpu) -> None:
+    gpu.map(V, 1 * MIB, MIB)
+    gpu.write(0, bytes(range(64)))
+    rows = {"source_pitch": 16, "target_pitch": 4096, "rows": 4}
+    gpu.do(
+        fill(virtual(V), 0x0102030405060708, 20),
+        {**copy(at("vram", 0), virtual(V + 64), 8), "op": "copy_2d", **rows},
+        signal(virtual(V + 128), 40),
+        {"op": "atomic_add", "target": virtual(V + 128), "value": 2, "size_bytes": 8},
+        {"op": "wait", "source": virtual(V + 128), "value": 42},
+        {"op": "nop", "fence": at("vram", 2 * MIB, value=77)},
+        {"op": "invalidate", "target": virtual(V)},
+        {"op": "invalidate"},
+        {"op": "interrupt"},
+        by="interrupt",
+    )
+    assert gpu.read(MIB, 20).hex() == "0807060504030201" * 2 + "08070605"
+    for row in range(4):
+        assert gpu.read(MIB + 64 + row * 4096, 8) == bytes(range(row * 16, row * 16 + 8))
+    assert gpu.read(MIB + 128, 8) == (42).to_bytes(8, "little")
+    assert gpu.read(2 * MIB, 8) == (77).to_bytes(8, "little")
+    assert gpu.model.witness.count(Event.INVALIDATION) == 2
+
+
+def test_batches_are_under_way_together_and_waited_for_in_any_order(gpu: Gpu) -> None:
+    held = gpu.run({"op": "wait", "source": at("vram", 0), "value": 5}, wait=False)["batch"]
+    after = gpu.run(signal(at("vram", 64), 9), wait=False)["batch"]
+    late = gpu.on("gpu.wait", batch=after, timeout_s=0.01)
+    assert (late["completed"], late["ended"]) == (False, False)
+    assert late["status"] == {"cause": "no answer in time"}
+    gpu.write(0, (5).to_bytes(8, "little"))
+    assert gpu.on("gpu.wait", batch=after)["completed"]
+    assert gpu.on("gpu.wait", batch=held)["completed"]
+    with pytest.raises(ParameterError, match="batch"):
+        gpu.on("gpu.wait", batch=held)
+
+
+def test_a_full_ring_says_so_and_a_batch_that_never_fits_too(gpu: Gpu) -> None:
+    gpu.run({"op": "wait", "source": at("vram", 0), "value": 1}, wait=False)
+    gpu.run(*[{"op": "nop"}] * 500, wait=False)
+    with pytest.raises(OSError, match="room for"):
+        gpu.run(*[{"op": "nop"}] * 20, wait=False)
+    with pytest.raises(ParameterError, match="at most 510"):
+        gpu.run(*[{"op": "nop"}] * 511)
+    gpu.write(0, (1).to_bytes(8, "little"))
+    gpu.do(*[{"op": "nop"}] * 300)
+
+
+def test_copies_by_iova_and_batches_use_one_ring(gpu: Gpu) -> None:
+    for number in range(300):
+        gpu.do({"op": "nop"})
+        answer = gpu.on("engine.copy", source_iova=RAM, target_iova=RAM + 64, size_bytes=8)
+        assert answer["completed"], number
+
+
+def test_a_command_that_fails_ends_all_batches_and_the_gpu_is_usable_again(gpu: Gpu) -> None:
+    gpu.map(V, 4096, MIB)
+    first = gpu.run(copy(at("system", 0x9000_0000), virtual(V), 8), wait=False)["batch"]
+    second = gpu.run({"op": "nop"}, wait=False)["batch"]
+    answer = gpu.on("gpu.wait", batch=first)
+    assert (answer["completed"], answer["ended"]) == (False, True)
+    assert answer["status"] == {"cause": "refused", "address": 0x9000_0000}
+    assert gpu.on("gpu.wait", batch=second)["status"] == {"cause": "reset"}
+    gpu.do(fill(virtual(V), 1))  # the page tables are still there
+
+
+def test_commands_that_keep_going_are_counted(gpu: Gpu) -> None:
+    bad = copy(at("system", 0x9000_0000), at("vram", 0), 8, keep_going=True)
+    answer = gpu.run(bad, bad, signal(at("vram", 64), 3))
+    assert (answer["completed"], answer["failed"]) == (True, 2)
+    assert gpu.read(64, 1) == b"\3"
+
+
+# --- what page tables promise
+
+
+def test_what_is_mapped_is_not_mapped_twice(gpu: Gpu) -> None:
+    gpu.map(V, 8192, 0)
+    with pytest.raises(FileExistsError, match="0x700000001000"):
+        gpu.map(V + 4096, 4096, MIB)
+    with pytest.raises(FileExistsError):
+        gpu.map(V, HUGE, 0, page_bytes=HUGE)
+    gpu.map(V + HUGE, HUGE, 0, page_bytes=HUGE)
+    with pytest.raises(FileExistsError):
+        gpu.map(V + HUGE, 4096, 0)
+    with pytest.raises(ParameterError, match="large page"):
+        gpu.on("gpu.unmap", virtual=V + HUGE, size_bytes=4096)
+    assert gpu.on("gpu.unmap", virtual=V, size_bytes=4 * HUGE)["unmapped_bytes"] == HUGE + 8192
+
+
+def test_mapping_and_unmapping_for_ever_takes_no_more_tables(gpu: Gpu) -> None:
+    """2 MiB are 511 tables: without reuse they would be gone after 170 rounds."""
+    for number in range(600):
+        where = (number << 39) % (1 << 47)
+        gpu.map(where, 8192, 0)
+        assert gpu.on("gpu.unmap", virtual=where, size_bytes=8192)["unmapped_bytes"] == 8192
+        if number % 100 == 0:
+            gpu.on("gpu.invalidate")
+    with pytest.raises(OSError, match="no room for page tables"):
+        gpu.on("gpu.map", pages=[page_at(number << 39) for number in range(256)])
+
+
+def test_an_old_translation_is_used_until_it_is_invalidated(gpu: Gpu) -> None:
+    gpu.map(V, 4096, MIB)
+    gpu.do(fill(virtual(V), 1))
+    gpu.map(V, 4096, 2 * MIB, replace=True)
+    gpu.do(fill(virtual(V), 2))
+    assert (gpu.read(MIB, 1), gpu.read(2 * MIB, 1)) == (b"\2", b"\0")
+    gpu.on("gpu.invalidate", virtual=V)
+    gpu.do(fill(virtual(V), 3))
+    assert (gpu.read(MIB, 1), gpu.read(2 * MIB, 1)) == (b"\2", b"\3")
+
+
+# --- page faults
+
+
+@pytest.mark.parametrize("by", ["poll", "interrupt"])
+def test_a_fault_is_read_mapped_and_replayed(gpu: Gpu, by: str) -> None:
+    batch = gpu.run(fill(virtual(V + 0x18), 7), wait=False, by=by)["batch"]
+    found = gpu.on("gpu.faults", timeout_s=5.0, by=by)
+    assert (found["lost"], found["waiting"]) == (0, True)
+    (fault,) = found["faults"]
+    assert fault.pop("time_ns") > 0
+    assert fault == {"address": V + 0x18, "command": 0, "write": True, "cause": "not_valid"}
+    late = gpu.on("gpu.wait", batch=batch, timeout_s=0.01, by=by)
+    assert not late["ended"]
+    pages = [{"virtual": V, "size_bytes": 4096, "backing": at("vram", MIB)}]
+    gpu.on("gpu.resolve", pages=pages)
+    assert gpu.on("gpu.wait", batch=batch, by=by)["completed"]
+    assert gpu.read(MIB + 0x18, 1) == b"\7"
+    assert gpu.on("gpu.faults")["faults"] == []
+
+
+def test_a_write_to_a_page_that_is_not_writable(gpu: Gpu) -> None:
+    gpu.map(V, 4096, MIB, writable=False)
+    batch = gpu.run(fill(virtual(V), 7), wait=False)["batch"]
+    (fault,) = gpu.on("gpu.faults", timeout_s=5.0)["faults"]
+    assert fault["cause"] == "not_writable"
+    gpu.on("gpu.resolve", cancel=True)
+    status = gpu.on("gpu.wait", batch=batch)["status"]
+    assert status == {"cause": "page_fault", "address": V}
+    assert gpu.read(MIB, 1) == b"\0"
+
+
+def test_a_revoked_page_faults(gpu: Gpu) -> None:
+    gpu.map(V, 4096, MIB)
+    gpu.do(fill(virtual(V), 1))
+    gpu.on("gpu.unmap", virtual=V, size_bytes=4096)
+    gpu.on("gpu.invalidate", virtual=V)
+    batch = gpu.run(fill(virtual(V), 2), wait=False)["batch"]
+    assert len(gpu.on("gpu.faults", timeout_s=5.0)["faults"]) == 1
+    gpu.on("gpu.resolve", cancel=True)
+    assert gpu.on("gpu.wait", batch=batch)["status"]["cause"] == "page_fault"
+    assert gpu.read(MIB, 1) == b"\1"
+
+
+def test_without_replay_a_fault_fails_the_command(gpu: Gpu) -> None:
+    gpu = Gpu(replayable=False)
+    answer = gpu.run(fill(virtual(V), 7))
+    assert answer["status"] == {"cause": "page_fault", "address": V}
+    gpu.close()
+
+
+def test_many_faults_go_around_the_fault_buffer(gpu: Gpu) -> None:
+    for number in range(300):
+        place = V + number * 4096
+        batch = gpu.run(fill(virtual(place), number), wait=False)["batch"]
+        (fault,) = gpu.on("gpu.faults", timeout_s=5.0)["faults"]
+        assert fault["address"] == place
+        pages = [{"virtual": place, "size_bytes": 4096, "backing": at("vram", MIB)}]
+        gpu.on("gpu.resolve", pages=pages)
+        assert gpu.on("gpu.wait", batch=batch)["completed"]
+
+
+@pytest.mark.parametrize("by", ["poll", "interrupt"])
+@pytest.mark.parametrize("page", [4096, HUGE])
+@pytest.mark.parametrize("access", ["read", "write"])
+def test_first_touches(gpu: Gpu, by: str, page: int, access: str) -> None:
+    backing = at("vram", 2 * MIB)
+    answer = gpu.on(
+        "gpu.fault_latency", count=150, backing=backing, backing_bytes=4 * MIB,
+        page_bytes=page, access=access, by=by, virtual=V,
+    )  # fmt: skip
+    for name in ("seen_ns", "serviced_ns", "done_ns"):
+        assert len(answer[name]) == 150
+        assert min(answer[name]) > 0
+    assert gpu.model.witness.count(Event.PAGE_FAULT) == 150
+    assert gpu.model.witness.count(Event.REPLAY) == 150
+    touched = int.from_bytes(gpu.read(2 * MIB, 8), "little")
+    assert (touched != 0) == (access == "write")
+    # Everything is gone again: the next access faults.
+    gpu.run(fill(virtual(V), 7), wait=False)
+    assert len(gpu.on("gpu.faults", timeout_s=5.0)["faults"]) == 1
+
+
+def test_touching_what_cannot_be_reached_is_an_error_and_leaves_nothing(gpu: Gpu) -> None:
+    for _ in range(2):
+        with pytest.raises(OSError, match="refused"):
+            gpu.on(
+                "gpu.fault_latency",
+                count=2,
+                backing=at("system", 0x9000_0000),
+                backing_bytes=4096,
+                virtual=V,
+            )
+    gpu.map(V, 8192, 0)
+    with pytest.raises(FileExistsError):
+        gpu.on("gpu.fault_latency", count=2, backing=at("vram", 0), backing_bytes=4096, virtual=V)
+
+
+# --- links
+
+
+class Pair:
+    def __init__(self, folder: Path) -> None:
+        socket = folder / "link"
+        self.a = Gpu("gpu0", (LinkEnd(socket, listens=True, peer="gpu1", width=8),))
+        self.b = Gpu("gpu1", (LinkEnd(socket, listens=False, peer="gpu0"),))
+        self.settle("up")
+
+    def settle(self, state: str) -> None:
+        for _ in range(500):
+            self.a.qemu.turn()
+            self.b.qemu.turn()
+            if all(rig.on("gpu.links")[0]["state"] == state for rig in (self.a, self.b)):
+                return
+        raise AssertionError(state)
+
+    def export(self, rig: Gpu, mode: str, **more: int) -> None:
+        """The peer is another event loop, which must run for it to take note."""
+        answer = rig.on("gpu.link_export", link=0, mode=mode, timeout_s=0.0, **more)
+        for _ in range(50):
+            self.a.qemu.turn()
+            self.b.qemu.turn()
+        assert not rig.on("gpu.links")[0]["synchronizing"], answer
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    pair = Pair(tmp_path)
+    yield pair
+    pair.a.close()
+    pair.b.close()
+
+
+def test_a_physical_window_and_its_end(pair: Pair) -> None:
+    assert pair.a.on("gpu.links")[0] == {
+        "link": 0,
+        "state": "up",
+        "enabled": True,
+        "width": 8,
+        "peer_size_bytes": 0,
+        "export": "closed",
+        "synchronizing": False,
+    }
+    pair.export(pair.b, "physical", offset=MIB, size_bytes=8192)
+    assert pair.a.on("gpu.links")[0]["peer_size_bytes"] == 8192
+    pair.a.map(V, 8192, 0, "link")
+    pair.a.write(0, b"straight")
+    pair.a.do(copy(at("vram", 0), virtual(V + 8184), 8))
+    assert pair.b.read(MIB + 8184, 8) == b"straight"
+    answer = pair.a.run(copy(at("vram", 0), at("link", 8188, link=0), 8))
+    assert answer["status"] == {"cause": "link_refused", "address": 8192}
+    pair.b.qemu.turn()
+    assert "write by gpu0 is not exported" in str(pair.b.model.witness.trace())
+    pair.export(pair.b, "closed")
+    answer = pair.a.run(copy(at("vram", 0), at("link", 0, link=0), 8))
+    assert answer["status"] == {"cause": "link_refused", "address": 0}
+
+
+def test_a_virtual_window_is_an_address_space_of_its_own(pair: Pair) -> None:
+    space = pair.b.on("gpu.space")["space"]
+    pair.b.map(0x3000, 4096, 5 * MIB, space=space)
+    pair.export(pair.b, "virtual", space=space, size_bytes=1 << 30)
+    pair.a.do(signal(at("link", 0x3008, link=0), 6))
+    assert pair.b.read(5 * MIB + 8, 1) == b"\6"
+    assert pair.b.run(signal(virtual(0x3008), 6), timeout_s=0.05)["completed"] is False
+    pair.export(pair.b, "closed")
+    pair.b.on("gpu.drop_space", space=space)
+    with pytest.raises(ParameterError, match="space: there is no 1"):
+        pair.b.on("gpu.drop_space", space=space)
+
+
+@pytest.mark.parametrize("by", ["poll", "interrupt"])
+def test_a_link_goes_down_and_up(pair: Pair, by: str) -> None:
+    pair.export(pair.b, "physical", offset=MIB, size_bytes=8192)
+    if by == "interrupt":
+        pair.a.do({"op": "nop"}, by="interrupt")  # arms
+    assert pair.b.on("gpu.link_enable", link=0, on=False)["enabled"] is False
+    assert pair.a.on("gpu.link_wait", link=0, state="down", by=by) == {"reached": True}
+    answer = pair.a.run(signal(at("link", 0, link=0), 6))
+    assert answer["status"] == {"cause": "link_down", "address": 0}
+    assert pair.a.on("gpu.link_wait", link=0, state="up", timeout_s=0.02) == {"reached": False}
+    pair.b.on("gpu.link_enable", link=0, on=True)
+    pair.b.qemu.turn()
+    assert pair.a.on("gpu.link_wait", link=0, state="up", by=by) == {"reached": True}
+    pair.a.do(signal(at("link", 0, link=0), 6))
+
+
+# --- wrong parameters
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "named"),
+    [
+        ("gpu.submit", {"commands": [{}]}, r"commands\[0\].op: None is none of nop, copy"),
+        ("gpu.submit", {"commands": [{"op": "nop", "size": 1}]}, r"commands\[0\].size: unknown"),
+        ("gpu.submit", {"commands": [{"op": "signal", "value": 1}]}, "target: missing"),
+        ("gpu.submit", {"commands": "nop"}, "commands: expected a list of objects"),
+        ("gpu.submit", {"commands": [signal(at("moon", 0), 1)]}, "space: 'moon' is none of vram"),
+        ("gpu.submit", {"commands": [signal(at("link", 0), 1)]}, "link: needed with"),
+        ("gpu.submit", {"commands": [signal(at("vram", 0, link=1), 1)]}, "link: needed with"),
+        ("gpu.submit", {"commands": [signal(at("link", 0, link=16), 1)]}, "more than 4 bits"),
+        ("gpu.submit", {"commands": [signal(at("vram", 1 << 64), 1)]}, "more than 64 bits"),
+        ("gpu.submit", {"commands": [], "by": "magic"}, "by: 'magic' is neither"),
+        ("gpu.submit", {"commands": [], "timeout_s": 1e6}, "timeout_s: at most"),
+        ("gpu.map", {"pages": [{"virtual": 0}]}, r"pages\[0\].size_bytes: missing"),
+        (
+            "gpu.map",
+            {"pages": [{"virtual": 0, "size_bytes": 4096, "backing": virtual(0)}]},
+            "not itself virtual",
+        ),
+        ("gpu.unmap", {"virtual": 1, "size_bytes": 4096}, "not whole pages"),
+        ("gpu.unmap", {"virtual": 1 << 48, "size_bytes": 4096}, "beyond 48 bits"),
+        ("gpu.unmap", {"virtual": 0, "size_bytes": 4096, "space": 3}, "space: there is no 3"),
+        ("gpu.link_enable", {"link": 0, "on": True}, "has 0, counted from 0"),
+        ("gpu.link_wait", {"link": 0, "state": "left"}, "state: 'left' is neither"),
+        ("gpu.drop_space", {"space": 0}, "0 is the GPU's own"),
+        (
+            "gpu.fault_latency",
+            {"count": 0, "backing": at("vram", 0), "backing_bytes": 4096},
+            "count: 1 to",
+        ),
+        (
+            "gpu.fault_latency",
+            {"count": 1, "backing": at("vram", 0), "backing_bytes": 5000},
+            "backing_bytes: 5000",
+        ),
+    ],
+)
+def test_a_wrong_parameter_is_named(
+    gpu: Gpu, method: str, params: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ParameterError, match=named):
+        gpu.on(method, **params)
+
+
+def test_only_a_model_engine_becomes_a_gpu_and_once(gpu: Gpu) -> None:
+    video = {"bar": VRAM, "index": 2, "offset": 0, "size_bytes": VIDEO_BYTES}
+    with pytest.raises(ParameterError, match="no engine of kind 'model'"):
+        gpu.on("gpu.open", video=video)
+
+
+def test_a_lost_device_is_named(gpu: Gpu) -> None:
+    gpu.function.registers.gone = True
+    for by in ("poll", "interrupt"):
+        with pytest.raises(OSError, match="the device is lost"):
+            gpu.run(signal(at("vram", 0), 6), by=by)
