@@ -175,10 +175,11 @@ def test_a_change_of_acs_is_followed(
     before = set_acs(node, ports, [0] * len(ports))
     joined = pairs_below(bdf, ("apart0", "apart1"), ("gpu2", "gpu3"))
     assert pairs_of(router(rescan=True)) == below_the_plain_switch(bdf) | joined
-    # One of two ports is enough: a request is redirected by its own, an answer by the other.
+    # The port at which a request enters the switch decides, whatever the peer's port says.
     set_acs(node, ports[:1], before[:1])
-    without = {pair for pair in joined if bdf["apart0"] not in pair}
+    without = {pair for pair in joined if pair[0] != bdf["apart0"]}
     assert pairs_of(router(rescan=True)) == below_the_plain_switch(bdf) | without
+    assert bdf["apart0"] in {peer for _, peer in without}
     set_acs(node, ports, before)
     assert pairs_of(router(rescan=True)) == below_the_plain_switch(bdf)
 
@@ -274,8 +275,7 @@ def test_a_raw_address_of_vfio_faults_below_a_redirecting_switch(
     opened = node.agent.call("vfio.open", devices=functions_of(bdf, "gpu2"))["container"]
     try:
         answer = node.agent.call("p2p.route", container=opened)
-        peers = {each["peer"] for each in (*answer["windows"], *answer["left_out"])}
-        assert peers == set(functions_of(bdf, "gpu2")), "functions of one slot, and no more"
+        assert answer == {"windows": [], "left_out": [], "widened": []}
         arrived, faults = raw_copy(node, bdf, "gpu2", "gpu3")
         assert (arrived, faults) == (False, {bdf["gpu2.engine"]})
     finally:

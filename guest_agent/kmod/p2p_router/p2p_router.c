@@ -81,28 +81,64 @@ static struct pair *pairs;
 static size_t pair_count, pair_room;
 static bool stopping;
 
-static bool redirects(struct pci_dev *pdev)
+/* The ACS control register, 0 for a port that has none; *OFFSET is then 0 too. */
+static u16 acs_control(struct pci_dev *pdev, int *offset)
 {
-	int offset = pci_find_ext_capability(pdev, PCI_EXT_CAP_ID_ACS);
 	u16 control = 0;
 
-	if (offset)
-		pci_read_config_word(pdev, offset + PCI_ACS_CTRL, &control);
-	return control & REDIRECT;
+	*offset = pci_find_ext_capability(pdev, PCI_EXT_CAP_ID_ACS);
+	if (*offset)
+		pci_read_config_word(pdev, *offset + PCI_ACS_CTRL, &control);
+	return control;
+}
+
+/* With egress control the port's vector says to which other ports it applies. */
+static bool egress_controlled(struct pci_dev *port, int offset, struct pci_dev *egress)
+{
+	u32 number = 0, vector = 0;
+	u16 capability = 0;
+	unsigned int bits;
+
+	pcie_capability_read_dword(egress, PCI_EXP_LNKCAP, &number);
+	number >>= 24;
+	pci_read_config_word(port, offset + PCI_ACS_CAP, &capability);
+	bits = capability >> 8 ?: 256;
+	if (number < bits)
+		pci_read_config_dword(port, offset + PCI_ACS_EGRESS_CTL_V + number / 32 * 4,
+				      &vector);
+	return vector >> number % 32 & 1;
+}
+
+/* What a switch does with a request that comes in through INGRESS for something below EGRESS. */
+static bool switched(struct pci_dev *ingress, struct pci_dev *egress)
+{
+	int offset;
+	u16 control = acs_control(ingress, &offset);
+
+	if (control & PCI_ACS_EC)
+		return !egress_controlled(ingress, offset, egress);
+	return !(control & PCI_ACS_RR);
 }
 
 /*
- * A bridge leads to both, and the ports (or functions) directly below it, where a request turns
- * round, do not redirect. Without a common bridge the way leads through the root complex.
+ * Whether a request reaches the peer below the root complex. The port at which it enters the
+ * switch that leads to both decides; ACS of the peer's port does not matter to a request, and a
+ * port further down has sent it up already (table 6-11). Functions of one slot are taken for
+ * routed, as drivers/pci/p2pdma.c does, unless the port above them redirects.
  */
 static bool routed(struct pci_dev *initiator, struct pci_dev *peer)
 {
 	struct pci_dev *below, *bridge, *other, *other_bridge;
+	int offset;
 
 	for (below = initiator; (bridge = pci_upstream_bridge(below)); below = bridge)
-		for (other = peer; (other_bridge = pci_upstream_bridge(other)); other = other_bridge)
-			if (bridge == other_bridge)
-				return !redirects(below) && !redirects(other);
+		for (other = peer; (other_bridge = pci_upstream_bridge(other)); other = other_bridge) {
+			if (bridge != other_bridge)
+				continue;
+			if (below == initiator || other == peer)
+				return !(acs_control(bridge, &offset) & REDIRECT);
+			return switched(below, other);
+		}
 	return false;
 }
 
