@@ -57,6 +57,11 @@ class Engine:
         self.witness = DeviceWitness.of(node, function)
 
     @property
+    def number(self) -> int:
+        """The agent's, for its other methods."""
+        return self._number
+
+    @property
     def bulk_bytes(self) -> int:
         """A copy that takes a fraction of a second: edu needs 0.2 s for each 4 KiB."""
         return 4096 if self.function.kind == "edu" else 64 << 10
