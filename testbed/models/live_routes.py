@@ -130,7 +130,7 @@ class LiveRouter:
     def _route(self, entry: Mapping[str, Any]) -> Route:
         address, size = entry["address"], entry["size_bytes"]
         if entry["outcome"] == Outcome.REFUSED:
-            return Route(address, size, space=Nowhere(entry["why"]))
+            return Route(address, size, space=Nowhere())
         memory = self._memories.get(entry["memory"] or "")
         if memory is not None:
             return Route(address, size, memory, entry["offset"])

@@ -140,13 +140,10 @@ class Nowhere(Space):
 
     path = Path.PEER
 
-    def __init__(self, why: str) -> None:
-        self._why = why
-
     def reach(self, address: int, size_bytes: int, *, write: bool) -> Window:
         """See :meth:`Space.reach`; the refusal comes with the access, so that it is traced."""
         del write
-        return Window(size_bytes, None, self.path, self._why, self, address)
+        return Window(size_bytes, None, self.path, "", self, address)
 
     async def fetch(self, address: int, size_bytes: int) -> bytes:
         """Refused."""

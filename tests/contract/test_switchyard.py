@@ -109,6 +109,8 @@ class TestReading:
             entry = at(again, PEER)
             assert entry is not None
             assert entry["outcome"] == "refused"
+            bars = {f["function"]: [bar["bar"] for bar in f["bars"]] for f in await yard.tree()}
+            assert (bars["gpu0-vram"], bars["gpu1-vram"]) == ([2], [])
 
         run(test)
 

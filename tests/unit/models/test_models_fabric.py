@@ -249,6 +249,18 @@ class TestWhatChanges:
         assert outside.outcome is Outcome.REFUSED  # gpu0's own window
 
 
+def test_of_bars_that_overlap_the_first_is_reached_and_the_rest_of_the_other() -> None:
+    tree = one_switch(None, None)
+    at = tree.functions.index(next(f for f in tree.functions if f.qemu_id == "gpu1-engine"))
+    end = tree.memory["gpu1"].end
+    bar = Bar(0, Range(end - 0x2000, end + 0x2000))
+    tree.functions[at] = replace(tree.functions[at], bars=(bar,))
+    assert between(tree, "gpu0", "gpu1")[0] is Outcome.PEER
+    claim = claim_at(tree.done(), "gpu0", end)
+    assert claim is not None
+    assert (claim.function, claim.offset) == ("gpu1-engine", 0x2000)
+
+
 @given(
     acs=st.lists(st.none() | st.integers(0, 0x3F).map(Acs.of), min_size=2, max_size=4),
     requester=st.integers(0, 3),
