@@ -27,7 +27,8 @@ from testbed.machine.command import (
     vfio_socket,
 )
 from testbed.machine.kernel_words import kernel_words
-from testbed.topology.model import Iommu, Node
+from testbed.topology.machine import Iommu
+from testbed.topology.model import Node
 from testbed.topology.plan import MODEL_KINDS, Function, NodePlan, Role
 from testbed.topology.units import MIB
 

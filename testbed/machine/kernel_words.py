@@ -7,7 +7,8 @@ Source: Linux Documentation/admin-guide/kernel-parameters.txt.
 from __future__ import annotations
 
 from testbed.machine.command import LaunchContext
-from testbed.topology.model import Iommu, Node
+from testbed.topology.machine import Iommu
+from testbed.topology.model import Node
 
 # A dead guest must end QEMU (which runs with -no-reboot) instead of standing still.
 PANIC_WORDS = ("panic=-1", "oops=panic")

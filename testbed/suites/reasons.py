@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from testbed.topology.model import Iommu
+from testbed.topology.machine import Iommu
 
 
 @dataclass(frozen=True)

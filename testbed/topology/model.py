@@ -10,19 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from testbed.errors import Diagnostic, InputError
@@ -30,7 +26,6 @@ from testbed.topology.fields import (
     Address,
     Bandwidth,
     BarSize,
-    CpuModel,
     DeviceClass,
     DiskSize,
     FaultRule,
@@ -40,13 +35,13 @@ from testbed.topology.fields import (
     KernelName,
     KernelWord,
     Latency,
-    MemorySize,
     Name,
     Sha256,
     VariableValue,
     rule_error,
 )
-from testbed.topology.units import GIB, MIB
+from testbed.topology.machine import Entries, Iommu, Machine, Strict
+from testbed.topology.units import MIB
 from testbed.topology.validation import explain
 
 # The copy engine of a GPU or NIC that names none.
@@ -60,86 +55,10 @@ RESERVED_NAMES = (NETWORK_NAME, IOMMU_NAME)
 # In the context of a validation: where files are sought that the topology names.
 FOLDER = "folder"
 
-IommuKind = Literal["none", "intel", "amd", "virtio"]
-IommuMode = Literal["off", "passthrough", "lazy", "strict"]
 AcsMode = Literal["redirect", "none"]
 
 
-_T = TypeVar("_T")
-# A list; a key with nothing after it is an empty one, as a template may leave it.
-Entries = Annotated[tuple[_T, ...], BeforeValidator(lambda value: () if value is None else value)]
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Machine(_Model):
-    """The node's processor and memory."""
-
-    cpu: CpuModel = Field(
-        "max",
-        description="QEMU's name for the CPU model. Linux allows peer-to-peer DMA through the host "
-        "bridge of an AMD EPYC and not through that of `max`.",
-    )
-    vcpus: int = Field(1, strict=True, ge=1, le=64, description="Virtual CPUs.")
-    memory_bytes: MemorySize = Field(GIB, alias="memory", description="Main memory.")
-
-
-class Iommu(_Model):
-    """The virtual IOMMU, and how the guest's kernel uses it."""
-
-    kind: IommuKind = Field(
-        "intel", description="Which IOMMU QEMU emulates: `intel` (VT-d), `amd`, `virtio`, `none`."
-    )
-    mode: IommuMode = Field(
-        "strict",
-        description="What the guest's kernel is told. `off`: do not use it. `passthrough`: "
-        "identity domains. `lazy`: translate, invalidate in batches (but at once on kind "
-        "`amd`, and where `intel` meets `model` engines or passed-through devices). `strict`: "
-        "translate, invalidate at once. The default is `strict`, and `off` for kind `none`.",
-    )
-    scalable: Flag = Field(
-        False,
-        description="VT-d scalable mode with first-stage tables (kind `intel` only); faults have "
-        "other reason codes.",
-    )
-    aw_bits: Literal[39, 48] = Field(
-        48, description="Width of an I/O virtual address (kinds `intel` and `virtio`)."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_mode(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "mode" not in data and data.get("kind") == "none":
-            return {**data, "mode": "off"}
-        return data
-
-    @field_validator("mode")
-    @classmethod
-    def _mode_needs_iommu(cls, mode: IommuMode, info: ValidationInfo) -> IommuMode:
-        if info.data.get("kind") == "none" and mode != "off":
-            raise rule_error(f"mode '{mode}' needs an IOMMU", expected="off, or another kind")
-        return mode
-
-    @field_validator("scalable")
-    @classmethod
-    def _scalable_is_intel(cls, scalable: bool, info: ValidationInfo) -> bool:
-        kind = info.data.get("kind", "intel")
-        if scalable and kind != "intel":
-            raise rule_error(f"kind '{kind}' has no scalable mode", expected="kind intel")
-        return scalable
-
-    @field_validator("aw_bits")
-    @classmethod
-    def _width_is_settable(cls, aw_bits: int, info: ValidationInfo) -> int:
-        kind = info.data.get("kind", "intel")
-        if aw_bits != 48 and kind not in ("intel", "virtio"):
-            raise rule_error(f"kind '{kind}' has a fixed width", expected="48")
-        return aw_bits
-
-
-class _Entry(_Model):
+class _Entry(Strict):
     """What all PCIe entries have: a kind, given by the first key, whose value is the name."""
 
     kind: ClassVar[str]
@@ -355,7 +274,7 @@ RootPort.model_rebuild()
 Entry = RootPort | Switch | Gpu | Nic | Nvme | Passthrough | OwnDevice
 
 
-class Node(_Model):
+class Node(Strict):
     """One machine of the rack: one QEMU, one guest kernel."""
 
     machine: Machine = Field(default_factory=Machine, description="Processor and memory.")
@@ -377,7 +296,7 @@ class Node(_Model):
             stack.extend(reversed(entry.children))
 
 
-class Link(_Model):
+class Link(Strict):
     """A private link between two GPUs, beside PCIe."""
 
     kind: Literal["xgmi", "nvlink", "xelink", "ual"] = Field(description="The link's technology.")
@@ -397,7 +316,7 @@ class Link(_Model):
     )
 
 
-class Topology(_Model):
+class Topology(Strict):
     """A rack: nodes, what stands in them, and private links between their GPUs."""
 
     rack: Name = Field(description="The rack's name; `up --name` gives another.")

@@ -12,11 +12,10 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaV
 from pydantic_core import CoreSchema
 
 from testbed.topology.fields import EXPECTED_KEY, Size
+from testbed.topology.machine import Iommu, Machine
 from testbed.topology.model import (
     Gpu,
-    Iommu,
     Link,
-    Machine,
     Nic,
     Node,
     Nvme,

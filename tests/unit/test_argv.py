@@ -16,7 +16,8 @@ from testbed.errors import CapabilityMissing, ExitCode
 from testbed.machine.argv import command
 from testbed.machine.command import LaunchContext, NodeCommand
 from testbed.machine.kernel_words import iommu_words
-from testbed.topology.model import Iommu, from_data
+from testbed.topology.machine import Iommu
+from testbed.topology.model import from_data
 from testbed.topology.placement import place
 
 CONTEXT = LaunchContext(

@@ -18,7 +18,8 @@ from testbed.suites.memory import Memory
 from testbed.suites.mutations import DESCRIPTIONS, Mutation
 from testbed.suites.reasons import FIRST_STAGE, LEGACY, reasons_of, why_not_shown
 from testbed.topology import load
-from testbed.topology.model import Iommu, Topology
+from testbed.topology.machine import Iommu
+from testbed.topology.model import Topology
 from testbed.topology.placement import place
 
 GIB = 1 << 30
