@@ -24,7 +24,7 @@ from testbed.machine.pci_tree import CHANGE_EVENTS, PciTree, TreeUnreadable, rea
 from testbed.models.fabric import Claim, decide
 from testbed.models.spec import MachineSpec, MemorySpec
 
-READ_TIMEOUT_S: Final = 2.0  # a tree of 35 bridges takes 30 ms
+READ_TIMEOUT_S: Final = 2.0  # one of 26 bridges takes 26 ms, on an overloaded host 200
 
 
 class NoTree(Exception):
