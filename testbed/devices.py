@@ -8,11 +8,10 @@ DeviceLost if that has died, HostError if it does not answer.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -173,9 +172,8 @@ class ModelDevice:
     # --- what it saw
 
     def status(self) -> dict[str, Any]:
-        """Connected, pid, lost (exit status or None), failure; also of a lost device."""
-        found: list[dict[str, Any]] = self.nodes[self.node].models.call("devices")
-        return next(each for each in found if each["device"] == self.name)
+        """As :func:`statuses`."""
+        return statuses(self.nodes[self.node])[self.name]
 
     def seen(self) -> Seen:
         """Since the rack began."""
@@ -276,6 +274,12 @@ def model_devices(nodes: Nodes) -> Iterator[ModelDevice]:
             yield ModelDevice(nodes, node.name, name)
 
 
+def statuses(node: Node) -> dict[str, dict[str, Any]]:
+    """Of each model device, by name: connected, pid, lost (exit status or None), failure."""
+    found: list[dict[str, Any]] = node.models.call("devices")
+    return {status["device"]: status for status in found}
+
+
 def find_device(nodes: Nodes, word: str) -> ModelDevice:
     """``gpu0`` if only one node has such a device, or ``host0/gpu0``.
 
@@ -302,10 +306,3 @@ def find_device(nodes: Nodes, word: str) -> ModelDevice:
             Diagnostic(word, 0, 0, "no such device", f"one of {known}", nearest(word, words))
         ]
     )
-
-
-@contextlib.contextmanager
-def watching(devices: Sequence[ModelDevice]) -> Iterator[dict[str, Watch]]:
-    """Watch several devices while a block runs; by ``node/name``."""
-    with contextlib.ExitStack() as stack:
-        yield {str(device): stack.enter_context(device.watch()) for device in devices}

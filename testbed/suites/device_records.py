@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
-from testbed.devices import ModelDevice, model_devices
+import contextlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from testbed.devices import ModelDevice, model_devices, statuses
 from testbed.errors import TestbedError
 from testbed.results.record import ActionRecord, DeviceRecord, RuleRecord
 from testbed.suites.interface import Rack
@@ -12,23 +17,26 @@ from testbed.suites.interface import Rack
 def records(rack: Rack, label: str) -> list[DeviceRecord]:
     """Every model device of a rack that is about to end; what cannot be asked any more is empty."""
     found: list[DeviceRecord] = []
-    for device in model_devices(rack.nodes):
-        try:
-            found.append(_record(device, label))
-        except TestbedError:  # the node is gone, and its models with it
-            found.append(DeviceRecord(label, device.node, device.name))
+    for node in rack.nodes.values():
+        devices = list(model_devices({node.name: node}))
+        status: dict[str, Any] = {}
+        if devices:
+            with contextlib.suppress(TestbedError):  # the node is gone, and its models with it
+                status = statuses(node)
+        found += [_record(each, label, status.get(each.name)) for each in devices]
     return found
 
 
-def _record(device: ModelDevice, label: str) -> DeviceRecord:
-    status = device.status()
-    if status["lost"] is not None:
-        return DeviceRecord(label, device.node, device.name, lost=status["lost"])
-    report = device.report()
-    return DeviceRecord(
-        label,
-        device.node,
-        device.name,
+def _record(device: ModelDevice, label: str, status: Mapping[str, Any] | None) -> DeviceRecord:
+    bare = DeviceRecord(label, device.node, device.name, lost=status and status["lost"])
+    if status is None or bare.lost is not None:
+        return bare
+    try:
+        report = device.report()
+    except TestbedError:  # it has just ended
+        return bare
+    return replace(
+        bare,
         counters=report["counters"],
         rules=tuple(RuleRecord(**rule) for rule in report["rules"]),
         actions=tuple(ActionRecord(**action) for action in report["actions"]),

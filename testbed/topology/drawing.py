@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 
-from testbed.topology.model import Node
+from testbed.topology.model import Link, Node
 from testbed.topology.plan import Function, NodePlan, RackPlan, Role
-from testbed.topology.units import format_size
+from testbed.topology.units import format_duration, format_rate, format_size
 
 _LABELS = {
     Role.ROOT_PORT: "root port",
@@ -31,9 +31,16 @@ def tree(plan: RackPlan) -> str:
     if topology.links:
         lines += ["", "links"]
         lines += [
-            f"  {link.kind} x{link.width}  {' ── '.join(link.between)}" for link in topology.links
+            f"  {link.kind} x{link.width}  {' ── '.join(link.between)}{_pace(link)}"
+            for link in topology.links
         ]
     return "\n".join(lines)
+
+
+def _pace(link: Link) -> str:
+    rate, delay = link.bandwidth_bytes_per_s, link.latency_ns
+    words = [*([format_rate(rate)] if rate else []), *([format_duration(delay)] if delay else [])]
+    return f"  {', '.join(words)}" if words else ""
 
 
 def _node_title(name: str, node: Node) -> str:

@@ -16,6 +16,7 @@ from testbed.verbs.common import format_option, print_json, rack_argument, say
 
 if TYPE_CHECKING:
     from testbed.devices import ModelDevice
+    from testbed.rack import RackNode
 
 POLL_S = 0.2
 
@@ -60,13 +61,14 @@ def devices(rack: str, form: str) -> None:
 
     Exit codes: 0 also if a device is lost (it says so); 2 no such rack or node.
     """
-    from testbed.devices import model_devices
+    from testbed.devices import model_devices, statuses
     from testbed.rack import attach, split_name
 
     name, node = split_name(rack)
     with attach(name) as running:
         chosen = {node: running.node(node)} if node else running.nodes
-        rows = [_row(device) for device in model_devices(chosen)]
+        status = {name: statuses(each) for name, each in chosen.items() if _has_models(each)}
+        rows = [_row(each, status[each.node][each.name]) for each in model_devices(chosen)]
     if form == "json":
         print_json("testbed.devices/1", {"rack": name, "devices": rows})
         return
@@ -76,8 +78,13 @@ def devices(rack: str, form: str) -> None:
         click.echo("\n".join(_lines(row)))
 
 
-def _row(device: ModelDevice) -> dict[str, Any]:
-    status = device.status()
+def _has_models(node: RackNode) -> bool:
+    from testbed.machine.models import has_models
+
+    return has_models(node.plan)
+
+
+def _row(device: ModelDevice, status: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {
         "node": device.node,
         **{key: status[key] for key in ("device", "connected", "pid", "lost", "failure")},
@@ -252,7 +259,7 @@ def inject(
             found.remove()
         if kill:
             found.kill()
-        row = _row(found)
+        row = _row(found, found.status())
     if form == "json":
         print_json("testbed.inject/1", row)
     elif only_list:

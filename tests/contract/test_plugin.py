@@ -128,6 +128,32 @@ def test_the_phases_combine_to_the_worst(tmp_path: Path) -> None:
     assert run.outcomes["fails"].reason == "no"
 
 
+def test_faults_that_cannot_be_taken_back_are_an_error_and_the_next_test_has_a_fresh_rack(
+    tmp_path: Path,
+) -> None:
+    run = Run(
+        tmp_path,
+        """
+        class Deaf:
+            def restore(self):
+                raise HostError("no answer")
+
+        from testbed.errors import HostError
+
+        def test_of_no_model(rack, faults): faults.arm("gpu0", "drop write")
+        def test_kept(rack, faults):
+            call(rack)
+            faults._touched["host0/gpu0"] = Deaf()
+        def test_after(rack, faults, witness): call(rack)
+        """,
+    )
+    assert run.verdicts == [ERROR, ERROR, PASS]
+    assert "host0/gpu0 is no model device" in run.outcomes["of_no_model"].reason
+    said = run.outcomes["kept"].reason
+    assert said == "HostError: faults of host0/gpu0 could not be taken back: no answer"
+    assert len(run.source.racks) == 2
+
+
 class TestDeath:
     BODY = """
         def keep(rack):
