@@ -45,6 +45,7 @@ registry.area("gpu", "guest_agent.gpu_methods")
 registry.area("nic", "guest_agent.nic_methods")
 registry.area("nvme", "guest_agent.storage_methods")
 registry.area("p2pmem", "guest_agent.storage_methods")
+registry.area("acs", "guest_agent.storage_methods")
 
 
 class Agent(KernelMethods):
@@ -76,9 +77,9 @@ class Agent(KernelMethods):
             attempt(engine.close)
         for container in self._containers.values():
             attempt(container.close)
-        attempt(self.release_kernel)
         if self._buffers_made is not None:
             attempt(self._buffers_made.close)
+        attempt(self.release_kernel)  # after the buffers: they may be of a provider's memory
         if self._log_made is not None:
             attempt(self._log_made.close)
         self.engines.clear()

@@ -48,6 +48,18 @@ class Buffers:
         self._regions[name] = region
         return _physical(region)
 
+    def adopt(self, name: str, region: Region) -> int | None:
+        """Keep memory of another kind under that name, and return its physical address as above.
+
+        :raises ParameterError: the name is taken; the region is closed then.
+        """
+        if not name or name in self._regions:
+            region.close()
+            raise ParameterError(f"name: {name!r} is taken" if name else "name: empty")
+        self._regions[name] = region
+        region.read32(0)  # so that its first page is there
+        return _physical(region)
+
     def get(self, name: str) -> Region:
         """The buffer. :raises ParameterError: there is none of that name."""
         try:

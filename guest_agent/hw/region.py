@@ -59,6 +59,12 @@ class Region:
         else:
             self._mapping[offset : offset + len(data)] = data
 
+    def view(self, offset: int, size_bytes: int) -> memoryview:
+        """The bytes themselves; release it before :meth:`close`. :raises ParameterError: range."""
+        self.check(offset, size_bytes)
+        with memoryview(self._mapping) as whole:
+            return whole[offset : offset + size_bytes]
+
     def virtual_address(self) -> int:
         """Where the mapping stands in this process, for ioctls that want a pointer."""
         import ctypes  # noqa: PLC0415  0.2 s on an emulated CPU, and only mapping for DMA needs it

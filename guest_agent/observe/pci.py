@@ -117,6 +117,7 @@ def acs(config: bytes) -> dict[str, Any] | None:
         if identifier == _ID_ACS:
             control = _u16(config, offset + 6)
             return {
+                "offset": offset,
                 "capability": _u16(config, offset + 4),
                 "control": control,
                 "redirect": bool(control & ACS_REDIRECT),

@@ -30,6 +30,7 @@ def info(root: str = sysfs.ROOT, proc: str = "/proc") -> dict[str, Any]:
         "machine": names.machine,
         "cmdline": sysfs.read(f"{proc}/cmdline"),
         "cpu_vendor": _field(sysfs.read(f"{proc}/cpuinfo"), "vendor_id"),
+        "cpu_family": int(_field(sysfs.read(f"{proc}/cpuinfo"), "cpu family") or 0),
         "uptime_s": float(sysfs.read(f"{proc}/uptime").split()[0]),
         "memory_bytes": int(memory.split()[0]) << 10,
         "iommu": iommu.summary(root),

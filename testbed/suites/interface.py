@@ -56,6 +56,10 @@ class RackNode(Protocol):
         """The last lines of the serial console."""
 
     @property
+    def folder(self) -> Path:
+        """QEMU's working directory; it goes away with the rack."""
+
+    @property
     def log_dir(self) -> Path:
         """Where its logs grow; QEMU's traces are in ``QEMU_LOG`` there."""
 

@@ -36,7 +36,10 @@ from testbed.suites.session import ConformanceSession
 from testbed.topology.model import to_data
 
 # A suite by its name: its modules.
-SUITES = {"p2p-iommu": ("p2p_iommu.py", "p2p_routes.py")}
+SUITES = {
+    "p2p-iommu": ("p2p_iommu.py", "p2p_routes.py"),
+    "p2p-kernel": ("p2p_kernel.py",),
+}
 PYTEST_LOG = "pytest.log"
 _PYTEST_INI = "pytest.ini"
 _TEST_TIMEOUT_S = 300

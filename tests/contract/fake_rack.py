@@ -87,6 +87,7 @@ class FakeNode:
 
     def __post_init__(self) -> None:
         self.name = self.plan.name
+        self.folder = self.log_dir
         self.agent = FakeAgent(self, self.dies_on)
         self.models = NoModels()
         self.iommu = self.topology.nodes[self.name].iommu

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What suites about the kernel's own peer-to-peer DMA need: ``arrange``, and modules of ours.
+
+A test module that wants them says ``pytest_plugins = ["testbed.suites.kernel_fixtures"]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from testbed.errors import CapabilityMissing
+from testbed.guest import modules
+from testbed.rack import RackNode as RealNode
+from testbed.suites.cases import Route
+from testbed.suites.interface import RackNode
+from testbed.suites.racks import LiveRack
+from testbed.suites.reasons import why_not_shown
+from testbed.suites.storage import DiskPair, Disks, Provided, disk_pairs
+from testbed.topology.model import Node
+from testbed.topology.oracle import FIRST_ZEN_FAMILY
+from testbed.topology.placement import place
+
+Variant = Callable[[str], LiveRack]
+
+_LACKS = {
+    Route.SWITCH: "two disks below a switch without ACS redirect, one with controller memory",
+    Route.REDIRECTED: "two disks below a switch with ACS redirect, one with controller memory",
+    Route.ROOT: "two disks without a switch in common, one with controller memory",
+}
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a requirement is about.
+
+    ``routes``    which pairs show it; the first that the rack has.
+    ``amd``       True: only behind the host bridge of an AMD processor that Linux trusts; False:
+        only behind one that it does not trust; None: either.
+    ``variant``   the rack's variant to use, "" for the rack itself, whose IOMMU must translate.
+    """
+
+    routes: tuple[Route, ...]
+    amd: bool | None = None
+    variant: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A pair of disks on a running node, with the provider's memory allocated."""
+
+    node: RackNode = field(repr=False)
+    pair: DiskPair
+    disks: Disks = field(repr=False)
+    provided: Provided = field(repr=False)
+    node_spec: Node = field(repr=False)
+    translates: bool
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.provided.free()
+        self.disks.close()
+
+
+Arrange = Callable[[Needs], Machine]
+
+
+@pytest.fixture
+def arrange(rack: LiveRack, variant: Variant) -> Iterator[Arrange]:
+    """``arrange(Needs(...))``: the machine that a requirement needs, or a SKIP that says what the
+    rack lacks."""
+    made: list[tuple[LiveRack, Machine]] = []
+
+    def make(needs: Needs) -> Machine:
+        live = variant(needs.variant) if needs.variant else rack
+        # Which pairs there are is a matter of the rack as the user wrote it.
+        pair = _pair(rack, needs)
+        if not needs.variant and (why := why_not_shown(rack.topology.nodes[pair.node].iommu)):
+            raise CapabilityMissing(why)
+        node = live.nodes[pair.node]
+        _check_processor(node, needs.amd)
+        spec = live.topology.nodes[pair.node]
+        translates = not why_not_shown(spec.iommu)
+        provided = Provided.of(node, pair.provider)
+        machine = Machine(node, pair, Disks(node), provided, spec, translates)
+        made.append((live, machine))
+        return machine
+
+    yield make
+    for live, machine in made:
+        if live.is_running:
+            machine.close()
+
+
+@contextmanager
+def kernel_module(node: RackNode, name: str) -> Iterator[None]:
+    """Inside the block the guest's kernel has a module of ours.
+
+    CapabilityMissing: it cannot have it; names the option or symbol.
+    """
+    if not isinstance(node, RealNode):
+        raise CapabilityMissing(f"module {name}: this rack has no kernel")
+    modules.load(node, name)
+    yield
+    if node.alive:
+        modules.unload(node, name)
+
+
+def _pair(rack: LiveRack, needs: Needs) -> DiskPair:
+    pairs = list(disk_pairs(place(rack.topology)))
+    for route in needs.routes:
+        for pair in pairs:
+            if pair.route is route:
+                return pair
+    raise CapabilityMissing("this rack lacks " + ", or ".join(_LACKS[r] for r in needs.routes))
+
+
+def _check_processor(node: RackNode, amd: bool | None) -> None:
+    found = node.agent.call("system.info")
+    is_amd = found["cpu_vendor"] == "AuthenticAMD" and found["cpu_family"] >= FIRST_ZEN_FAMILY
+    if amd is not None and amd is not is_amd:
+        what = "an AMD processor of family 0x17 or later" if amd else "another processor than AMD's"
+        raise CapabilityMissing(f"{what} (machine: {{cpu: {'EPYC' if amd else 'max'}}})")
