@@ -28,7 +28,7 @@ def records(rack: Rack, label: str) -> list[DeviceRecord]:
 
 
 def _record(device: ModelDevice, label: str, status: Mapping[str, Any] | None) -> DeviceRecord:
-    bare = DeviceRecord(label, device.node, device.name, lost=status and status["lost"])
+    bare = DeviceRecord(label, device.node, device.name, lost=status["lost"] if status else None)
     if status is None or bare.lost is not None:
         return bare
     try:
