@@ -56,14 +56,17 @@ class Importer:
 
 
 class Live:
-    """What the devices have: one address in one backing, shared by an attachment's mappings."""
+    """What the device has: one address for one backing, shared by an attachment's mappings.
 
-    def __init__(self, storage: Storage, path: Path, address: Address, writable: bool) -> None:
+    The address stays reserved when nothing is mapped, so that it is the same next time.
+    """
+
+    def __init__(self, storage: Storage, path: Path, address: Address) -> None:
         self.storage = storage
         self.path = path
         self.address = address
-        self.writable = writable
-        self.count = 0
+        self.writable = False
+        self.count = 0  # of mappings; 0: nothing is mapped
         self.invalidated_ns: int | None = None
 
 
@@ -159,7 +162,7 @@ class Attachment:
     @property
     def is_pinned_by_mapping(self) -> bool:
         """It cannot be told that the memory moves, so that it does not while it is mapped."""
-        return not self.importer.is_revocable and self.live is not None
+        return not self.importer.is_revocable and self.live is not None and self.live.count > 0
 
     def pin(self, task: Task) -> None:
         """Keep the buffer where it is. The lock is held.

@@ -48,10 +48,23 @@ class Backend(Protocol):
         """Whether the path is usable now (a link is up, a window plugged in); None: it is."""
         ...
 
-    def map(self, backing: Backing, path: Path, *, writable: bool) -> Address:
-        """Let the importer of ``path`` use the memory; the address is for its device alone.
+    def reserve(self, backing: Backing, path: Path) -> Address:
+        """The address at which the importer of ``path`` will have the memory, for its device alone.
 
-        :raises OSError: it cannot; nothing is left behind.
+        Nobody else gets it until it is released, mapped or not.
+
+        :raises OSError: there is none, or the device cannot use it.
+        """
+        ...
+
+    def release(self, path: Path, address: Address) -> None:
+        """Give a reserved address back. Nothing is mapped there any more."""
+        ...
+
+    def map(self, backing: Backing, path: Path, address: Address, *, writable: bool) -> None:
+        """Let the device use the memory at the address that was reserved.
+
+        :raises OSError: it cannot; nothing is mapped.
         """
         ...
 

@@ -179,6 +179,8 @@ class Buffer:
             raise StaleError(f"{attachment} still has {len(attachment.mappings)} mappings")
         if attachment.pins:
             raise StaleError(f"{attachment} is still pinned")
+        if attachment.live is not None:
+            self.end_live(attachment, attachment.live)
         self.attachments.remove(attachment)
         self.core.events.note("detach", str(attachment))
 
@@ -206,9 +208,7 @@ class Buffer:
         self.check_usable()
         if attachment not in self.attachments:
             raise StaleError(f"{attachment} is not attached")
-        live = attachment.live
-        if live is None or (writable and not live.writable):
-            live = self._make_live(attachment, writable)
+        live = self._live(attachment, writable)
         live.count += 1
         ready = self.resv.fences(Usage.KERNEL)
         mapping = Mapping(attachment, live, ready)
@@ -216,24 +216,27 @@ class Buffer:
         self.core.events.note("map", str(attachment), address=str(live.address), future=bool(ready))
         return mapping
 
-    def _make_live(self, attachment: Attachment, writable: bool) -> Live:
-        if attachment.live is not None:
-            raise UnsupportedError(f"{attachment} is mapped read-only already")
+    def _live(self, attachment: Attachment, writable: bool) -> Live:
+        """The attachment's address, mapped so that it can be read or written."""
+        live = attachment.live
+        if live is not None and live.count:
+            if writable and not live.writable:
+                raise UnsupportedError(f"{attachment} is mapped read-only already")
+            return live
+        backend, path = self.core.backend, attachment.path
         try:
-            address = self._map(attachment.path, writable)
+            refused = backend.reach(path)
+            if refused is not None:
+                raise OSError(refused.code, refused.reason)
+            if live is None:
+                address = backend.reserve(self.storage.backing, path)
+                live = attachment.live = Live(self.storage.take(), path, address)
+            backend.map(live.storage.backing, path, live.address, writable=writable)
         except OSError as error:
             name = attachment.importer.name
-            raise ReachError(
-                f"{name} offered {attachment.path} and cannot use it: {error}", name
-            ) from error
-        attachment.live = Live(self.storage.take(), attachment.path, address, writable)
-        return attachment.live
-
-    def _map(self, path: Path, writable: bool) -> Address:
-        refused = self.core.backend.reach(path)
-        if refused is not None:
-            raise OSError(refused.code, refused.reason)
-        return self.core.backend.map(self.storage.backing, path, writable=writable)
+            raise ReachError(f"{name} offered {path} and cannot use it: {error}", name) from error
+        live.writable = writable
+        return live
 
     def unmap(self, task: Task, attachment: Attachment, mapping: Mapping) -> None:
         """See :meth:`Attachment.unmap`."""
@@ -245,16 +248,24 @@ class Buffer:
         mapping.closed = True
         mapping.live.count -= 1
         if mapping.live.count == 0:
-            self.end_live(attachment, mapping.live)
+            self._unmap_live(mapping.live)
+            if mapping.live in attachment.stale:
+                self.end_live(attachment, mapping.live)
         self.core.events.note("unmap", str(attachment))
 
+    def _unmap_live(self, live: Live) -> None:
+        self.core.backend.unmap(live.storage.backing, live.path, live.address)
+
     def end_live(self, attachment: Attachment, live: Live) -> None:
-        """Take the address away from the devices, and let go of the memory."""
+        """Take the address away from the device, and let go of the memory."""
         if attachment.live is live:
             attachment.live = None
         else:
             attachment.stale.remove(live)
-        self.core.backend.unmap(live.storage.backing, live.path, live.address)
+        if live.count:
+            self._unmap_live(live)
+            live.count = 0
+        self.core.backend.release(live.path, live.address)
         live.storage.drop()
 
     # --- access
@@ -303,10 +314,13 @@ class Buffer:
 
     def tell(self, task: Task, attachment: Attachment) -> None:
         """Tell one importer. The lock is held."""
-        if attachment.live is not None:
-            attachment.live.invalidated_ns = self.core.clock.now_ns()
-            attachment.stale.append(attachment.live)
+        live = attachment.live
+        if live is not None and live.count:
+            live.invalidated_ns = self.core.clock.now_ns()
+            attachment.stale.append(live)
             attachment.live = None
+        elif live is not None:
+            self.end_live(attachment, live)
         callback = attachment.importer.invalidate
         if callback is None or not attachment.importer.dynamic:
             return
@@ -331,9 +345,12 @@ class Buffer:
         self.check_locked(task, "renegotiate")
         if attachment.mappings:
             raise StaleError(f"{attachment} is mapped, and keeps its path for as long")
-        attachment.path = self.core.negotiate(
+        path = self.core.negotiate(
             str(attachment), self.offers, attachment.importer.offers, [self.placement]
         ).path
+        if attachment.live is not None:
+            self.end_live(attachment, attachment.live)
+        attachment.path = path
         return attachment.path
 
     def move(self, task: Task, placement: Placement, cause: int = 0) -> Fence:

@@ -209,7 +209,13 @@ class Mirror:
                 return None
             if decision.action is Action.MIGRATE and self.page.is_private:
                 self._migrate(span.number)
-            address = self._core.backend.map(self.page.backing, decision.path, writable=True)
+            backend, backing = self._core.backend, self.page.backing
+            address = backend.reserve(backing, decision.path)
+            try:
+                backend.map(backing, decision.path, address, writable=True)
+            except OSError:
+                backend.release(decision.path, address)
+                raise
             self._tables[device] = (decision.path, address)
             return address
 
@@ -217,6 +223,7 @@ class Mirror:
         """Take the page out of all page tables (the MMU notifier)."""
         for path, address in self._tables.values():
             self._core.backend.unmap(self.page.backing, path, address)
+            self._core.backend.release(path, address)
         self._tables.clear()
 
     def _migrate(self, cause: int) -> None:

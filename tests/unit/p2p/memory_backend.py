@@ -135,6 +135,7 @@ class MemoryBackend:
         self.invalidated: list[Address] = []
         self._next_iova: dict[tuple[str, str, str], int] = {}
         self._free_iova: dict[tuple[str, str, str, int], list[int]] = {}
+        self._reserved: dict[tuple[str, str, str, int], int] = {}
         self._number = 0
         self._context = FenceContext("copy engine")
 
@@ -170,13 +171,17 @@ class MemoryBackend:
         """How many mappings there are."""
         return sum(len(table) for table in self.tables.values())
 
+    def reserved(self) -> int:
+        """How many addresses are reserved."""
+        return len(self._reserved)
+
     # --- mappings
 
     def reach(self, path: Path) -> Refusal | None:
         down = self.broken.get(path.exporter.port) or self.broken.get(path.kind.value)
         return Refusal(errno.EOPNOTSUPP, down) if down else None
 
-    def map(self, backing: Backing, path: Path, *, writable: bool) -> Address:
+    def reserve(self, backing: Backing, path: Path) -> Address:
         user = path.importer.device
         if user in self.liars and backing.placement is Placement.DEVICE:
             raise FaultError(f"{user} does not decode addresses of {backing.device}")
@@ -189,12 +194,25 @@ class MemoryBackend:
             first = 0x1000_0000 + 0x100_0000 * (sum(map(ord, "".join(table))) % 997)
             value = self._next_iova.get(table, first)
             self._next_iova[table] = value + backing.size_bytes + PAGE
-        self.tables.setdefault(table, {})[value] = (backing, writable)
+        self._reserved[*table, value] = backing.size_bytes
         if table[1] == "link":
             return LinkAddress(value, user, table[2])
         if table[1] == "fabric":
             return FabricAddress(value, user, table[2], path.kind is Kind.UAL_PHYSICAL)
         return DmaAddress(value, user)
+
+    def release(self, path: Path, address: Address) -> None:
+        table = self._table_of(path)
+        assert address.value not in self.tables.get(table, {}), "released while mapped"
+        size = self._reserved.pop((*table, address.value))
+        self._free_iova[*table, size].append(address.value)
+
+    def map(self, backing: Backing, path: Path, address: Address, *, writable: bool) -> None:
+        table = self._table_of(path)
+        assert (*table, address.value) in self._reserved, "mapped where nothing is reserved"
+        entries = self.tables.setdefault(table, {})
+        assert address.value not in entries, "mapped twice"
+        entries[address.value] = (backing, writable)
 
     def _table_of(self, path: Path) -> tuple[str, str, str]:
         user = path.importer.device
@@ -205,9 +223,7 @@ class MemoryBackend:
         return (user, "dma", "")
 
     def unmap(self, backing: Backing, path: Path, address: Address) -> None:
-        table = self._table_of(path)
-        del self.tables[table][address.value]
-        self._free_iova[*table, backing.size_bytes].append(address.value)
+        del self.tables[self._table_of(path)][address.value]
 
     def invalidate(self, path: Path, address: Address) -> None:
         self.invalidated.append(address)

@@ -68,9 +68,18 @@ def test_the_address_is_stable_until_a_move(machine: Machine) -> None:
     buffer = machine.export()
     attachment = machine.attach(buffer, "nic0.0")
     first, again = machine.map(attachment), machine.map(attachment)
-    assert first.address == again.address
+    address = first.address
+    assert again.address == address
     machine.unmap(attachment, first)
-    assert machine.map(attachment).address == again.address
+    machine.unmap(attachment, again)
+    with pytest.raises(FaultError):
+        machine.backend.read(address, 0, 1)
+    other = machine.map(machine.attach(buffer, "nic0.0"))
+    assert other.address != address  # nobody else gets it in between
+    assert machine.map(attachment).address == address
+    machine.move(buffer, SYSTEM)
+    machine.settle()
+    machine.map(attachment)
 
 
 def test_a_read_only_mapping_cannot_be_written_through(machine: Machine) -> None:
@@ -601,5 +610,6 @@ def test_ten_thousand_cycles_leave_nothing_behind() -> None:
     assert sys.getallocatedblocks() - before < 500
     assert machine.backend.held() == 1
     assert machine.backend.mapped() == 0
+    assert machine.backend.reserved() == 0
     assert len(machine.core.graph) == 0
     assert len(buffer.resv) <= 2

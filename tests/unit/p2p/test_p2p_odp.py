@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guest_agent.p2p.addresses import Address
 from guest_agent.p2p.churn import Result, Setup, run_churn
 from guest_agent.p2p.errors import FenceTimeoutError, RevokedError
 from guest_agent.p2p.fence import Fence, FenceContext
@@ -111,6 +112,18 @@ def test_a_keep_alive_fence_lets_one_transfer_through_and_then_the_move(machine:
     assert machine.backend.copies == 1
     assert machine.backend.mapped() == 0  # what was put off has been done
     assert nic.read(0, 4096) == b"b" * 4096
+
+
+def test_a_keep_alive_fence_holds_up_nobody_else_s_access(machine: Machine) -> None:
+    nic = on_demand(machine, keep_alive_ns=10**9)
+    buffer = nic.attachment.buffer
+    nic.fault()
+    other = machine.attach(buffer, "gpu2")
+    mapping, began = machine.map(other), list[Address]()
+    with locked(machine.exporter, buffer.resv):
+        other.submit(machine.exporter, mapping, "write", began.append, write=True)
+    assert began
+    assert machine.clock.now_ns() == 0
 
 
 def test_an_idle_importer_keeps_nothing_longer_than_the_bound(machine: Machine) -> None:
