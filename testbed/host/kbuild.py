@@ -92,13 +92,19 @@ def packaged(
     """
     present = [f"{p.name}={p.version}" for p in installed.packages]
     wanted = headers.of(kernel, release, present)
+    lacking = CapabilityMissing(
+        f"headers of kernel {release} ({wanted.packages[0]}), which the mirror does not offer",
+        hint="take another kernel, or your own build with --kernel-tree",
+    )
+    # Remembered, so that a suite asks no mirror, and needs none, for each of its modules.
+    absent = options.cache / "current" / f"absent-{digest(wanted, options.mirror)}.json"
+    if absent.is_file() and not options.refresh:
+        raise lacking
     try:
         unpacked = ensure(f"headers:{name}", wanted, options)
     except NotOffered as error:
-        raise CapabilityMissing(
-            f"headers of kernel {release} ({wanted.packages[0]}), which the mirror does not offer",
-            hint="take another kernel, or your own build with --kernel-tree",
-        ) from error
+        product.write_json(absent, {"packages": wanted.packages})
+        raise lacking from error
     key = digest(BUILDER, unpacked.key, tools.key)
     final = options.cache / "kbuild" / key
     if not (final / "Makefile").is_file():

@@ -10,8 +10,11 @@ import pytest
 
 from testbed.errors import CapabilityMissing, InputError, ModuleBuildError, SetupError
 from testbed.host import kbuild, kmod, toolchain
+from testbed.host.apt import NotOffered
 from testbed.host.kbuild import KernelTree
-from testbed.host.packages import SetupOptions
+from testbed.host.lock import LockedPackage
+from testbed.host.manifest import Headers, PackageSet
+from testbed.host.packages import PackageRoot, SetupOptions
 from testbed.host.toolchain import Toolchain
 
 RELEASE = "7.9.1-mine"
@@ -96,6 +99,38 @@ def test_a_cache_that_make_cannot_name_is_refused(tmp_path: Path, name: str) -> 
     with pytest.raises(SetupError, match="make knows no") as caught:
         toolchain.check_path(tmp_path / name)
     assert "TESTBED_CACHE_DIR" in caught.value.hint
+
+
+def test_headers_that_no_mirror_has_are_asked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def ensure(name: str, wanted: PackageSet, _: SetupOptions) -> PackageRoot:
+        asked.append((name, wanted))
+        raise NotOffered("Unable to locate package")
+
+    monkeypatch.setattr(kbuild, "ensure", ensure)
+    present = LockedPackage("linux-base-7", "7-1", "amd64", "0" * 64, 1)
+    kernel = PackageSet(suites=("some",), packages=("linux-image-7",))
+    installed = PackageRoot("kernel:old", "key", tmp_path, (present,))
+    headers = Headers(package="linux-headers-{release}", assumed=("gcc",))
+
+    def packaged(options: SetupOptions) -> None:
+        with pytest.raises(CapabilityMissing, match=r"linux-headers-7\.0.* does not offer"):
+            kbuild.packaged("old", "7.0", kernel, installed, headers, tools(tmp_path, ""), options)
+
+    for _ in range(2):
+        packaged(SetupOptions(cache=tmp_path / "cache"))
+    ((name, wanted),) = asked
+    assert (name, wanted.suites, wanted.packages) == (
+        "headers:old",
+        ("some",),
+        ("linux-headers-7.0",),
+    )
+    assert wanted.assumed == ("gcc", "linux-base-7=7-1"), "the kernel itself is not fetched again"
+    packaged(SetupOptions(cache=tmp_path / "cache", refresh=True))
+    assert len(asked) == 2
 
 
 @pytest.fixture
