@@ -60,7 +60,7 @@ class Port(StrEnum):
 
 @dataclass(frozen=True)
 class Acs:
-    """A port's ACS control register (PCIe Base 6.0, 7.7.11.3), and its egress vector."""
+    """A port's ACS control register (linux/pci_regs.h, PCI_ACS_CTRL), and its egress vector."""
 
     request_redirect: bool
     completion_redirect: bool

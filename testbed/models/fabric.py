@@ -141,7 +141,7 @@ def _switched(
 
 
 def _acs_says(acs: Acs | None, ingress: TreeFunction, egress: TreeFunction) -> tuple[Outcome, str]:
-    """PCIe Base 6.0, table 6-11: request redirect and egress control together."""
+    """Request redirect and egress control together (PCIe Base 6.0, 6.12.3)."""
     if acs is None:
         return Outcome.PEER, ""
     if acs.egress_control:

@@ -46,6 +46,8 @@ SIZE_BYTES = 64 << 10
 TARGET = 1 << 20
 ACS_CONTROL = 0x14E  # of `pcie-root-port`
 REDIRECT = 0x04
+COMMAND = 0x04
+MEMORY_SPACE = 0x02
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +104,20 @@ class Pair:
         return counters
 
 
-def set_redirect(node: RackNode, port: str, *, on: bool) -> None:
+def set_bit(node: RackNode, function: str, offset: int, bit: int, *, on: bool) -> None:
     """As `setpci` would."""
-    bdf = node.plan.function(port).bdf
+    bdf = node.plan.function(function).bdf
     script = (
         f"f = open('/sys/bus/pci/devices/{bdf}/config', 'r+b', 0)\n"
-        f"f.seek({ACS_CONTROL}); old = f.read(2)[0]; f.seek({ACS_CONTROL})\n"
-        f"f.write(bytes([old | {REDIRECT} if {on} else old & ~{REDIRECT}, 0]))\n"
+        f"f.seek({offset}); old, high = f.read(2); f.seek({offset})\n"
+        f"f.write(bytes([old | {bit} if {on} else old & ~{bit}, high]))\n"
     )
     result = node.link.run("python3 -", stdin=script.encode())
     assert result.exit_status == 0, result.stderr
+
+
+def set_redirect(node: RackNode, port: str, *, on: bool) -> None:
+    set_bit(node, port, ACS_CONTROL, REDIRECT, on=on)
 
 
 def routes(node: RackNode, requester: str, **wanted: Any) -> list[dict[str, Any]]:
@@ -141,6 +147,19 @@ def test_below_a_plain_switch_a_peers_doorbell_rings(node: RackNode, bench: Benc
     rung = node.models.call("counters", device="gpu1")["events"]["doorbells"]
     assert pair.engine.write32(route["address"] + Common.DOORBELL_NOTIFY, 7).completed
     assert node.models.call("counters", device="gpu1")["events"]["doorbells"] == rung + 1
+
+
+def test_a_peer_that_decodes_no_memory_is_not_there(node: RackNode, bench: Bench) -> None:
+    pair = Pair(bench, "gpu0", "gpu1")
+    pair.theirs.fill(TARGET, SIZE_BYTES, 9)
+    set_bit(node, "gpu1.vram", COMMAND, MEMORY_SPACE, on=False)
+    status, window = pair.copy(2)
+    set_bit(node, "gpu1.vram", COMMAND, MEMORY_SPACE, on=True)
+    assert not status.completed
+    assert pair.arrived(9)
+    assert not window.records
+    assert pair.copy(3)[0].completed
+    assert pair.arrived(3)
 
 
 def test_below_a_redirecting_switch_the_iommu_refuses_it_until_redirection_is_off(
