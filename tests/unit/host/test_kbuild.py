@@ -254,3 +254,62 @@ def test_every_shipped_module_says_what_it_needs() -> None:
         assert kmod._needs(files).config
         for file in files:
             assert "SPDX-License-Identifier: GPL-2.0-only" in file.read_text().splitlines()[0]
+
+
+def packages_of_a_compiler(root: Path) -> Path:
+    binaries = root / "usr/bin"
+    passes = root / "usr/libexec/gcc/x86_64-linux-gnu/14"
+    for folder in (binaries, passes):
+        folder.mkdir(parents=True)
+    for name in ("gcc-14", *toolchain._BINUTILS):
+        (binaries / f"x86_64-linux-gnu-{name}").touch()
+    for file in (binaries / "make", passes / "cc1", passes / "collect2"):
+        file.touch()
+    return root
+
+
+def test_every_program_of_the_toolchain_has_a_wrapper(tmp_path: Path) -> None:
+    root = packages_of_a_compiler(tmp_path / "root")
+    made = tmp_path / "made"
+    made.mkdir()
+    toolchain._make(root, made, tmp_path / "final")
+    names = {path.name for path in (made / "bin").iterdir()}
+    assert {"make", "x86_64-linux-gnu-gcc", "x86_64-linux-gnu-ld"} <= names
+    assert not {"gcc", "cc", "ld"} & names, "a host's own name would hide that it was used"
+    assert f"-B {tmp_path}/final/passes/" in (made / "bin/x86_64-linux-gnu-gcc").read_text()
+    assert {"as", "cc1", "collect2", "ld"} <= {path.name for path in (made / "passes").iterdir()}
+    assert all(path.stat().st_mode & 0o111 for path in made.rglob("*"))
+
+
+def test_packages_without_a_compiler_are_no_toolchain(tmp_path: Path) -> None:
+    root = packages_of_a_compiler(tmp_path / "root")
+    (root / "usr/libexec/gcc/x86_64-linux-gnu/14/cc1").unlink()
+    with pytest.raises(SetupError, match="no compiler"):
+        toolchain._make(root, tmp_path, tmp_path)
+
+
+def test_the_folder_of_a_packaged_tree_holds_no_program_of_another_libc(tmp_path: Path) -> None:
+    headers = tmp_path / "headers"
+    flavour = built_tree(headers / f"usr/src/linux-headers-{RELEASE}")
+    (flavour / "Makefile").write_text(
+        "KBUILD_OUTPUT=/usr/src/x\ninclude /usr/src/linux-headers-7-common/Makefile\n"
+    )
+    program = flavour / "scripts/basic/fixdep"
+    program.parent.mkdir()
+    program.write_bytes(b"\x7fELF rest")
+    program.chmod(0o755)
+    script = flavour / "scripts/setlocalversion"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    (flavour / "tools").mkdir()
+    folder, final = tmp_path / "folder", tmp_path / "final"
+    folder.mkdir()
+    kbuild._link(headers, RELEASE, folder, final, tools(tmp_path, ""))
+    assert (folder / "Makefile").read_text() == (
+        f"KBUILD_OUTPUT={final}\ninclude {headers}/usr/src/linux-headers-7-common/Makefile\n"
+    )
+    assert f"{final}/scripts/basic/.fixdep.program" in (folder / "scripts/basic/fixdep").read_text()
+    assert (folder / "scripts/basic/.fixdep.program").read_bytes() == b"\x7fELF rest"
+    assert (folder / "scripts/setlocalversion").read_text() == "#!/bin/sh\n"
+    assert not (folder / "Module.symvers").is_symlink(), "a build may write it"
+    assert program.read_bytes() == b"\x7fELF rest", "the packages stay as they are"
