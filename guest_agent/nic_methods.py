@@ -56,7 +56,7 @@ def nic_region(
     table: dict[str, Any] | None = None,
 ) -> dict[str, int]:
     """``rights``: local_write, remote_read, remote_write. With ``table``, a memory that ``iova`` is
-    the address of, the region is on demand and its pages are set by ``nic.pages``.
+    the address of, the region is on demand: the table is emptied, ``nic.pages`` fills it.
     """
     flags = hw.REGION_FLAG_VALID
     for right in rights:
@@ -71,7 +71,7 @@ def nic_region(
         if offset % ENTRY_BYTES:
             raise ParameterError("table.offset: no multiple of 8")
         pages = -(-size_bytes // PAGE_BYTES)
-        memory.check(offset, pages * ENTRY_BYTES)
+        memory.write(offset, bytes(pages * ENTRY_BYTES))
         flags |= hw.REGION_FLAG_ON_DEMAND
     region = NicRegion(base, size_bytes, iova, flags, memory, offset)
     return {"key": _nic(agent, engine).add_region(index, region)}
