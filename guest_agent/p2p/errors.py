@@ -7,10 +7,20 @@ import errno
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from guest_agent.p2p.report import Report
     from guest_agent.p2p.rules import Rule
+
+
+def unknown(word: str, what: str, words: Iterable[str]) -> str:
+    """The sentence for a word that is none of ``words``, with the nearest of them."""
+    import difflib  # noqa: PLC0415  needed for this alone
+
+    known = list(words)
+    near = difflib.get_close_matches(word, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{word!r} is no {what} ({', '.join(known)}){hint}"
 
 
 class P2PError(OSError):

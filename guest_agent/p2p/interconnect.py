@@ -8,12 +8,11 @@ do, and the core, which knows neither driver, finds the match. The RFC of 2026-0
 
 from __future__ import annotations
 
-import difflib
 import enum
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from guest_agent.p2p.errors import UnknownKindError
+from guest_agent.p2p.errors import UnknownKindError, unknown
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,11 +39,7 @@ class Kind(enum.Enum):
             return cls(word)
         except ValueError:
             words = [kind.value for kind in cls]
-            near = difflib.get_close_matches(word, words, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UnknownKindError(
-                f"{word!r} is no type of interconnect ({', '.join(words)}){hint}"
-            ) from None
+            raise UnknownKindError(unknown(word, "type of interconnect", words)) from None
 
 
 PRIVATE_KINDS = (Kind.XGMI, Kind.NVLINK, Kind.XELINK)

@@ -7,10 +7,9 @@ errno ends the negotiation, and no candidate left is EINVAL.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 
-from guest_agent.p2p.errors import P2PError
+from guest_agent.p2p.errors import P2PError, unknown
 from guest_agent.p2p.interconnect import FABRIC_KINDS, PRIVATE_KINDS, Kind
 
 TYPE_CHECKING = False
@@ -85,6 +84,4 @@ def policy_of(name: str) -> Policy:
     """The policy of that name. :raises P2PError: EINVAL, with the nearest name that there is."""
     if name in POLICIES:
         return POLICIES[name]
-    near = difflib.get_close_matches(name, POLICIES, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise P2PError(f"{name!r} is no policy ({', '.join(POLICIES)}){hint}")
+    raise P2PError(unknown(name, "policy", POLICIES))

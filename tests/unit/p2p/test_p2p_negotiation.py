@@ -176,6 +176,32 @@ def test_an_acs_redirect_costs_the_path_its_place() -> None:
     assert reasons(redirected)[0, 0] == "more ACS redirects on the way (1 against 0)"
 
 
+def test_a_device_is_nearest_to_itself() -> None:
+    both = [offer(Kind.PCIE, "gpu1"), offer(Kind.PCIE, "gpu0")]
+    outcome = choose([offer(Kind.PCIE, "gpu0")], both)
+    assert outcome.path.importer.device == "gpu0"
+    assert reasons(outcome)[0, 0] == "more hops (2 against 0)"
+
+
+def test_equals_of_different_places_are_tried_in_the_lists_order() -> None:
+    ways = {"a": ("p", "x", "1"), "b": ("p", "y", "2"), "c": ("p", "x", "3"), "n": ("p", "z", "4")}
+    asked: list[str] = []
+
+    def refuse(path: Path) -> Refusal:
+        asked.append(path.exporter.device)
+        return Refusal(errno.EOPNOTSUPP, "busy")
+
+    with pytest.raises(NoPathError):
+        negotiate(
+            Tree(ways),
+            [offer(Kind.PCIE, device) for device in "abc"],
+            [offer(Kind.PCIE, "n")],
+            BEST_QUALITY,
+            check=refuse,
+        )
+    assert asked == ["a", "b", "c"]
+
+
 def test_a_wider_link_wins() -> None:
     links = [link(Kind.XGMI, "thin", "a", "b", 8), link(Kind.XGMI, "wide", "a", "b", 16)]
     mine, theirs = ([offer(Kind.XGMI, dev, port) for port in ("thin", "wide")] for dev in "ab")
@@ -289,6 +315,15 @@ def test_the_choice_is_what_looking_at_every_pair_would_find(
         if not refusal(path):
             stage = [a.kind in kinds for kinds in policy.stages_of(mine)].index(True)
             every.append(((stage, path.quality, i, j) if policy.by_quality else (i, j), path))
+    asked: list[Path] = []
+
+    def refuse_all(path: Path) -> Refusal:
+        asked.append(path)
+        return Refusal(errno.EOPNOTSUPP, "not today")
+
+    with pytest.raises(NoPathError):
+        negotiate(topology, mine, theirs, policy, check=refuse_all)
+    assert asked == [path for _, path in sorted(every, key=lambda entry: entry[0])]
     try:
         outcome: Outcome | None = negotiate(topology, mine, theirs, policy)
     except NoPathError:
