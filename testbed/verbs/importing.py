@@ -37,6 +37,14 @@ FORMATS = ("lspci", "nccl", "hwloc", "nvidia")
     help="Only what is below the same root ports as these: addresses, labels, or new names.",
 )
 @click.option(
+    "--most",
+    type=click.IntRange(min=0),
+    default=48,
+    show_default=True,
+    metavar="NUMBER",
+    help="How many devices at most; the less important ones are folded.",
+)
+@click.option(
     "--as",
     "kinds",
     multiple=True,
@@ -59,6 +67,7 @@ def import_(
     file: str,
     keep: str,
     around: str,
+    most: int,
     kinds: tuple[str, ...],
     vram: str,
     rack: str,
@@ -76,7 +85,7 @@ def import_(
     from testbed.topology.importers import convert, fold
 
     options = convert.Options(
-        choice=fold.Choice(_kinds(keep), _words(around), dict(map(_retyping, kinds))),
+        choice=fold.Choice(_kinds(keep), most, _words(around), dict(map(_retyping, kinds))),
         vram_bytes=None if vram == AS_FOUND else _checked("--vram", BAR_SIZE, vram),
         rack=_checked("--rack", NAME, rack) if rack else "",
         settings=parse_settings(settings),

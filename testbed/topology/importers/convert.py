@@ -63,11 +63,12 @@ def convert_bytes(form: str, name: str, content: bytes, options: Options) -> Imp
     given = fold.names(machine)
     devices = fold.candidates(machine, options.choice, given)
     rack = options.rack or _rack_name(name)
-    draft, reason = _fit(machine, devices, given, options, rack)
+    most = options.choice.most
+    draft, reason = _fit(machine, devices[:most], given, options, rack)
     kept = {device.origin for device in draft.devices()}
     _check_settings(options.settings, write.variables(draft))
     notes = machine.notes
-    fold.say_folded(machine, devices, kept, notes)
+    fold.say_folded(machine, devices, kept, most, notes)
     fold.say_mixed(machine, kept, notes)
     _say_links(machine, draft, notes)
     _say_settings(machine, draft, options, reason, notes)

@@ -17,7 +17,7 @@ from testbed.topology.importers.machine import Kind
 from tests.unit.importers.shapes import imported, refusal, shape_of, vrams
 
 DATA = Path(__file__).parents[2] / "data" / "import"
-NESTED = load.load(Path(__file__).parents[3] / "topologies" / "nested-switches.yaml", {})
+NESTED = load.load(DATA / "nested-switches.yaml", {})
 NVSWITCH = (DATA / "nvswitch.nccl.xml").read_text()
 LSTOPO = (DATA / "nested-switches.lstopo.xml").read_text()
 
