@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from testbed.errors import InputError
 from testbed.verbs.common import (
     engine_option,
+    format_option,
     load_topology,
     override_options,
     print_json,
@@ -17,7 +19,7 @@ from testbed.verbs.common import (
 )
 
 IDLE_S = 10
-WHAT = ("boot", "memory", "copy", "latency", "idle")
+WHAT = ("boot", "memory", "copy", "latency", "idle", "faults")
 
 
 @click.command()
@@ -35,6 +37,8 @@ WHAT = ("boot", "memory", "copy", "latency", "idle")
 @engine_option()
 @trust_option
 @click.option("--runs", default=5, show_default=True, help="How often; medians are compared.")
+@format_option("text", "json", default="json")
+@click.option("--count", default=200, show_default=True, help="`faults`: so many of each kind.")
 @click.option("--racks", default=1, show_default=True, help="`memory`: how many at once.")
 @click.option(
     "--size",
@@ -59,6 +63,8 @@ def bench(
     engine: str | None,
     trust: bool,
     runs: int,
+    form: str,
+    count: int,
     racks: int,
     size_mib: int,
     peer: str,
@@ -67,13 +73,17 @@ def bench(
 
     boot: command to agent's hello. memory: of the host. copy: VRAM to VRAM, against no IOMMU and
     against memcpy. latency: a model's doorbell to its fence. idle: what models use for nothing.
+    faults: a page fault that the agent answers, by device and path (`--format text`: histograms).
 
     What is compared is measured in turns, in one run: quote the ratios.
     """
     from testbed import bench as measure
+    from testbed import bench_faults
     from testbed.host import probe
     from testbed.verbs.install import install_for
 
+    if form == "text" and what != "faults":
+        raise InputError(f"bench {what} is printed as JSON only")
     topologies = {
         file: load_topology(
             file, settings, kernel=kernel, iommu_mode=iommu_mode, engine=engine, trust=trust
@@ -92,10 +102,15 @@ def bench(
         result = measure.latency(first, installation, accelerator, runs=runs)
     elif what == "idle":
         result = measure.idle(first, installation, accelerator, seconds=IDLE_S)
+    elif what == "faults":
+        result = bench_faults.faults(first, installation, accelerator, count=count)
     else:
         result = measure.copy(
             first, installation, accelerator, size_bytes=size_mib << 20, runs=runs
         )
+    if form == "text":
+        click.echo(bench_faults.text(result))
+        return
     print_json(
         f"testbed.bench.{what}/1",
         {
