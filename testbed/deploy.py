@@ -118,6 +118,7 @@ def start(
                 accelerator=accelerator,
                 kernel=kernel.image,
                 initrd=initrd,
+                quick_firmware=installation.qemu.quick_firmware,
                 kernel_args=options.kernel_args,
                 console_verbose=options.verbose_console,
             )

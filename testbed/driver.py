@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from testbed.suites.interface import RackNode
 
 PAGE_BYTES: Final = 4096
-# Above what firmware and interrupts occupy, and within the 39 bits of the narrowest IOMMU.
-FIRST_IOVA: Final = 1 << 32
+# Above the kernel's BARs and the interrupts, and within the 39 bits of the narrowest IOMMU.
+FIRST_IOVA: Final = 1 << 38
 CALL_MARGIN_S: Final = 10.0
 POLL_S: Final = 0.01
 

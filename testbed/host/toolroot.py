@@ -17,6 +17,7 @@ from testbed.host.packages import PackageRoot
 QEMU_VARIABLE = "TESTBED_QEMU"
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
 _VERSION_TIMEOUT_S = 20
+_QBOOT = "qboot.rom"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Qemu:
     ``version``      as it says itself: ``11.1.2``.
     ``package``      the Debian package's version, "" for a QEMU that the user named.
     ``identity``     changes when the program does.
+    ``quick_firmware``  the name by which it finds qboot, "" if it may not have it.
     """
 
     words: tuple[str, ...]
@@ -35,6 +37,7 @@ class Qemu:
     version: str = ""
     package: str = ""
     identity: str = ""
+    quick_firmware: str = ""
 
 
 def loader_words(root: Path) -> tuple[str, ...]:
@@ -81,7 +84,7 @@ def packaged_qemu(tools: PackageRoot) -> Qemu:
     package = tools.version("qemu-system-x86")
     # The product never changes, so the package's version is the program's: no need to start it.
     version = re.sub(r"^\d+:|[+~-].*$", "", package)
-    return Qemu(words, environment, version, package, tools.key)
+    return Qemu(words, environment, version, package, tools.key, _QBOOT)
 
 
 def named_qemu(word: str) -> Qemu:

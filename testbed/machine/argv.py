@@ -26,6 +26,7 @@ from testbed.machine.command import (
     NodeCommand,
     vfio_socket,
 )
+from testbed.machine.firmware import quick_firmware
 from testbed.machine.kernel_words import kernel_words
 from testbed.topology.machine import Iommu
 from testbed.topology.model import Node
@@ -86,6 +87,7 @@ def _machine(plan: NodePlan, node: Node, context: LaunchContext) -> list[str]:
     machine = node.machine
     # Shared, so that a device model in another process can reach it too (vfio-user).
     ram: Properties = {"id": "ram0", "size": machine.memory_bytes, "share": True}
+    firmware = quick_firmware(node, context)
     return [
         *("-name", f"guest={plan.name},process=qemu-system-x86"),
         "-nodefaults",
@@ -95,6 +97,7 @@ def _machine(plan: NodePlan, node: Node, context: LaunchContext) -> list[str]:
         *("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
         # Interrupt remapping needs the split interrupt controller.
         *("-machine", "q35,kernel-irqchip=split,memory-backend=ram0,sata=off,smbus=off,usb=off"),
+        *(("-bios", firmware) if firmware else ()),
         *("-accel", context.accelerator),
         *("-cpu", machine.cpu + (TCG_CPU_FLAGS if context.accelerator == "tcg" else "")),
         *("-smp", str(machine.vcpus)),

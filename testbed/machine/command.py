@@ -36,6 +36,7 @@ class LaunchContext:
     ``accelerator``  ``tcg`` or ``kvm``, as probed.
     ``kernel``       bzImage, or an ELF vmlinux with a PVH note.
     ``initrd``       the node's own initial RAM disk.
+    ``quick_firmware``  qboot, by a name that this QEMU finds; "" if it may have none.
     ``kernel_args``  words added to the guest kernel's command line after the testbed's own.
     ``console_verbose``  the guest prints its whole log on the console while it boots.
     """
@@ -45,6 +46,7 @@ class LaunchContext:
     accelerator: str
     kernel: Path
     initrd: Path
+    quick_firmware: str = ""
     kernel_args: tuple[str, ...] = ()
     console_verbose: bool = False
 

@@ -7,6 +7,7 @@ Source: Linux Documentation/admin-guide/kernel-parameters.txt.
 from __future__ import annotations
 
 from testbed.machine.command import LaunchContext
+from testbed.machine.firmware import RENUMBER_BUSES, quick_firmware
 from testbed.topology.machine import Iommu
 from testbed.topology.model import Node
 
@@ -27,7 +28,7 @@ TCG_WORDS = (
 
 # Linux would set I/O ports aside below every port that can hot-plug. There are too few, and it then
 # takes those away that the firmware had given to devices.
-PCI_WORDS = ("pci=hpiosize=0",)
+NO_HOTPLUG_IO = "hpiosize=0"
 
 _STRICTNESS = {"passthrough": "iommu=pt", "lazy": "iommu.strict=0", "strict": "iommu.strict=1"}
 
@@ -38,12 +39,18 @@ def kernel_words(node: Node, context: LaunchContext) -> tuple[str, ...]:
         "console=ttyS0",
         *PANIC_WORDS,
         *(() if context.console_verbose else ("quiet",)),
-        *PCI_WORDS,
+        pci_word(node, context),
         *iommu_words(node.iommu),
         *(TCG_WORDS if context.accelerator == "tcg" else ()),
         *context.kernel_args,
         *node.kernel_args,
     )
+
+
+def pci_word(node: Node, context: LaunchContext) -> str:
+    """What the kernel is told of the PCI bus: by all racks, and by those with quick firmware."""
+    renumbered = (RENUMBER_BUSES,) if quick_firmware(node, context) else ()
+    return "pci=" + ",".join((NO_HOTPLUG_IO, *renumbered))
 
 
 def iommu_words(iommu: Iommu) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where every PCI function of a rack stands, worked out before anything boots.
 
-Bus numbers are those that the guest will see: SeaBIOS numbers buses depth first, bridges of one
-bus in order of slot and function (``src/fw/pciinit.c``, ``pci_bios_init_bus_rec``), and Linux keeps
-what the firmware chose (``drivers/pci/probe.c``, ``pci_scan_bridge_extend``). Ports stay capable of
-hot-plug: neither of the two reserves bus numbers for it unless told to.
+Bus numbers are those that the guest will see: depth first, bridges of one bus in order of slot and
+function. So does SeaBIOS number them (``src/fw/pciinit.c``, ``pci_bios_init_bus_rec``), whose
+numbers Linux keeps, and so does Linux where it is told to do it itself (``drivers/pci/probe.c``,
+``pci_scan_bridge_extend``; :mod:`testbed.machine.firmware`). Ports stay capable of hot-plug:
+neither of the two reserves bus numbers for it unless told to.
 """
 
 from __future__ import annotations

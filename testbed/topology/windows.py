@@ -2,8 +2,8 @@
 """How much address space a node's BARs need: memory above 4 GiB, and I/O ports.
 
 A bridge's window is as aligned as the largest BAR in it and a multiple of that alignment (SeaBIOS
-``src/fw/pciinit.c``, ``pci_bios_check_devices``), so that the need is worked out along the tree; a
-plain sum would be too small.
+``src/fw/pciinit.c``, ``pci_bios_check_devices``; Linux needs no more), so that the need is worked
+out along the tree; a plain sum would be too small.
 """
 
 from __future__ import annotations

@@ -93,6 +93,7 @@ def plan(
         accelerator="tcg",
         kernel=Path("KERNEL"),
         initrd=Path("INITRD"),
+        quick_firmware="qboot.rom",
     )
     commands = {
         name: argv.command(node, topology.nodes[name], context)

@@ -36,6 +36,7 @@ CONTEXT = LaunchContext(
     accelerator="tcg",
     kernel=Path("KERNEL"),
     initrd=Path("INITRD"),
+    quick_firmware="qboot.rom",
 )
 
 

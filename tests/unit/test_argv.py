@@ -100,6 +100,23 @@ def test_an_emulated_processor_does_not_claim_fast_string_copies() -> None:
     assert values(kvm, "-cpu") == ["EPYC"]
 
 
+def test_quick_firmware_comes_with_buses_that_the_kernel_numbers() -> None:
+    quick = replace(CONTEXT, quick_firmware="qboot.rom")
+    amd = {"kind": "amd"}
+    made = {
+        "quick": commanded(quick),
+        "none there": commanded(CONTEXT),
+        "real processor": commanded(replace(quick, accelerator="kvm")),
+        "table by bus number": commanded(quick, iommu=amd),
+    }
+    firmware = {name: values(command, "-bios") for name, command in made.items()}
+    assert firmware.pop("quick") == ["qboot.rom"]
+    assert set(map(tuple, firmware.values())) == {()}
+    words = {name: values(command, "-append")[0].split() for name, command in made.items()}
+    assert "pci=hpiosize=0,assign-busses" in words.pop("quick")
+    assert all("pci=hpiosize=0" in others for others in words.values())
+
+
 def test_ports_with_and_without_acs() -> None:
     nic = {"nic": "n", "engine": "edu"}
     made = devices(
