@@ -110,6 +110,12 @@ class KernelMethods:
     ) -> dict[str, Any]:
         return self._probe.map_type(provider, client, size_bytes)
 
+    @registry.method("p2p.map_types")
+    def _p2p_map_types(
+        self, *, provider: str, clients: list[str], size_bytes: int = 4096
+    ) -> dict[str, dict[str, Any]]:
+        return self._probe.map_types(provider, clients, size_bytes)
+
     @registry.method("p2p.router")
     def _p2p_router(self, *, rescan: bool = False) -> dict[str, Any]:
         from guest_agent.p2p import router

@@ -208,7 +208,12 @@ def versions_of(installation: prepare.Installation, accelerator: str) -> dict[st
         "accelerator": accelerator,
         "agent": installation.agent.hash,
         "kernels": {
-            name: {"release": kernel.release, "sha256": kernel.sha256, "pvh": kernel.pvh}
+            name: {
+                "release": kernel.release,
+                "build_id": kernel.build_id,
+                "sha256": kernel.sha256,
+                "pvh": kernel.pvh,
+            }
             for name, kernel in installation.kernels.items()
         },
         "packages": {

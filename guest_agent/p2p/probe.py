@@ -70,13 +70,22 @@ class Probe:
         no IOMMU, or it passes through) or ``refused``, then with the kernel's ``errno``. Raises
         OSError: ENXIO: the provider has no free peer-to-peer memory; EBUSY: VFIO owns the client.
         """
-        answer = self._ask(f"map {provider} {client} {size_bytes}")[0]
-        return {
-            "type": answer["type"],
-            "errno": int(answer["error"]) or None,
-            "address": int(answer["address"], 0),
-            "physical": int(answer["physical"], 0),
-        }
+        return self.map_types(provider, [client], size_bytes)[client]
+
+    def map_types(
+        self, provider: str, clients: list[str], size_bytes: int
+    ) -> dict[str, dict[str, Any]]:
+        """:meth:`map_type` for each of the clients, by their names."""
+        found = {}
+        for client in clients:
+            answer = self._ask(f"map {provider} {client} {size_bytes}")[0]
+            found[client] = {
+                "type": answer["type"],
+                "errno": int(answer["error"]) or None,
+                "address": int(answer["address"], 0),
+                "physical": int(answer["physical"], 0),
+            }
+        return found
 
     def _ask(self, command: str) -> list[dict[str, str]]:
         fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)

@@ -151,6 +151,9 @@ def test_the_kernel_maps_as_it_decides(probe: RackNode, bdf: dict[str, str]) -> 
     assert below_one_switch["address"] == below_one_switch["physical"]
     across = mapped("nvme0", "gpu1.engine")
     assert (across["type"], across["errno"]) == ("refused", 121)  # EREMOTEIO
+    both = [bdf["nvme1"], bdf["gpu1.engine"]]
+    types = probe.agent.call("p2p.map_types", provider=bdf["nvme0"], clients=both)
+    assert [types[client]["type"] for client in both] == ["bus", "refused"]
     with pytest.raises(AgentError) as caught:
         mapped("gpu0.vram", "nvme1")
     assert caught.value.errno == 6, "it offers no memory yet"
