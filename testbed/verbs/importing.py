@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from testbed.errors import Diagnostic, InputError
+from testbed.topology.importers import DEFAULT_MOST, FORMATS
 from testbed.verbs.common import format_option, parse_settings, print_json, say, settings_option
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from testbed.topology.importers.machine import Kind
 
 AS_FOUND = "as-found"
-FORMATS = ("lspci", "nccl", "hwloc", "nvidia")
 
 
 @click.command("import")
@@ -39,7 +39,7 @@ FORMATS = ("lspci", "nccl", "hwloc", "nvidia")
 @click.option(
     "--most",
     type=click.IntRange(min=0),
-    default=48,
+    default=DEFAULT_MOST,
     show_default=True,
     metavar="NUMBER",
     help="How many devices at most; the less important ones are folded.",

@@ -101,11 +101,12 @@ def _fit(
 
     def draft(count: int, shift: int) -> write.Draft:
         kept = {device.origin for device in devices[:count]}
+        gpus = {device.origin for device in devices[:count] if device.kind is Kind.GPU}
         return write.Draft(
             rack=rack,
             description=f"imported from {machine.source}",
             roots=fold.fold(machine, kept),
-            wires=tuple(w for w in machine.wires if kept.issuperset(w.ends)),
+            wires=tuple(w for w in machine.wires if gpus.issuperset(w.ends)),
             names=given,
             cpu="EPYC" if machine.peers_through_host else "max",
             vram_bytes=options.vram_bytes or write.DEFAULT_VRAM_BYTES,

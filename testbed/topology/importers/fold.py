@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from testbed.errors import Diagnostic, InputError
+from testbed.topology.importers import DEFAULT_MOST
 from testbed.topology.importers.machine import (
     DEVICES,
     Acs,
@@ -22,7 +23,6 @@ from testbed.topology.importers.machine import (
 )
 from testbed.topology.problem import nearest
 
-DEFAULT_MOST = 48
 DEFAULT_KEEP = (Kind.GPU, Kind.NIC, Kind.NVME)
 _PREFIXES = {Kind.GPU: "gpu", Kind.NIC: "nic", Kind.NVME: "nvme", Kind.OTHER: "dev"}
 _NOUNS = {
@@ -35,10 +35,12 @@ _NOUNS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What to keep: kinds in order of importance, places to stay near, kinds said by the user.
+    """What to keep.
 
-    ``most`` is a number of devices: more than most machines have, and few enough to boot without
-    KVM (measured: 30 devices in 37 s and 60 in 149 s on a busy host, and 100 not at all).
+    ``keep``    kinds, the most important first.
+    ``most``    how many devices.
+    ``around``  places to stay near: addresses, the file's labels, or new names.
+    ``kinds``   what devices are, said by the user.
     """
 
     keep: tuple[Kind, ...] = DEFAULT_KEEP

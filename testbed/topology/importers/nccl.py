@@ -58,6 +58,8 @@ class _Reader:
         parts: list[Part] = []
         for cpu in cpus:
             parts += [self._root(self._pci(pci)) for pci in cpu.each("pci")]
+        if not self.seen:
+            self.notes.unknown.append("any PCI device: the file has none below a <cpu>")
         if len(cpus) > 1:
             self.notes.changed.append(f"{len(cpus)} NUMA nodes: all stands on one root bus")
         if self.ports_made_up:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from testbed.topology.importers.convert import Options
+from testbed.topology.importers.fold import Choice
+from testbed.topology.importers.machine import Kind
 from tests.unit.importers.shapes import imported, refusal, shape_of
 
 TEXT = (Path(__file__).parents[2] / "data" / "import" / "nvlinks.topo-m.txt").read_text()
@@ -31,6 +34,12 @@ def test_nvlinks_become_links() -> None:
         (f"host0/gpu{a}", f"host0/gpu{b}") for a, b in itertools.combinations(range(4), 2)
     }
     assert {link.width for link in links} == {12}
+
+
+def test_a_link_to_what_is_said_to_be_no_gpu_is_folded() -> None:
+    result = imported("nvidia", TEXT, Options(Choice(kinds={"GPU3": Kind.NIC})))
+    assert len(result.topology.links) == 3
+    assert len(result.origins) == 7
 
 
 def test_one_gpu_alone() -> None:

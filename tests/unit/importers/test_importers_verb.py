@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from testbed.topology import load
-from testbed.topology.importers import source
-from testbed.topology.importers.convert import Options, convert
+from testbed.topology.importers import FORMATS, source
+from testbed.topology.importers.convert import READERS, Options, convert
 from testbed.topology.placement import place
 
 ROOT = Path(__file__).parents[3]
@@ -35,6 +35,10 @@ def run(*words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(
         result.args, result.returncode, result.stdout.decode(), result.stderr.decode()
     )
+
+
+def test_every_format_has_a_reader() -> None:
+    assert tuple(READERS) == FORMATS
 
 
 def test_the_topology_is_all_that_is_on_stdout() -> None:

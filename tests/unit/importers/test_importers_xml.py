@@ -213,3 +213,9 @@ def test_hwloc_without_bridges_gives_each_bus_a_root_port() -> None:
     result = imported("hwloc", text)
     assert shape_of(result.topology, acs=False) == (("root_port", "", ("nic",)), ("gpu",))
     assert any("1 root port above" in note for note in result.notes.unknown)
+
+
+def test_nccl_without_pci_is_an_empty_rack_and_says_so() -> None:
+    result = imported("nccl", "<system/>")
+    assert shape_of(result.topology) == ()
+    assert any("the file has none" in note for note in result.notes.unknown)
