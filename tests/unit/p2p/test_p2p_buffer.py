@@ -433,7 +433,11 @@ def test_an_importer_that_never_unmaps_is_named_after_its_time(machine: Machine)
     machine.write(other, 0, b"moved")
     machine.move(buffer, SYSTEM)
     machine.settle()
+    with pytest.raises(StaleError, match="invalidated"):
+        _ = mapping.address
     with locked(NIC, buffer.resv):
+        with pytest.raises(StaleError, match="invalidated"):
+            rude.submit(NIC, mapping, "send", lambda _: None, write=False)
         revoke.enforce(buffer, NIC)  # not late yet
     machine.clock.run(machine.clock.now_ns() + machine.core.unmap_timeout_ns)
     assert revoke.overdue(buffer) == ["nic0.0"]

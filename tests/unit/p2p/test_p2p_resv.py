@@ -161,6 +161,23 @@ def test_tasks_that_lock_in_any_order_all_get_through(
     assert all(resv.holder is None for resv in resvs)
 
 
+def test_the_younger_gives_way_where_two_would_wait_for_each_other() -> None:
+    a, b, gate = (Reservation(name) for name in ("a", "b", "gate"))
+    older, holder, younger = (Acquire(Task(name)) for name in ("older", "holder", "younger"))
+    list(holder.steps([gate]))
+    olders, youngers = older.steps([a, gate, b]), younger.steps([b, a])
+    assert next(olders) is gate  # holding a
+    assert next(youngers) is a  # holding nothing: b was given back
+    assert b.holder is None
+    holder.release()
+    assert list(olders) == []
+    assert older.held == [a, gate, b]
+    assert next(youngers) is a
+    older.release()
+    assert list(youngers) == []
+    assert {each.name for each in younger.held} == {"a", "b"}
+
+
 def test_a_context_locks_all_at_once() -> None:
     a, b, task = Reservation("a"), Reservation("b"), Task("t")
     with locked(task, a) as context, pytest.raises(P2PError, match="all of its reservations"):
