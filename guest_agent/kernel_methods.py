@@ -104,6 +104,15 @@ class KernelMethods:
     def _p2p_distance(self, *, provider: str, clients: list[str]) -> dict[str, int | None]:
         return self._probe.distance(provider, clients)
 
+    @registry.method("p2p.publish")
+    def _p2p_publish(self, *, provider: str, publish: bool = True) -> dict[str, Any]:
+        self._probe.publish(provider, publish)
+        return {}
+
+    @registry.method("p2p.find")
+    def _p2p_find(self, *, clients: list[str]) -> dict[str, str | None]:
+        return {"provider": self._probe.find(clients)}
+
     @registry.method("p2p.map_type")
     def _p2p_map_type(
         self, *, provider: str, client: str, size_bytes: int = 4096

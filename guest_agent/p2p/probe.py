@@ -63,6 +63,18 @@ class Probe:
             for each in self._ask(f"distance {provider} {' '.join(clients)}")
         }
 
+    def publish(self, provider: str, publish: bool) -> None:
+        """Offer a provider's memory to :meth:`find`, as its driver may have done, or no longer."""
+        self._ask(f"publish {provider} {publish:d}")
+
+    def find(self, clients: list[str]) -> str | None:
+        """The published provider that ``pci_p2pmem_find_many()`` takes for all of the clients.
+
+        Of several that are as near, the kernel takes any. None: no provider serves them all.
+        """
+        provider = self._ask(f"find {' '.join(clients)}")[0]["provider"]
+        return None if provider == "none" else provider
+
     def map_type(self, provider: str, client: str, size_bytes: int) -> dict[str, Any]:
         """What ``dma_map_sgtable()`` makes of a piece of the provider's memory for the client.
 

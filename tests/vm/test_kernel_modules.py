@@ -164,6 +164,24 @@ def test_the_kernel_maps_as_it_decides(probe: RackNode, bdf: dict[str, str]) -> 
         mapped("gpu0.vram", "nvme1")
 
 
+def test_the_kernel_takes_the_nearest_provider(probe: RackNode, bdf: dict[str, str]) -> None:
+    def nearest(*clients: str) -> str | None:
+        answer = probe.agent.call("p2p.find", clients=[bdf[client] for client in clients])
+        provider = answer["provider"]
+        return next((name for name in bdf if bdf[name] == provider), provider)
+
+    for gpu in ("gpu0.vram", "gpu1.vram"):
+        probe.agent.call("p2p.provide", device=bdf[gpu], bar=2)
+        probe.agent.call("p2p.publish", provider=bdf[gpu])
+    # Two functions of one slot are nearer than what a switch leads to (nvme0 is published too).
+    assert nearest("gpu0.engine") == "gpu0.vram"
+    assert nearest("gpu0.engine", "gpu1.engine") is None
+    probe.agent.call("p2p.publish", provider=bdf["gpu0.vram"], publish=False)
+    assert nearest("gpu0.engine") == "nvme0"
+    for gpu in ("gpu0.vram", "gpu1.vram"):
+        probe.agent.call("p2p.release", device=bdf[gpu])
+
+
 def test_what_vfio_owns_is_left_alone(probe: RackNode, bdf: dict[str, str]) -> None:
     device = bdf["gpu1.vram"]
     group = [bdf["gpu1.vram"], bdf["gpu1.engine"]]

@@ -11,6 +11,8 @@
  *   distance PROVIDER CLIENT...        a line for each client, and one for all of them
  *   provide PROVIDER BAR SIZE OFFSET   make a part of a BAR peer-to-peer memory; SIZE 0: the rest
  *   map PROVIDER CLIENT SIZE           map a piece of PROVIDER's memory for CLIENT, and unmap it
+ *   publish PROVIDER 0|1               offer a provider's memory to "find", or no longer
+ *   find CLIENT...                     the published provider that the kernel takes for them all
  *
  * Functions are named 0000:05:00.0. "provide" wants the function bound to the driver of this
  * module (driver_override p2p_probe); unbinding it takes the memory back.
@@ -73,11 +75,38 @@ static void say_distance(struct session *session, const char *name, int distance
 		say(session, "client=%s distance=%d\n", name, distance);
 }
 
+static void put_clients(struct device **clients, int count)
+{
+	while (count--)
+		put_device(clients[count]);
+	kfree(clients);
+}
+
+/* The functions of those names, each with a reference, or an ERR_PTR. */
+static struct device **get_clients(int count, char **words)
+{
+	struct device **clients = kcalloc(count, sizeof(*clients), GFP_KERNEL);
+	int i;
+
+	if (!clients)
+		return ERR_PTR(-ENOMEM);
+	for (i = 0; i < count; i++) {
+		struct pci_dev *pdev = function(words[i]);
+
+		if (IS_ERR(pdev)) {
+			put_clients(clients, i);
+			return ERR_CAST(pdev);
+		}
+		clients[i] = &pdev->dev;
+	}
+	return clients;
+}
+
 static int do_distance(struct session *session, int count, char **words)
 {
-	struct pci_dev *provider, **clients;
-	struct device **devices;
-	int i, found = 0, error = 0;
+	struct pci_dev *provider;
+	struct device **clients;
+	int i;
 
 	if (count < 2)
 		return -EINVAL;
@@ -85,31 +114,53 @@ static int do_distance(struct session *session, int count, char **words)
 	if (IS_ERR(provider))
 		return PTR_ERR(provider);
 	count--;
-	clients = kcalloc(count, sizeof(*clients), GFP_KERNEL);
-	devices = kcalloc(count, sizeof(*devices), GFP_KERNEL);
-	if (!clients || !devices) {
-		error = -ENOMEM;
-		goto out;
-	}
-	for (; found < count; found++) {
-		clients[found] = function(words[found + 1]);
-		if (IS_ERR(clients[found])) {
-			error = PTR_ERR(clients[found]);
-			goto out;
-		}
-		devices[found] = &clients[found]->dev;
+	words++;
+	clients = get_clients(count, words);
+	if (IS_ERR(clients)) {
+		pci_dev_put(provider);
+		return PTR_ERR(clients);
 	}
 	for (i = 0; i < count; i++)
-		say_distance(session, words[i + 1],
-			     pci_p2pdma_distance_many(provider, &devices[i], 1, false));
-	say_distance(session, "all", pci_p2pdma_distance_many(provider, devices, count, false));
-out:
-	while (found--)
-		pci_dev_put(clients[found]);
-	kfree(devices);
-	kfree(clients);
+		say_distance(session, words[i],
+			     pci_p2pdma_distance_many(provider, &clients[i], 1, false));
+	say_distance(session, "all", pci_p2pdma_distance_many(provider, clients, count, false));
+	put_clients(clients, count);
 	pci_dev_put(provider);
-	return error;
+	return 0;
+}
+
+static int do_find(struct session *session, int count, char **words)
+{
+	struct device **clients;
+	struct pci_dev *provider;
+
+	if (!count)
+		return -EINVAL;
+	clients = get_clients(count, words);
+	if (IS_ERR(clients))
+		return PTR_ERR(clients);
+	provider = pci_p2pmem_find_many(clients, count);
+	say(session, "provider=%s\n", provider ? pci_name(provider) : "none");
+	pci_dev_put(provider);
+	put_clients(clients, count);
+	return 0;
+}
+
+static int do_publish(struct session *session, int count, char **words)
+{
+	struct pci_dev *provider;
+	bool publish;
+
+	if (count != 2 || kstrtobool(words[1], &publish))
+		return -EINVAL;
+	provider = function(words[0]);
+	if (IS_ERR(provider))
+		return PTR_ERR(provider);
+	device_lock(&provider->dev);
+	pci_p2pmem_publish(provider, publish);
+	device_unlock(&provider->dev);
+	pci_dev_put(provider);
+	return 0;
 }
 
 static struct pci_driver driver;
@@ -232,6 +283,8 @@ static const struct {
 	{ "distance", do_distance },
 	{ "provide", do_provide },
 	{ "map", do_map },
+	{ "publish", do_publish },
+	{ "find", do_find },
 };
 
 static int act(struct session *session, char *text)
