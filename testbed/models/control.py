@@ -12,7 +12,7 @@ import json
 import socket
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from testbed.errors import InputError
@@ -48,12 +48,22 @@ def _get(params: Params, key: str, kind: type[Any]) -> Any:
     return value
 
 
+@dataclass
+class _Action:
+    """Something done on purpose to a part of the device, and whether it was taken back."""
+
+    part: str
+    what: str
+    by: str
+    undone: bool = False
+
+
 class Control:
     """What can be asked of the devices of one process."""
 
     def __init__(self, listeners: Mapping[str, Listener]) -> None:
         self._listeners = listeners
-        self._actions: deque[dict[str, str]] = deque(maxlen=MAX_ACTIONS)
+        self._actions: deque[_Action] = deque(maxlen=MAX_ACTIONS)
 
     def call(self, method: str, params: Params) -> Json:
         """Any method by name. InputError if there is none, or the parameters are wrong."""
@@ -111,7 +121,9 @@ class Control:
         return {
             "counters": device.witness.counters(),
             "rules": device.rules.history(),
-            "actions": list(self._actions),
+            "actions": [
+                {"what": each.what, "by": each.by, "undone": each.undone} for each in self._actions
+            ],
         }
 
     def inject(self, params: Params) -> Json:
@@ -136,8 +148,9 @@ class Control:
         """{device, on}: its engine takes no command any more, or goes on."""
         on = _get(params, "on", bool)
         self._engine(params).ring.stick(on=on)
+        self._undo("engine")
         if on:
-            self._note(params, "engine stuck")
+            self._note(params, "engine", "engine stuck")
         return None
 
     def lose(self, params: Params) -> Json:
@@ -151,8 +164,9 @@ class Control:
             self._engine(params).doorbells_to_lose = count
         else:
             raise InputError("'what' is doorbell or interrupt")
+        self._undo(what)
         if count:
-            self._note(params, f"{count} {what}{'s' if count > 1 else ''} to be lost")
+            self._note(params, what, f"{count} {what}{'s' if count > 1 else ''} to be lost")
         return None
 
     def link(self, params: Params) -> Json:
@@ -177,8 +191,12 @@ class Control:
         worse = [f"{key} {params[key]:g}" for key in _LINK_KEYS if key in params]
         if params.get("up") is False:
             worse.append("down")
+        if "restore" in params:
+            self._undo(f"link {port.end.peer}")
         if worse:
-            self._note(params, f"link to {port.end.peer}: {', '.join(worse)}")
+            self._note(
+                params, f"link {port.end.peer}", f"link to {port.end.peer}: {', '.join(worse)}"
+            )
         return {"state": port.state.name.lower(), "width": port.width, **vars(timing)}
 
     def register(self, params: Params) -> str:
@@ -204,7 +222,7 @@ class Control:
         if listener.session is None:
             raise InputError(f"no machine has '{listener.device.name}'")
         listener.session.remove()
-        self._note(params, "pulled out")
+        self._note(params, "card", "pulled out")
         return None
 
     def restore(self, params: Params) -> Json:
@@ -221,11 +239,18 @@ class Control:
         links = device.links if isinstance(device, GpuModel) else ()
         for port in links:
             port.restore()
+            self._undo(f"link {port.end.peer}")
+        for part in ("engine", "interrupt", "doorbell"):
+            self._undo(part)
         return {"peers": [port.end.peer for port in links]}
 
-    def _note(self, params: Params, what: str) -> None:
+    def _note(self, params: Params, part: str, what: str) -> None:
         by = _get(params, "by", str) if "by" in params else "command"
-        self._actions.append({"what": what, "by": by})
+        self._actions.append(_Action(part, what, by))
+
+    def _undo(self, part: str) -> None:
+        for action in self._actions:
+            action.undone = action.undone or action.part == part
 
     def _link(self, params: Params) -> LinkPort:
         device = self._device(params).device

@@ -43,10 +43,13 @@ class RuleRecord:
 
 @dataclass(frozen=True)
 class ActionRecord:
-    """Something else that was done to a device on purpose: ``engine stuck``, by whom."""
+    """Something else that was done to a device on purpose: ``engine stuck``, by whom, and whether
+    it was taken back before the end.
+    """
 
     what: str
     by: str
+    undone: bool = False
 
 
 @dataclass(frozen=True)

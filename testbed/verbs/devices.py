@@ -129,7 +129,7 @@ def _fault_lines(row: Mapping[str, Any]) -> list[str]:
             + ("" if rule["armed"] else " (disarmed)")
             for rule in row["rules"]
         ),
-        *(action["what"] for action in row["actions"]),
+        *(action["what"] + (" (undone)" if action["undone"] else "") for action in row["actions"]),
     ]
 
 
@@ -213,7 +213,7 @@ def _entry_text(entry: Mapping[str, Any]) -> str:
     is_flag=True,
     help="Disarm the RULEs; without one, undo all that can be undone, links too.",
 )
-@click.option("--list", "only_list", is_flag=True, help="Say what is armed, and was done.")
+@click.option("--list", "only_list", is_flag=True, help="Say what is armed, and what else holds.")
 @format_option("text", "json")
 def inject(
     device: str,
@@ -264,7 +264,8 @@ def inject(
         print_json("testbed.inject/1", row)
     elif only_list:
         armed = [each for each in row["rules"] if each["armed"]]
-        for line in _fault_lines({**row, "rules": armed}):
+        done = [each for each in row["actions"] if not each["undone"]]
+        for line in _fault_lines({**row, "rules": armed, "actions": done}):
             click.echo(line)
 
 

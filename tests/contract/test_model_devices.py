@@ -221,7 +221,21 @@ class TestFixture:
             "link to host0/gpu0: lanes 1",
         ]
         assert {each["by"] for each in report["rules"] + report["actions"]} == {"test"}
+        assert all(action["undone"] for action in report["actions"])
         assert served.rack.renewed == 0
+
+    def test_what_still_holds_is_not_said_to_be_undone(self, served: Served) -> None:
+        faults = self.faults(served)
+        faults.lose("gpu1", "doorbell", 2)
+        faults.stick("gpu1")
+        faults.stick("gpu1", on=False)
+        faults.link("gpu1", "gpu0", "down")
+        actions = served.device("gpu1").report()["actions"]
+        assert [(action["what"], action["undone"]) for action in actions] == [
+            ("2 doorbells to be lost", False),
+            ("engine stuck", True),
+            ("link to host0/gpu0: down", False),
+        ]
 
     def test_what_nobody_touched_is_left_alone(self, served: Served) -> None:
         self.faults(served).disarm()
