@@ -29,6 +29,7 @@ from testbed.topology.oracle import FIRST_ZEN_FAMILY
 from testbed.topology.units import KIB, MAX_SIZE_BYTES
 
 _TYPE = re.compile(r"([0-9a-f]{4})\s+\[([0-9a-f]{4}):([0-9a-f]{4})\]", re.IGNORECASE)
+_BUSES = re.compile(r"[0-9a-f]{4,8}:\[([0-9a-f]{2})-[0-9a-f]{2}\]", re.IGNORECASE)
 _KIB = re.compile(r"([0-9]{1,15}) ?(?:KiB|kB)?")
 _MEMORY_INFOS = (
     "CUDAGlobalMemorySize",
@@ -69,10 +70,9 @@ class _Reader:
         host_bridges = 0
         for bridge in self._host_bridges(root):
             host_bridges += 1
-            roots += maker.root_bus(self._functions(bridge))
-        for functions in self._without_bridges():
-            is_lost = functions[0].address.bus != 0
-            roots += maker.root_bus(functions, is_lost=is_lost)
+            roots += maker.root_bus(self._on_root_bus(bridge))
+        for (_, bus), functions in self._without_bridges().items():
+            roots += maker.root_bus(functions, is_lost=bus != 0)
         maker.say()
         if host_bridges > 1:
             self.notes.changed.append(f"{host_bridges} host bridges: all stands on one root bus")
@@ -84,7 +84,7 @@ class _Reader:
         gpus = {d.origin for d in (d for r in roots for d in r.devices()) if d.kind is Kind.GPU}
         return Machine(
             source="hwloc XML",
-            roots=tuple(roots),
+            roots=tuple(sorted(roots, key=lambda part: part.rank)),
             notes=self.notes,
             wires=tuple(self._wires(root, gpus)),
             peers_through_host=True if 0 < self.packages == self.zen_packages else None,
@@ -104,19 +104,28 @@ class _Reader:
                     self.zen_packages += _is_zen(child)
                 yield from self._host_bridges(child)
 
-    def _without_bridges(self) -> Iterator[list[Function]]:
-        """The devices of a file that was written without bridges, by bus."""
+    def _on_root_bus(self, bridge: Element) -> list[Function]:
+        """What is on the bus of a host bridge; devices that cannot be there are put aside."""
+        if bridge.get("pci_busid"):
+            return [self._function(bridge)]  # the file starts with a bridge from PCI to PCI
+        match = _BUSES.match(bridge.get("bridge_pci"))
+        found: list[Function] = []
+        for child in _pci_objects(bridge):
+            address = parse_address(child.get("pci_busid"))
+            is_here = match is None or address is None or address.bus == int(match[1], 16)
+            if is_here or child.get("type") == "Bridge":
+                found.append(self._function(child))
+            else:
+                self.loose.append(child)
+        return found
+
+    def _without_bridges(self) -> dict[tuple[int, int], list[Function]]:
+        """The devices whose bridges the file has not, by domain and bus."""
         buses: dict[tuple[int, int], list[Function]] = {}
         for function in map(self._function, self.loose):
             address = function.address
             buses.setdefault((address.domain, address.bus), []).append(function)
-        yield from buses.values()
-
-    def _functions(self, bridge: Element) -> tuple[Function, ...]:
-        """What is directly behind a bridge; a bridge from PCI to PCI has an address itself."""
-        if bridge.get("type") == "Bridge" and bridge.get("pci_busid"):
-            return (self._function(bridge),)
-        return tuple(self._function(child) for child in _pci_objects(bridge))
+        return buses
 
     def _function(self, element: Element) -> Function:
         address = self._address(element)

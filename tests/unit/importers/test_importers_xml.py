@@ -202,16 +202,19 @@ def test_words_from_the_file_cannot_leave_their_comment() -> None:
     assert "evil" in result.text
 
 
-def test_hwloc_without_bridges_gives_each_bus_a_root_port() -> None:
+@pytest.mark.parametrize(
+    "above", ['type="Machine"', 'type="Bridge" bridge_type="0-1" bridge_pci="0000:[00-ff]"']
+)
+def test_hwloc_without_bridges_gives_each_bus_a_root_port(above: str) -> None:
     text = (
-        '<topology><object type="Machine">'
+        f"<topology><object {above}>"
         '<object type="PCIDev" pci_busid="0000:3b:00.0" pci_type="0200 [15b3:1017] [0:0] 00"/>'
         '<object type="PCIDev" pci_busid="0000:3b:00.1" pci_type="0200 [15b3:1017] [0:0] 00"/>'
         '<object type="PCIDev" pci_busid="0000:00:02.0" pci_type="0300 [8086:3e98] [0:0] 00"/>'
         "</object></topology>"
     )
     result = imported("hwloc", text)
-    assert shape_of(result.topology, acs=False) == (("root_port", "", ("nic",)), ("gpu",))
+    assert shape_of(result.topology, acs=False) == (("gpu",), ("root_port", "", ("nic",)))
     assert any("1 root port above" in note for note in result.notes.unknown)
 
 
