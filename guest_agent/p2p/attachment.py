@@ -12,7 +12,13 @@ import itertools
 from dataclasses import dataclass
 
 from guest_agent.p2p import rules
-from guest_agent.p2p.errors import FutureError, RuleError, StaleError, UnsupportedError
+from guest_agent.p2p.errors import (
+    FutureError,
+    ReachError,
+    RuleError,
+    StaleError,
+    UnsupportedError,
+)
 from guest_agent.p2p.interconnect import Placement
 
 TYPE_CHECKING = False
@@ -194,6 +200,22 @@ class Attachment:
         :raises ReachError: the importer's device cannot reach it, whatever it said.
         """
         return self.buffer.map(task, self, writable)
+
+    def map_or_fall_back(self, task: Task, *, writable: bool = True) -> Mapping:
+        """As :meth:`map`; if the device cannot use the path after all, over the next one.
+
+        The 2025-09 discussion: try to map the interconnect, and if that fails map the attachment
+        as a scatter list. Here whatever is left of both lists is tried, in the policy's order.
+
+        :raises NoPathError: nothing is left to where the bytes are.
+        """
+        failed: list[Path] = []
+        while True:
+            try:
+                return self.map(task, writable=writable)
+            except ReachError:
+                failed.append(self.path)
+                self.buffer.renegotiate(task, self, failed)
 
     def unmap(self, task: Task, mapping: Mapping) -> None:
         """Give a mapping back. The lock is held.

@@ -30,7 +30,7 @@ from guest_agent.p2p.storage import Storage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from guest_agent.p2p.addresses import Address
     from guest_agent.p2p.attachment import Importer
@@ -125,6 +125,7 @@ class Buffer:
         :raises UnsupportedError: EOPNOTSUPP: the memory is peer-to-peer only, and the importer is
             static, does no peer-to-peer, or is not revocable.
         :raises NoPathError: EINVAL: no path that leaves no active importer behind.
+        :raises NoRoomError: the bytes would have to be moved, and there is no room.
         """
         task.must_not_hold(self.resv, rules.UNLOCKED, f"attach to {self.name}")
         with self.core.events.span("attach", f"{importer.name} on {self.name}") as span:
@@ -333,10 +334,12 @@ class Buffer:
             callback(task, attachment)
         self._telling = False
 
-    def renegotiate(self, task: Task, attachment: Attachment) -> Path:
+    def renegotiate(
+        self, task: Task, attachment: Attachment, failed: Collection[Path] = ()
+    ) -> Path:
         """Choose again, after the path was lost: another one to where the bytes are now.
 
-        The lock is held; the path that there was may be chosen again.
+        The lock is held; the path that there was may be chosen again, unless it is in ``failed``.
 
         :raises RuleError: the lock is not held.
         :raises StaleError: it is mapped: an attachment's address is stable for as long.
@@ -346,7 +349,7 @@ class Buffer:
         if attachment.mappings:
             raise StaleError(f"{attachment} is mapped, and keeps its path for as long")
         path = self.core.negotiate(
-            str(attachment), self.offers, attachment.importer.offers, [self.placement]
+            str(attachment), self.offers, attachment.importer.offers, [self.placement], failed
         ).path
         if attachment.live is not None:
             self.end_live(attachment, attachment.live)

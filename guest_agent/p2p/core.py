@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import errno
+
 from guest_agent.p2p.buffer import Buffer
 from guest_agent.p2p.events import Recorder
 from guest_agent.p2p.graph import Graph
 from guest_agent.p2p.interconnect import Placement
 from guest_agent.p2p.negotiation import negotiate
 from guest_agent.p2p.policies import BEST_QUALITY
+from guest_agent.p2p.report import Refusal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
     from guest_agent.p2p.interconnect import Offer, Path, Topology
     from guest_agent.p2p.negotiation import Forwarder, Outcome
     from guest_agent.p2p.policies import Policy
-    from guest_agent.p2p.report import Refusal
     from guest_agent.p2p.resv import Reservation
 
 DEFAULT_TIMEOUT_NS = 5_000_000_000
@@ -86,8 +88,18 @@ class Core:
         exporter: Sequence[Offer],
         importer: Sequence[Offer],
         allowed: Collection[Placement],
+        failed: Collection[Path] = (),
     ) -> Outcome:
-        """:func:`negotiate` on this machine, as an event. Errors as there."""
+        """:func:`negotiate` on this machine, as an event. Errors as there.
+
+        :param failed: paths that were tried and do not work after all.
+        """
+
+        def check(path: Path) -> Refusal | None:
+            if path in failed:
+                return Refusal(errno.EOPNOTSUPP, "it was tried, and mapping failed")
+            return self.backend.reach(path)
+
         with self.events.span("negotiate", subject) as span:
             try:
                 outcome = negotiate(
@@ -96,7 +108,7 @@ class Core:
                     importer,
                     self.policy,
                     allowed=allowed,
-                    check=self._reach,
+                    check=check,
                     forwarder=self._forwarder,
                 )
             except OSError as error:
@@ -106,9 +118,6 @@ class Core:
                 raise
             span.details.update(outcome.report.as_json(_REPORTED_LOSERS))
             return outcome
-
-    def _reach(self, path: Path) -> Refusal | None:
-        return self.backend.reach(path)
 
     def pinned(self, device: str, placement: Placement) -> list[str]:
         """Who pins what in that memory: "buf0 (4096 bytes) by nic0"."""

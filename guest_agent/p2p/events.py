@@ -80,11 +80,16 @@ class Recorder:
         self._open: list[int] = []
         self.dropped = 0
 
+    @property
+    def current(self) -> int:
+        """The number of the event that is under way, 0 if none is: the cause of what it queues."""
+        return self._open[-1] if self._open else 0
+
     def note(self, kind: str, subject: str, cause: int = 0, **details: Any) -> int:
         """Something that takes no time; returns its number, for what it causes."""
         self._number += 1
         now_ns = self._clock.now_ns()
-        parent = self._open[-1] if self._open else 0
+        parent = self.current
         self._put(Event(self._number, now_ns, 0, kind, subject, cause, parent, "", details))
         return self._number
 
@@ -97,7 +102,7 @@ class Recorder:
         self._number += 1
         span = Span(self._number, details)
         start_ns = self._clock.now_ns()
-        parent = self._open[-1] if self._open else 0
+        parent = self.current
         self._open.append(span.number)
         error = ""
         try:

@@ -32,8 +32,10 @@ class Operation:
         begin: Callable[[], Fence | None],
         after: Iterable[Fence],
         needs: Iterable[Fence],
+        cause: int,
     ) -> None:
         self.name = name
+        self.cause = cause  # the event that queued it
         self.fence = fence
         self.begin = begin
         self.needs = {id(each) for each in needs}
@@ -83,7 +85,7 @@ class Graph:
         """
         due_ns = self._clock.now_ns() + self._timeout_ns
         fence = Fence(context or self._context, name, due_ns, self._ask)
-        operation = Operation(name, fence, begin, after, needs)
+        operation = Operation(name, fence, begin, after, needs, self._events.current)
         self._waiting[id(fence)] = operation
         self._try(operation)
         return operation
@@ -167,5 +169,6 @@ class Graph:
     def _finish(self, operation: Operation, error: Exception | None) -> None:
         if self._waiting.pop(id(operation.fence), None) is None:
             return  # it was ended in between
-        self._events.note("fence", str(operation.fence), error=str(error or ""))
+        what = str(operation.fence)
+        self._events.note("fence", what, operation.cause, failed=str(error or ""))
         operation.fence.signal(error)

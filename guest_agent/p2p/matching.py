@@ -42,6 +42,7 @@ class Matching:
         self._meeting_e, self._class_e = self._index(self.exporter)
         self._meeting_i, self._class_i = self._index(self.importer)
         self._partners: dict[Hashable, list[int]] = {}
+        self._met = set(self._meeting_e)
         for index, meeting in enumerate(self._meeting_i):
             self._partners.setdefault(meeting, []).append(index)
 
@@ -62,6 +63,12 @@ class Matching:
         """The importer's offers that this offer of the exporter can meet, in order."""
         meeting = self._meeting_e[exporter_index]
         return self._partners.get(meeting, ()) if meeting is not None else ()
+
+    def is_met(self, side: str, index: int) -> bool:
+        """Whether the other side has an offer that this one can meet; ``side`` as below."""
+        if side == "exporter":
+            return self._meeting_e[index] in self._partners and self.is_connected(side, index)
+        return self._meeting_i[index] in self._met and self.is_connected(side, index)
 
     def is_connected(self, side: str, index: int) -> bool:
         """Whether that offer's port leads anywhere; ``side`` is ``exporter`` or ``importer``."""

@@ -98,14 +98,9 @@ class Report:
             ("importer", matching.importer, matching.exporter),
         ):
             kinds = {offer.kind for offer in others}
-            met = (
-                {first for first in range(len(mine)) if matching.partners(first)}
-                if side == "exporter"
-                else {i for first in range(len(others)) for i in matching.partners(first)}
-            )
             other = "importer" if side == "exporter" else "exporter"
             for index, offer in enumerate(mine):
-                if index in met:
+                if matching.is_met(side, index):
                     continue
                 if not matching.is_connected(side, index):
                     reason = f"{offer} is not connected"
@@ -148,9 +143,14 @@ class Report:
             yield f"  {alone.side}'s {offers[alone.index]}: {alone.reason}"
 
     def as_json(self, limit: int = 1000) -> dict[str, Any]:
-        """``{policy, chosen, lost}`` for an event or a file; ``chosen`` may be None."""
+        """``{policy, chosen, pairs, lost}``: how many pairs meet, and the first of those that lost.
+
+        ``chosen`` may be None.
+        """
+        pairs = sum(len(self._matching.partners(i)) for i in range(len(self._matching.exporter)))
         return {
             "policy": self.policy.name,
             "chosen": str(self.path) if self.path else None,
+            "pairs": pairs,
             "lost": [line.strip() for line in itertools.islice(self.lines(limit), 1, limit)],
         }

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import pytest
 
 from guest_agent.p2p import moves, revoke, rules
-from guest_agent.p2p.addresses import Address, DmaAddress, LinkAddress
-from guest_agent.p2p.attachment import Attachment
+from guest_agent.p2p.addresses import Address, DmaAddress, FabricAddress, LinkAddress
+from guest_agent.p2p.attachment import Attachment, Mapping
+from guest_agent.p2p.backend import Backing
 from guest_agent.p2p.errors import (
     FaultError,
     FenceFailedError,
@@ -28,10 +29,10 @@ from guest_agent.p2p.errors import (
     UnsupportedError,
 )
 from guest_agent.p2p.fence import Fence, FenceContext
-from guest_agent.p2p.interconnect import Kind
+from guest_agent.p2p.interconnect import Kind, Path
 from guest_agent.p2p.resv import Usage, locked
 from guest_agent.p2p.rules import Task
-from tests.unit.p2p.machines import DEVICE, SYSTEM, Machine, offer, tree
+from tests.unit.p2p.machines import DEVICE, SYSTEM, Machine, gpu_offers, offer, tree
 
 NIC = Task("nic")
 
@@ -553,7 +554,78 @@ def test_an_importer_that_cannot_be_told_is_named_by_revoke(machine: Machine) ->
     assert machine.backend.mapped() == 0
 
 
-# --- paths that are lost
+# --- falling back, and paths that are lost
+
+
+def test_a_path_that_cannot_be_mapped_is_left_for_the_next_down_to_the_scatter_list(
+    machine: Machine,
+) -> None:
+    kinds = [Kind.XGMI, Kind.PCIE, Kind.SCATTER_LIST]
+    buffer = machine.export(
+        offers=[offer(kind, "gpu0", "x01" if kind is Kind.XGMI else "") for kind in kinds]
+    )
+    theirs = [offer(kind, "gpu1", "x01" if kind is Kind.XGMI else "") for kind in kinds]
+    attachment = machine.attach(buffer, "gpu1", offers=theirs)
+    broken = {Kind.XGMI, Kind.PCIE}
+    plain = machine.backend.map
+
+    def map_(backing: Backing, path: Path, address: Address, *, writable: bool) -> None:
+        if path.kind in broken:
+            raise OSError(errno.EIO, f"no {path.kind.value}")
+        plain(backing, path, address, writable=writable)
+
+    machine.backend.map = map_  # type: ignore[method-assign]
+    with locked(NIC, buffer.resv):
+        mapping = attachment.map_or_fall_back(NIC)
+    assert attachment.path.kind is Kind.SCATTER_LIST
+    machine.write(mapping, 0, b"legacy")
+    assert machine.read(mapping, 0, 6) == b"legacy"
+    machine.unmap(attachment, mapping)
+    broken.add(Kind.SCATTER_LIST)
+    with locked(NIC, buffer.resv), pytest.raises(NoPathError) as none:
+        attachment.map_or_fall_back(NIC)
+    why = {each.reason for each in none.value.report.candidates()}
+    assert why == {"it was tried, and mapping failed"}
+    assert machine.backend.mapped() == 0
+
+
+def test_a_window_that_is_pulled_out_under_load_fails_what_is_queued_and_nothing_else(
+    machine: Machine,
+) -> None:
+    fabric = offer(Kind.UAL_VIRTUAL, "gpu0")
+    buffer = machine.export(offers=[fabric, *gpu_offers("gpu0")])
+    remote = machine.attach(buffer, "gpu2", offers=[offer(Kind.UAL_VIRTUAL, "gpu2")])
+    local = machine.attach(buffer, "nic0.0")
+    window, plain = machine.map(remote), machine.map(local)
+    assert isinstance(window.address, FabricAddress)
+    gate = Fence(FenceContext("gpu2"), "first job", 10**9)
+
+    def queue(attachment: Attachment, mapping: Mapping, first: bool) -> Fence:
+        def begin(address: Address) -> Fence | None:
+            machine.backend.write(address, 0, b"job")
+            return gate if first else None
+
+        with locked(NIC, buffer.resv):
+            return attachment.submit(NIC, mapping, "job", begin, write=True)
+
+    running, queued = queue(remote, window, True), queue(remote, window, False)
+    after = queue(local, plain, False)
+    machine.backend.broken["ual-virtual"] = "the window was pulled out"
+    told = revoke.path_lost(
+        machine.core, machine.exporter, lambda path: path.kind is Kind.UAL_VIRTUAL, "node1 left"
+    )
+    assert told == ["gpu2 on buf0"]
+    gate.signal()
+    machine.settle()
+    running.wait(machine.clock)
+    with pytest.raises(FenceFailedError, match="nothing there"):
+        queued.wait(machine.clock)
+    after.wait(machine.clock)
+    assert machine.read(plain, 0, 3) == b"job"
+    with pytest.raises(ReachError, match="pulled out"):
+        machine.map(remote)
+    del machine.backend.broken["ual-virtual"]
+    assert machine.read(machine.map(remote), 0, 3) == b"job"
 
 
 def test_a_link_that_goes_down_is_told_to_those_who_used_it_only(machine: Machine) -> None:

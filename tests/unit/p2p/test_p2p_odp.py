@@ -163,22 +163,23 @@ HARSH = Setup(
 )
 
 
-def run(setup: Setup) -> tuple[Result, Machine]:
+def run(setup: Setup) -> tuple[Result, Machine, OnDemand]:
     machine = Machine(keep_events=100)
     machine.backend.copy_ns = setup.copy_ns
     nic = on_demand(machine, keep_alive_ns=setup.keep_alive_ns, max_faults=10**9)
-    return run_churn(machine.clock, nic.attachment.buffer, nic, setup), machine
+    return run_churn(machine.clock, nic.attachment.buffer, nic, setup), machine, nic
 
 
 def test_without_keep_alive_fences_the_importer_starves() -> None:
-    result, _ = run(replace(HARSH, keep_alive_ns=0))
+    result, *_ = run(replace(HARSH, keep_alive_ns=0))
     assert result.pieces == 0
     assert result.moves > 200
     assert result.longest_wait_ns >= HARSH.run_ns
 
 
 def test_with_them_its_progress_has_a_floor_and_so_has_eviction() -> None:
-    result, machine = run(HARSH)
+    result, machine, nic = run(HARSH)
+    assert nic.counters.refaults == 0
     assert HARSH.pieces_per_fault == 4
     assert result.pieces >= HARSH.floor > 200
     assert result.moves >= HARSH.rounds
@@ -206,8 +207,11 @@ def test_a_bound_that_is_too_short_promises_nothing() -> None:
     )
 )
 def test_the_floor_holds_for_any_times(setup: Setup) -> None:
-    result, machine = run(setup)
+    result, machine, nic = run(setup)
     assert result.pieces >= setup.floor
     assert result.moves >= setup.rounds
+    if setup.pieces_per_fault:  # then one transfer faults again no more often than that
+        refaults = -(-setup.pieces // setup.pieces_per_fault) - 1
+        assert nic.counters.refaults <= nic.counters.transfers * refaults
     machine.settle()
     assert machine.backend.held() == 1
