@@ -123,7 +123,8 @@ class PageTables:
     def unmap(self, virtual: int, size_bytes: int) -> int:
         """Take pages away; returns how many bytes were mapped.
 
-        :raises ParameterError: not whole pages, or a part of a large one.
+        :raises ParameterError: not whole pages, or a part of a large one (what is before it is
+            gone then).
         """
         _check_range(virtual, size_bytes, SMALL_PAGE_BYTES)
         here, end = virtual, virtual + size_bytes

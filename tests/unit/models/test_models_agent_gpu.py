@@ -228,6 +228,20 @@ def test_an_old_translation_is_used_until_it_is_invalidated(gpu: Gpu) -> None:
     assert (gpu.read(MIB, 1), gpu.read(2 * MIB, 1)) == (b"\2", b"\3")
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_command_can_invalidate_one_page_or_all(gpu: Gpu, everything: bool) -> None:
+    for page in (V, V + 4096):
+        gpu.map(page, 4096, MIB)
+        gpu.do(fill(virtual(page), 1))
+        gpu.map(page, 4096, 2 * MIB, replace=True)
+    command: dict[str, Any] = {"op": "invalidate"}
+    if not everything:
+        command["target"] = virtual(V)
+    gpu.do(command, fill(virtual(V), 2), fill(virtual(V + 4096), 3))
+    assert gpu.read(2 * MIB, 1) == (b"\3" if everything else b"\2")
+    assert gpu.read(MIB, 1) == (b"\1" if everything else b"\3")
+
+
 # --- page faults
 
 
@@ -308,6 +322,15 @@ def test_first_touches(gpu: Gpu, by: str, page: int, access: str) -> None:
     # Everything is gone again: the next access faults.
     gpu.run(fill(virtual(V), 7), wait=False)
     assert len(gpu.on("gpu.faults", timeout_s=5.0)["faults"]) == 1
+
+
+def test_interrupts_go_on_after_a_reset(gpu: Gpu) -> None:
+    gpu.do({"op": "nop"}, by="interrupt")
+    gpu.on("gpu.reset")
+    before = gpu.model.witness.count(Event.INTERRUPT)
+    gpu.run(fill(virtual(V), 7), wait=False)
+    assert len(gpu.on("gpu.faults", timeout_s=5.0, by="interrupt")["faults"]) == 1
+    assert gpu.model.witness.count(Event.INTERRUPT) > before
 
 
 def test_touching_what_cannot_be_reached_is_an_error_and_leaves_nothing(gpu: Gpu) -> None:
