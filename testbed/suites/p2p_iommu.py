@@ -375,6 +375,7 @@ def test_fault_storm(ground: Ground, reasons: Reasons, observe: Observer) -> Non
 
 
 @gated
+@pytest.mark.boots("scalable")
 @pytest.mark.requirement("MAP-08")
 def test_scalable_mode(variant: Variant, pair: Pair, mutation: Mutation, observe: Observer) -> None:
     """First-stage tables: the same copies work, and what is refused has its own reason codes."""

@@ -121,12 +121,14 @@ def unrouted(machine: Machine, observe: Observer) -> Transfer:
     return transfer
 
 
+@pytest.mark.boots("iommu-off")
 @pytest.mark.requirement("TOPO-01")
 def test_one_switch_and_no_iommu(arrange: Arrange, observe: Observer) -> None:
     """The kernel uses bus addresses, and the data is right."""
     both_ways(arrange(Needs((Route.SWITCH, Route.REDIRECTED), variant="iommu-off")), observe)
 
 
+@pytest.mark.boots("passthrough")
 @pytest.mark.requirement("TOPO-02")
 def test_one_switch_and_passthrough(arrange: Arrange, observe: Observer) -> None:
     """The IOMMU is there and maps everything to itself: the data is right."""
@@ -178,6 +180,7 @@ def test_a_redirecting_switch_of_an_amd(arrange: Arrange, observe: Observer) -> 
     both_ways(arrange(Needs((Route.REDIRECTED,), amd=True)), observe)
 
 
+@pytest.mark.boots("no-redirect")
 @pytest.mark.requirement("TOPO-09")
 def test_redirection_turned_off_on_the_command_line(arrange: Arrange, observe: Observer) -> None:
     """``pci=disable_acs_redir=``: what TOPO-07 refuses goes by bus address."""

@@ -17,13 +17,14 @@ Ten lines are a whole test::
 Fixtures: ``rack`` is the running rack (:class:`testbed.suites.racks.LiveRack`; ``rack.once`` keeps
 what is dear to make); ``observe`` takes evidence and judgements
 (:class:`testbed.suites.observer.Observer`); ``variant("name")`` is another rack, which the module's
-function ``rack_variants(topology)`` describes and which boots in the background; ``mutation`` is
+function ``rack_variants(topology)`` describes; ``mutation`` is
 the deliberate break in force (:mod:`testbed.suites.mutations`); ``faults`` lets model devices go
 wrong and takes it back, ``witness("gpu0")`` counts what one does in a ``with`` block
 (:mod:`testbed.suites.device_faults`, docs/faults.md).
 
 Markers: ``requirement("ID", …)`` names what a test shows; ``gated_by("ID")`` skips it unless the
-tests of ID have passed before.
+tests of ID have passed before; ``boots("name", …)`` lets these variants boot in the background as
+soon as a test that uses them is chosen.
 
 Ends: an AssertionError is a FAIL, :class:`~testbed.errors.LostError` is LOST (the next test gets a
 fresh machine), :class:`~testbed.errors.CapabilityMissing` is a SKIP, anything else is an ERROR.
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _MARKERS = (
     "requirement(id, ...): the requirements of the conformance catalogue that this test shows",
     "gated_by(id, ...): skip unless the tests of these requirements passed before",
+    "boots(variant, ...): variants of the rack that this test uses, to be booted early",
 )
 
 

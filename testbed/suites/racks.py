@@ -190,10 +190,9 @@ class RackPool:
         self._variants: dict[str, LiveRack] = {}
 
     def declare(self, name: str, topology: Topology) -> None:
-        """Let :meth:`variant` know a variant, and begin to boot it."""
+        """Let :meth:`variant` know a variant; it boots when it is first used, or told to start."""
         if name not in self._variants:
             self._variants[name] = LiveRack(self.source, topology, f"rack-{name}")
-        self._variants[name].start()
 
     def variant(self, name: str) -> LiveRack:
         """The variant called ``name``.

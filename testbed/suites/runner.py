@@ -38,8 +38,10 @@ from testbed.topology.model import to_data
 # A suite by its name: its modules.
 SUITES = {
     "p2p-iommu": ("p2p_iommu.py", "p2p_routes.py"),
-    "p2p-kernel": ("p2p_kernel.py",),
+    "p2p-kernel": ("p2p_kernel.py", "p2p_oracle.py"),
 }
+DEFAULT_SUITE = "p2p-iommu"
+ALL_SUITES = "all"
 PYTEST_LOG = "pytest.log"
 _PYTEST_INI = "pytest.ini"
 _TEST_TIMEOUT_S = 300
@@ -59,8 +61,8 @@ class RunResult:
 class Choice:
     """What of the suites is run, and how.
 
-    ``suites``    names (``p2p-iommu``), or test files of the user's own (``path[::test]``); none
-        means all that there are.
+    ``suites``    names (``p2p-iommu``, or ``all``), or test files of the user's own
+        (``path[::test]``); none means the first suite.
     ``keyword``   as pytest's ``-k``; the gates of what it chooses run too.
     """
 
@@ -158,7 +160,7 @@ def _conclude(
 def _run_session(
     choice: Choice, source: RackSource, run_dir: Path, ktap: KtapStream
 ) -> ConformanceSession:
-    paths = [path for word in choice.suites or SUITES for path in _suite_paths(word)]
+    paths = [path for word in choice.suites or (DEFAULT_SUITE,) for path in _suite_paths(word)]
     session = ConformanceSession(
         source, mutation=choice.mutation, on_plan=ktap.plan, on_outcome=ktap.outcome
     )
@@ -181,7 +183,7 @@ def _run_session(
         code = pytest.main(arguments, plugins=[pytest_plugin, session])
     if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise InputError(
-            f"no test to run: {' '.join(choice.suites) or 'all suites'}"
+            f"no test to run: {' '.join(choice.suites) or DEFAULT_SUITE}"
             + (f" with -k '{choice.keyword}'" if choice.keyword else ""),
             hint=f"pytest's own words are in {run_dir / PYTEST_LOG}",
         )
@@ -260,11 +262,13 @@ class _Writer:
 
 
 def _suite_paths(word: str) -> list[str]:
+    if word == ALL_SUITES:
+        return [path for name in SUITES for path in _suite_paths(name)]
     if word in SUITES:
         return [str(Path(__file__).with_name(module)) for module in SUITES[word]]
     path = word.partition("::")[0]
     if not Path(path).exists():
-        known = ", ".join(SUITES)
+        known = ", ".join([*SUITES, ALL_SUITES])
         raise InputError(
             diagnostics=[Diagnostic(word, 0, 0, "no such suite or file", f"{known}, or a path")]
         )

@@ -25,6 +25,7 @@ from testbed.topology.model import Topology
 
 REQUIREMENT = "requirement"
 GATED_BY = "gated_by"
+BOOTS = "boots"
 VARIANTS_HOOK = "rack_variants"  # a module's function: topology → {name: topology}
 
 _DETAIL_FRAMES = 6
@@ -115,6 +116,8 @@ class ConformanceSession:
                 variants: dict[str, Topology] = hook(self.pool.source.topology) if hook else {}
                 for name, topology in variants.items():
                     self.pool.declare(name, topology)
+                for name in set(_marked(item, BOOTS)) & variants.keys():
+                    self.pool.variant(name).start()
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A test file that cannot be imported is an ERROR of the run."""

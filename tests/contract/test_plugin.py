@@ -271,6 +271,7 @@ def test_a_variant_boots_in_the_background(tmp_path: Path) -> None:
         def rack_variants(topology):
             return {"twin": topology.model_copy(update={"rack": "twin"})}
 
+        @pytest.mark.boots("twin")
         def test_twin(rack, variant):
             assert variant("twin").nodes["host0"].agent.call("system.info")
             assert variant("twin").name == "twin"

@@ -54,7 +54,13 @@ def test_describes_ports_and_what_is_below_them(sysfs: FakeSysfs) -> None:
     assert (above["secondary_bus"], above["subordinate_bus"]) == (1, 5)
     assert above["capabilities"] == ["express", "msix"]
     assert above["extended"] == ["aer", "acs"]
-    assert above["acs"] == {"capability": 0x5F, "control": 0x1D, "redirect": True}
+    offset = 0x100 + 12  # after the other one, of eight bytes and a header
+    assert above["acs"] == {
+        "offset": offset,
+        "capability": 0x5F,
+        "control": 0x1D,
+        "redirect": True,
+    }
     assert (above["driver"], above["iommu_group"]) == ("pcieport", 2)
     assert (below["vendor"], below["device"], below["class"]) == (0x1234, 0x11E8, 0x00FF00)
     assert (below["header"], below["parent"], below["driver"]) == ("endpoint", "0000:00:04.0", "")

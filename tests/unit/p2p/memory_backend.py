@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
 
 from guest_agent.p2p.addresses import Address, DmaAddress, FabricAddress, LinkAddress
 from guest_agent.p2p.backend import Backing
@@ -27,24 +26,15 @@ from guest_agent.p2p.interconnect import (
     Placement,
 )
 from guest_agent.p2p.report import Refusal
+from guest_agent.p2p.topology import Link
 
 PAGE = 4096
 COPY_NS = 1000
 
 
-@dataclass(frozen=True)
-class Link:
-    """A private link: two ends, each a device and its port."""
-
-    kind: Kind
-    name: str
-    ends: frozenset[tuple[str, str]]
-    width: int = 16
-
-
 def link(kind: Kind, name: str, a: str, b: str, width: int = 16) -> Link:
     """A link whose ports are called as the link itself."""
-    return Link(kind, name, frozenset(((a, name), (b, name))), width)
+    return Link(kind, name, ((a, name), (b, name)), width)
 
 
 class Tree:
@@ -92,7 +82,7 @@ class Tree:
             if exporter.device == importer.device:
                 return NoWay("a link to itself")
             found = self._by_end[exporter.kind, exporter.device, exporter.port]
-            return Facts(hops=1, width_lanes=found.width)
+            return Facts(hops=1, width_lanes=found.width_lanes)
         if exporter.kind in FABRIC_KINDS:
             return Facts(hops=2, width_lanes=4, iommu=exporter.kind is Kind.UAL_VIRTUAL)
         if placement is Placement.SYSTEM:

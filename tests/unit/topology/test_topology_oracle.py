@@ -162,7 +162,7 @@ def test_redirect_turned_off_opens_the_bus() -> None:
     topology = load.load(SHIPPED / "quad-gpu.yaml", {})
     plan, node = place(topology).nodes["host0"], topology.nodes["host0"]
     assert redirecting_ports(plan, node) == {plan.function("rp0").bdf, plan.function("rp1").bdf} | {
-        plan.function(f"sw0.port{i}").bdf for i in range(4)
+        plan.function(f"sw0.port{i}").bdf for i in range(6)
     }
     off = node.model_copy(update={"iommu": node.iommu.model_copy(update={"mode": "off"})})
     assert redirecting_ports(plan, off) == frozenset()

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suite ``p2p-kernel``, second part: the prediction against the kernel's own decision, every pair.
+
+:mod:`testbed.topology.oracle` says from the topology alone how a device may reach another's memory.
+The guest's kernel is asked through a module of ours (``guest_agent/kmod/p2p_probe``), which calls
+``pci_p2pdma_distance_many()`` and ``dma_map_sgtable()`` and repeats no rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from testbed.errors import CapabilityMissing
+from testbed.results.evidence import Counter, Note
+from testbed.suites.interface import RackNode
+from testbed.suites.kernel_fixtures import kernel_module
+from testbed.suites.memory import VRAM_BAR
+from testbed.suites.observer import Observer, Refuted
+from testbed.suites.p2p_kernel import PROBE
+from testbed.suites.racks import LiveRack
+from testbed.topology.machine import Iommu
+from testbed.topology.oracle import Cpu, MapType, P2pDecision, p2p_decision
+from testbed.topology.plan import Function, Role
+
+pytest_plugins = ["testbed.suites.kernel_fixtures", "testbed.suites.p2p_fixtures"]
+
+PROVIDED_BYTES = 2 << 20  # p2pdma wants sections of 2 MiB
+CLIENT_ROLES = (Role.VRAM, Role.ENGINE, Role.DOORBELL, Role.NVME)
+_SHOWN = 5
+
+
+@pytest.mark.requirement("TOPO-12")
+def test_the_prediction_is_what_the_kernel_does(
+    rack: LiveRack, node_name: str, observe: Observer
+) -> None:
+    """Map type and distance of every pair, predicted from the topology and asked of the kernel."""
+    node = rack.nodes[node_name]
+    if not node.plan.by_role(Role.VRAM, Role.NVME):
+        raise CapabilityMissing("this rack lacks a device with memory for its peers")
+    rack.drop_all()  # a function that VFIO has cannot be asked about
+    facts = _Facts(node, rack.topology.nodes[node_name].iommu)
+    clients = list(node.plan.by_role(*CLIENT_ROLES))
+    wrong: list[str] = []
+    pairs = 0
+    with kernel_module(node, PROBE):
+        for provider in _providers(node):
+            with _providing(node, provider):
+                others = [client for client in clients if client is not provider]
+                for client, said in facts.ask(provider, others):
+                    pairs += 1
+                    predicted = facts.predict(provider, client)
+                    if said != predicted:
+                        name = f"{client.name} → {provider.name}"
+                        wrong.append(f"{name}: predicted {predicted}, the kernel says {said}")
+    observe.add(Counter("pairs compared", pairs), *map(Note, wrong[:_SHOWN]))
+    if wrong:
+        raise Refuted(f"{len(wrong)} of {pairs} pairs: {wrong[0]}")
+    if not pairs:
+        raise CapabilityMissing("this rack lacks two devices")
+    observe.conclude(f"all {pairs} pairs are as predicted: map type and distance")
+
+
+class _Facts:
+    """What the prediction rests on, as the running machine says it."""
+
+    def __init__(self, node: RackNode, iommu: Iommu) -> None:
+        self._node = node
+        found = node.agent.call("system.info")
+        self._cpu = Cpu(found["cpu_vendor"], found["cpu_family"])
+        self._translates = iommu.kind != "none" and iommu.mode not in ("off", "passthrough")
+        devices = node.agent.call("pci.tree")["devices"]
+        bridge = min(devices, key=lambda device: device["bdf"])
+        self._host_bridge = (int(bridge["vendor"]), int(bridge["device"]))
+        # The bits as they are now, not as they should be: they can be changed.
+        self._redirecting = {d["bdf"] for d in devices if d["acs"] and d["acs"]["redirect"]}
+
+    def predict(self, provider: Function, client: Function) -> tuple[str, int | None]:
+        """Map type in the kernel module's words, and distance."""
+        decision = p2p_decision(
+            self._node.plan,
+            provider,
+            client,
+            cpu=self._cpu,
+            redirecting=self._redirecting,
+            host_bridge=self._host_bridge,
+        )
+        return self._words(decision)
+
+    def _words(self, decision: P2pDecision) -> tuple[str, int | None]:
+        if decision.map_type is MapType.NONE:
+            return "refused", None
+        through_host = "iova" if self._translates else "physical"
+        kind = "bus" if decision.map_type is MapType.BUS else through_host
+        return kind, decision.distance
+
+    def ask(
+        self, provider: Function, clients: list[Function]
+    ) -> Iterator[tuple[Function, tuple[str, int | None]]]:
+        """The kernel's own answers, in the same words."""
+        call = self._node.agent.call
+        addresses = [client.bdf for client in clients]
+        distances: Mapping[str, Any] = call(
+            "p2p.distance", provider=provider.bdf, clients=addresses
+        )
+        for client in clients:
+            said = call("p2p.map_type", provider=provider.bdf, client=client.bdf)
+            yield client, (said["type"], distances[client.bdf])
+
+
+def _providers(node: RackNode) -> Iterator[Function]:
+    for function in node.plan.by_role(Role.VRAM, Role.NVME):
+        if function.role is Role.VRAM or function.options["cmb_bytes"]:
+            yield function
+
+
+@contextmanager
+def _providing(node: RackNode, provider: Function) -> Iterator[None]:
+    """Video memory is a provider only while we make it one; a disk's memory is one by itself."""
+    if provider.role is not Role.VRAM:
+        yield
+        return
+    params: dict[str, Any] = {"device": provider.bdf, "bar": VRAM_BAR}
+    node.agent.call("p2p.provide", **params, size_bytes=PROVIDED_BYTES)
+    try:
+        yield
+    finally:
+        if node.alive:
+            node.agent.call("p2p.release", device=provider.bdf)

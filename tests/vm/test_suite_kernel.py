@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite about the kernel's own peer-to-peer DMA, on a kernel."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from testbed import deploy
+from testbed.errors import ExitCode
+from testbed.host.prepare import Installation
+from testbed.results.verdicts import Verdict
+from testbed.suites.runner import Choice, run_suites
+from testbed.suites.sources import TopologySource
+from testbed.topology import load
+
+pytestmark = pytest.mark.timeout(240)
+
+# Every route between disks, in a small machine.
+TOPOLOGY = """\
+rack: disks
+vars: {cpu: max}
+nodes:
+  host0:
+    machine: {cpu: {{ cpu }}, memory: 512M}
+    pcie:
+      - root_port: rp0
+        below:
+          - switch: plain
+            below:
+              - {nvme: nvme0, size: 16M, cmb: 16M}
+              - {nvme: nvme1, size: 16M}
+      - root_port: rp1
+        below:
+          - switch: redirecting
+            acs: redirect
+            below:
+              - {nvme: nvme2, size: 16M, cmb: 16M}
+              - {nvme: nvme3, size: 16M}
+"""
+INTEL_ONLY = {"TOPO-04", "TOPO-07", "TOPO-10"}
+AMD_ONLY = {"TOPO-05", "TOPO-06", "TOPO-08"}
+BOTH = {"TOPO-01", "TOPO-02", "TOPO-03", "TOPO-09", "TOPO-12"}
+
+
+def run(
+    cpu: str, keyword: str, installation: Installation, accelerator: str, folder: Path
+) -> tuple[dict[str, Verdict], str, ExitCode]:
+    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
+    topology = load.load_text(TOPOLOGY, "disks.yaml", {"cpu": cpu})
+    stream = io.StringIO()
+    result = run_suites(
+        Choice(["p2p-kernel"], keyword),
+        TopologySource(topology, folder, options=options),
+        folder,
+        stream=stream,
+        console=Console(file=io.StringIO()),
+    )
+    verdicts = {r.requirement: r.verdict for r in result.record.requirements}
+    return verdicts, stream.getvalue(), result.code
+
+
+def test_behind_a_host_bridge_that_linux_does_not_know(
+    installation: Installation, accelerator: str, tmp_path: Path
+) -> None:
+    verdicts, ktap, code = run("max", "", installation, accelerator, tmp_path)
+    assert verdicts == {
+        **dict.fromkeys(BOTH | INTEL_ONLY, Verdict.PASS),
+        **dict.fromkeys(AMD_ONLY, Verdict.SKIP),
+    }, ktap
+    assert "# SKIP an AMD processor of family 0x17 or later" in ktap
+    assert code is ExitCode.PASS
+
+
+def test_behind_that_of_an_amd_processor(
+    installation: Installation, accelerator: str, tmp_path: Path
+) -> None:
+    verdicts, ktap, _ = run("EPYC", "amd or kernel_does", installation, accelerator, tmp_path)
+    assert verdicts == dict.fromkeys(AMD_ONLY | {"TOPO-12"}, Verdict.PASS), ktap
