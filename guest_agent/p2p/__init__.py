@@ -28,7 +28,8 @@ machine, and ends in calls of a :class:`Backend`, whose devices move the bytes o
     print(json.dumps(core.events.as_json()))  # what happened, when, because of what
 
 =====================  =========================================================================
-``interconnect``       types of interconnect, offers, facts and the quality of a path
+``interconnect``       types of interconnect, offers, facts and the quality of a path;
+                       ``topology`` has a machine's facts in tables
 ``negotiation``        one core function matches two lists; ``policies`` are the proposals,
                        ``report`` has every candidate with the reason why it lost
 ``buffer``             attach, map, move, revoke; ``attachment``, ``moves``, ``revoke``
@@ -127,6 +128,7 @@ if TYPE_CHECKING:
     from guest_agent.p2p.resv import Acquire, Reservation, Usage, locked
     from guest_agent.p2p.revoke import enforce, overdue, path_lost
     from guest_agent.p2p.rules import RULES, Rule, Task
+    from guest_agent.p2p.topology import Fabric, Link, TableTopology
     from guest_agent.p2p.ual import FabricBackend, UalState
 
 _NAMES = {
@@ -157,6 +159,7 @@ _NAMES = {
     "resv": "Acquire Reservation Usage locked",
     "revoke": "enforce overdue path_lost",
     "rules": "RULES Rule Task",
+    "topology": "Fabric Link TableTopology",
     "ual": "FabricBackend UalState",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}
