@@ -4,6 +4,7 @@
 Each entry's `bandwidth` and `latency` are those of the link above it; a root port's, of the one out
 of it. To memory, a transfer passes all links up to the root. To a peer's video memory it goes up
 and down again; or, below a common switch that does not redirect, only as far up as that switch.
+To a GPU's own, a transfer that is not sent up passes no link.
 Transfers of different devices do not share a link's bandwidth.
 """
 
@@ -45,11 +46,13 @@ def ways_of(node: Node, device: str) -> Ways:
     up: dict[str, Way] = {}
     across: dict[str, Way] = {}
     for name, theirs in places.items():
-        if not isinstance(theirs[-1], Gpu) or name == device:
+        if not isinstance(theirs[-1], Gpu):
             continue
         up[name] = _way((*mine, *theirs))
         shared = _shared(mine, theirs)
-        if shared:
+        if name == device:
+            across[name] = Way()  # from function to function of one slot: by no link
+        elif shared:
             across[name] = _way((*mine[shared:], *theirs[shared:]))
     return Ways(_way(mine), up, across)
 

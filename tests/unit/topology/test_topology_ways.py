@@ -53,6 +53,12 @@ def test_through_the_root_a_transfer_passes_links_twice_and_across_only_those_be
     assert ways.across["gpu2"] == Way(2 * 10**9, 0)
 
 
+def test_a_gpu_s_own_memory_is_across_no_link() -> None:
+    ways = ways_of(HOST0, "gpu1")
+    assert ways.across["gpu1"] == Way()
+    assert ways.up["gpu1"] == Way(5 * 10**8, 2 * 3100)
+
+
 def test_what_shares_no_port_has_no_way_across() -> None:
     ways = ways_of(HOST0, "nic0")
     assert ways.across == {}
