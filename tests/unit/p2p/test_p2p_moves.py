@@ -163,3 +163,16 @@ def test_a_copy_that_fails_is_known_to_everyone_who_looks(machine: Machine) -> N
         _ = mapping.address
     with pytest.raises(FenceFailedError, match="engine halted"):
         machine.map(attachment)
+
+
+def test_what_happened_can_be_told_from_the_events(machine: Machine) -> None:
+    buffer = machine.export()
+    machine.map(machine.attach(buffer, "nic0.0"))
+    machine.move(buffer, SYSTEM)
+    machine.settle()
+    events = {event.kind: event for event in machine.core.events.events()}
+    move, invalidate, fence = (events[kind] for kind in ("move", "invalidate", "fence"))
+    assert invalidate.parent == move.number
+    assert fence.cause == move.number
+    assert fence.time_ns == move.time_ns + machine.backend.copy_ns
+    assert move.details["way"] == "buf0: device → system"
