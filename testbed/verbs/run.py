@@ -84,8 +84,9 @@ def run(
 ) -> int:
     """Run conformance SUITEs (p2p-iommu if none is named) and say PASS, FAIL, SKIP, LOST, ERROR.
 
-    A SUITE is a shipped one by its name (--list), `all`, or a pytest file of your own. KTAP goes to stdout, a
-    table to stderr, and the run folder keeps the record, JUnit XML, logs and every stage's product.
+    A SUITE is a shipped one by its name (--list), `all`, or a pytest file of your own. KTAP goes
+    to stdout, a table to stderr, and the run folder keeps the record, JUnit XML, logs and every
+    stage's product.
     """
     from testbed import deploy
     from testbed.results import record
