@@ -34,20 +34,27 @@ def _gpu(agent: Agent, number: int) -> Gpu:
     return found
 
 
-def _map(gpu: Gpu, name: str, pages: dict[str, Any]) -> None:
+def _pages(name: str, pages: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``PageTables.map``. :raises ParameterError: what is wrong, by name and part."""
     rpc.check_parts(name, pages, _PAGES, _PAGES_MAY)
     aperture = gpu_commands.place(f"{name}.backing", pages["backing"])
     if aperture & 0xF == gpu_commands.SPACES["virtual"]:
         raise ParameterError(f"{name}.backing.space: a page is not itself virtual")
-    gpu.space(pages.get("space", 0)).map(
-        pages["virtual"],
-        pages["size_bytes"],
-        pages["backing"]["address"],
-        aperture,
-        page_bytes=pages.get("page_bytes", 4096),
-        writable=pages.get("writable", True),
-        replace=pages.get("replace", False),
-    )
+    return {
+        "virtual": pages["virtual"],
+        "size_bytes": pages["size_bytes"],
+        "address": pages["backing"]["address"],
+        "aperture": aperture,
+        "page_bytes": pages.get("page_bytes", 4096),
+        "writable": pages.get("writable", True),
+        "replace": pages.get("replace", False),
+    }
+
+
+def _map(gpu: Gpu, pages: list[dict[str, Any]]) -> None:
+    for index, each in enumerate(pages):
+        arguments = _pages(f"pages[{index}]", each)
+        gpu.space(each.get("space", 0)).map(**arguments)
 
 
 @registry.method("gpu.open")
@@ -79,9 +86,7 @@ def gpu_map(agent: Agent, *, engine: int, pages: list[dict[str, Any]]) -> dict[s
     """Each: ``{virtual, size_bytes, backing}`` and perhaps ``page_bytes`` (4096 or 2097152),
     ``writable``, ``replace``, ``space``.
     """
-    gpu = _gpu(agent, engine)
-    for index, each in enumerate(pages):
-        _map(gpu, f"pages[{index}]", each)
+    _map(_gpu(agent, engine), pages)
     return {}
 
 
@@ -168,10 +173,28 @@ def gpu_resolve(
 ) -> dict[str, Any]:
     """Map pages as ``gpu.map`` does, and let what waits try again; or fail it."""
     gpu = _gpu(agent, engine)
-    for index, each in enumerate(pages or []):
-        _map(gpu, f"pages[{index}]", each)
+    _map(gpu, pages or [])
     gpu.replay(cancel=cancel)
     return {}
+
+
+@registry.method("gpu.serve")
+def gpu_serve(
+    agent: Agent,
+    *,
+    engine: int,
+    batch: int,
+    pages: list[dict[str, Any]],
+    timeout_s: float = 10.0,
+    by: str = "poll",
+) -> dict[str, Any]:
+    """Answer a batch's page faults until it ends, from ``pages`` as ``gpu.map`` takes them, each
+    mapped when it is touched; others are cancelled. As ``gpu.wait``, and how many.
+    """
+    check_timeout(timeout_s)
+    gpu = _gpu(agent, engine)
+    windows = [_pages(f"pages[{index}]", each) for index, each in enumerate(pages)]
+    return gpu.serve(batch, windows, timeout_s, by)
 
 
 @registry.method("gpu.fault_latency")

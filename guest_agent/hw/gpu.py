@@ -15,7 +15,15 @@ from guest_agent.hw.engine import PAGE_BYTES, Stopwatch
 from guest_agent.hw.fault_buffer import BUFFER_BYTES, ENTRIES, FaultBuffer
 from guest_agent.hw.gpu_mmu import PageTables, TablePool
 from guest_agent.hw.model import Model
-from guest_agent.hw.model_batch import LINK_VECTOR, SLICE_S, Batches, check_way
+from guest_agent.hw.model_batch import (
+    COMMAND_VECTOR,
+    ERROR_VECTOR,
+    FAULT_VECTOR,
+    LINK_VECTOR,
+    SLICE_S,
+    Batches,
+    check_way,
+)
 from guest_agent.rpc import ParameterError
 
 TYPE_CHECKING = False
@@ -110,6 +118,53 @@ class Gpu(Batches, Model):
         else:
             self._write_pair(hw.GPU_INVALIDATE_LOW, virtual)
             self._write(hw.GPU_INVALIDATE, 1)
+
+    def serve(
+        self, number: int, windows: list[dict[str, Any]], timeout_s: float, by: str
+    ) -> dict[str, Any]:
+        """Answer the page faults of a batch until it ends: each page that a window has is mapped
+        when it is first touched; a fault elsewhere, or a write to a window that is not writable, is
+        cancelled. Answers as :meth:`wait`, with ``served`` and ``cancelled``.
+
+        :param windows: arguments of :meth:`PageTables.map`, for all of the window.
+        """
+        check_way(by)
+        if by == "interrupt":
+            self.arm()
+        watch = Stopwatch(timeout_s)
+        served = cancelled = 0
+        vectors = (FAULT_VECTOR, ERROR_VECTOR, COMMAND_VECTOR)
+        while True:
+            self._until(
+                lambda: self.faults.has_record() or self._reached() >= number, vectors, watch, by
+            )
+            records = self.faults.take_all()
+            if not records:
+                break
+            self._write(hw.FAULT_GET, self.faults.next)
+            bad = [record for record in records if not self._serve_one(record, windows)]
+            cancelled += len(bad)
+            served += len(records) - len(bad)
+            self.replay(cancel=bool(bad))
+        answer = self.wait(number, watch.left_s(), by)
+        return {**answer, "served": served, "cancelled": cancelled}
+
+    def _serve_one(self, record: dict[str, Any], windows: list[dict[str, Any]]) -> bool:
+        """Map the page of a fault; False if no window has it."""
+        for window in windows:
+            page = window["page_bytes"]
+            within = (record["address"] - window["virtual"]) & -page
+            if 0 <= within < window["size_bytes"] and (window["writable"] or not record["write"]):
+                one = {
+                    **window,
+                    "virtual": window["virtual"] + within,
+                    "size_bytes": page,
+                    "address": window["address"] + within,
+                    "replace": True,
+                }
+                self.spaces[0].map(**one)
+                return True
+        return False
 
     def first_touches(
         self,
@@ -209,7 +264,11 @@ class Gpu(Batches, Model):
         self._write_pair(base + hw.LINK_EXPORT_SIZE_LOW, size_bytes)
         self._write(base + hw.LINK_SYNC, 1)
         watch = Stopwatch(timeout_s)
-        return self._until(lambda: not self._read(base + hw.LINK_SYNC), (), watch, "poll")
+        while self._read(base + hw.LINK_SYNC):
+            self._status()
+            if watch.expired():
+                return False
+        return True
 
     def wait_link(self, number: int, state: str, timeout_s: float, by: str) -> bool:
         """Wait until the link is ``up`` or ``down``; False when the time is over first."""

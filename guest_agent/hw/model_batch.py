@@ -37,6 +37,7 @@ _CAUSES = (
 SLICE_S = 0.25  # a lost device raises no interrupt: look at it that often
 _SPINS = 64
 _NAP_S = 0.0005
+_FLAGS_AT = hw.COMMAND_FLAGS_AT  # the same in a work request
 _STATUS_EVERY = 16  # a register costs a trap; memory does not
 
 
@@ -49,9 +50,9 @@ def check_way(by: str) -> None:
 class _Batch:
     """One batch that was put into the ring."""
 
-    def __init__(self, watch: Stopwatch, failed_before: int) -> None:
+    def __init__(self, watch: Stopwatch, failed_before: int | None) -> None:
         self.watch = watch
-        self.failed_before = failed_before
+        self.failed_before = failed_before  # None: no command of it keeps going
         self.lost: dict[str, Any] | None = None  # why it will never end
 
 
@@ -81,7 +82,8 @@ class Batches(Ring):
         self._make_room(len(commands) + 1)
         if len(self._batches) >= MAX_UNCLAIMED:
             raise OSError(errno.EAGAIN, f"{MAX_UNCLAIMED} batches were not waited for")
-        batch = _Batch(Stopwatch(0), self._failed())
+        keeps = any(command[_FLAGS_AT] & hw.COMMAND_FLAG_KEEP_GOING for command in commands)
+        batch = _Batch(Stopwatch(0), self._failed() if keeps else None)
         for command in commands:
             self._put(command)
         self._put_end(by)
@@ -108,7 +110,9 @@ class Batches(Ring):
             self._until(lambda: self._reached() >= number, vectors, watch, by)
         completed = batch.lost is None and self._reached() >= number
         elapsed_ns = batch.watch.elapsed_ns()
-        failed = self._failed() - batch.failed_before if completed else 0
+        failed = 0
+        if completed and batch.failed_before is not None:
+            failed = self._failed() - batch.failed_before
         status: dict[str, Any] = {}
         if not completed:
             status = batch.lost or self._why()

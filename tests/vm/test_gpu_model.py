@@ -211,6 +211,23 @@ def test_first_touches_fault_are_answered_and_arrive(board: Board, kind: str, by
         assert memory.read(offset + page * 4096, 8) == (V + page * 4096).to_bytes(8, "little")
 
 
+@pytest.mark.parametrize("by", ["poll", "interrupt"])
+def test_pages_of_every_kind_come_when_they_are_touched(board: Board, by: str) -> None:
+    """One copy over four pages, none of which is there: each is somewhere else."""
+    gpu = board.gpus[0]
+    expected = gpu.vram.fill(0, 4 * 4096, 17)
+    places = [board.backing(kind) for kind in PATHS]
+    pages = [
+        {"virtual": V + number * 4096, "size_bytes": 4096, "backing": backing}
+        for number, (backing, _, _) in enumerate(places)
+    ]
+    batch = gpu.begin(copy(place("vram", 0), place("virtual", V), 4 * 4096), by=by)
+    answer = gpu.call("serve", batch=batch, pages=pages, by=by)
+    assert (answer["completed"], answer["served"]) == (True, 4)
+    for number, (_, memory, offset) in enumerate(places):
+        assert memory.judge(offset, expected[number * 4096 : (number + 1) * 4096]).holds
+
+
 def test_what_is_not_exported_is_refused_and_both_ends_say_who_asked(board: Board) -> None:
     one, two = board.gpus[:2]
     board.export(size_bytes=8192)

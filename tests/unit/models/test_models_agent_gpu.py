@@ -333,6 +333,32 @@ def test_interrupts_go_on_after_a_reset(gpu: Gpu) -> None:
     assert gpu.model.witness.count(Event.INTERRUPT) > before
 
 
+@pytest.mark.parametrize("by", ["poll", "interrupt"])
+def test_pages_come_when_they_are_touched(gpu: Gpu, by: str) -> None:
+    gpu.write(0, pattern(3, 0, 5 * 4096))
+    batch = gpu.run(copy(at("vram", 0), virtual(V + 100), 4 * 4096), wait=False, by=by)["batch"]
+    windows = [
+        {"virtual": V, "size_bytes": 2 * 4096, "backing": at("vram", MIB)},
+        {"virtual": V + 2 * 4096, "size_bytes": MIB, "backing": at("system", RAM)},
+    ]
+    answer = gpu.on("gpu.serve", batch=batch, pages=windows, by=by)
+    assert (answer["completed"], answer["served"], answer["cancelled"]) == (True, 5, 0)
+    got = gpu.read(MIB + 100, 2 * 4096 - 100) + bytes(gpu.ram.view[: 2 * 4096 + 100])
+    assert got == pattern(3, 0, 4 * 4096)
+    assert gpu.on("gpu.unmap", virtual=V, size_bytes=HUGE)["unmapped_bytes"] == 5 * 4096
+
+
+@pytest.mark.parametrize(("size", "writable"), [(4096, True), (MIB, False)])
+def test_what_no_window_has_is_cancelled(gpu: Gpu, size: int, writable: bool) -> None:
+    batch = gpu.run(fill(virtual(V), 1, 8192), wait=False)["batch"]
+    window = {
+        "virtual": V, "size_bytes": size, "backing": at("vram", MIB), "writable": writable,
+    }  # fmt: skip
+    answer = gpu.on("gpu.serve", batch=batch, pages=[window])
+    assert (answer["completed"], answer["cancelled"]) == (False, 1)
+    assert answer["status"] == {"cause": "page_fault", "address": V + 4096 * writable}
+
+
 def test_touching_what_cannot_be_reached_is_an_error_and_leaves_nothing(gpu: Gpu) -> None:
     for _ in range(2):
         with pytest.raises(OSError, match="refused"):
