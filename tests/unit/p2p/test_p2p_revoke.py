@@ -242,7 +242,7 @@ def test_a_window_that_is_pulled_out_under_load_fails_what_is_queued_and_nothing
 
 def test_a_link_that_goes_down_is_told_to_those_who_used_it_only(machine: Machine) -> None:
     buffer = machine.export()
-    by_link, by_pcie = machine.attach(buffer, "gpu1"), machine.attach(buffer, "gpu2")
+    by_link, by_pcie = machine.attach(buffer, "gpu1", polite=False), machine.attach(buffer, "gpu2")
     one, other = machine.map(by_link), machine.map(by_pcie)
     machine.write(one, 0, b"before")
     address = one.address
