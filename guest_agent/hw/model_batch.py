@@ -154,8 +154,10 @@ class Batches(Ring):
             self._write(hw.INTERRUPT_ENABLE, _CAUSES)
 
     def _put(self, command: bytes) -> None:
+        if self._free <= 0:  # :meth:`copy` and its like do not ask for room before
+            self._make_room(1)
         super()._put(command)
-        self._free -= 1  # :meth:`copy` and its like wait until the ring is empty again
+        self._free -= 1
 
     def _put_end(self, by: str) -> None:
         self._fence += 1

@@ -163,6 +163,19 @@ def test_a_full_ring_says_so_and_a_batch_that_never_fits_too(gpu: Gpu) -> None:
     gpu.do(*[{"op": "nop"}] * 300)
 
 
+def test_a_copy_never_overwrites_what_waits_in_the_ring(gpu: Gpu) -> None:
+    held = gpu.run({"op": "wait", "source": at("vram", 0), "value": 1}, wait=False)["batch"]
+    last = gpu.run(*[{"op": "nop"}] * 507, signal(at("vram", 8), 1), wait=False)["batch"]
+    with pytest.raises(OSError, match="room for 0"):
+        gpu.on("engine.copy", source_iova=RAM, target_iova=RAM + 64, size_bytes=8)
+    gpu.write(0, (1).to_bytes(8, "little"))
+    assert gpu.on("gpu.wait", batch=held)["completed"]
+    assert gpu.on("gpu.wait", batch=last)["completed"]
+    assert gpu.read(8, 1) == b"\1"
+    copy = {"source_iova": RAM, "target_iova": RAM + 64, "size_bytes": 8}
+    assert gpu.on("engine.copy", **copy)["completed"]
+
+
 def test_copies_by_iova_and_batches_use_one_ring(gpu: Gpu) -> None:
     for number in range(300):
         gpu.do({"op": "nop"})
