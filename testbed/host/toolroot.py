@@ -62,8 +62,8 @@ def through_loader(root: Path, program: str, *, preload: str = "") -> tuple[str,
     )
 
 
-# Building the memory map of every IOMMU address space, once for each BAR write of firmware and
-# kernel, is most of a large machine's boot; QEMU frees and allocates in small pieces there.
+# QEMU builds the memory map of every bridge and IOMMU address space anew at each write to a bridge,
+# and frees and allocates in small pieces there: this saves a large machine's boot 0.2 s.
 _ALLOCATOR = f"{_LIBRARIES}/libtcmalloc_minimal.so.4"
 
 
