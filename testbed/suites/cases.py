@@ -5,22 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
-from itertools import pairwise, permutations
+from itertools import permutations
 
 from testbed.topology.model import Gpu, Node, Topology
-from testbed.topology.oracle import redirecting_ports
+from testbed.topology.oracle import Route, hardware_route, ports_above, redirecting_ports
 from testbed.topology.plan import Function, NodePlan, RackPlan, Role
 
 _MAX_PAIRS = 3
-
-
-class Route(StrEnum):
-    """Where a request by the peer's bus address goes, as the hardware does it."""
-
-    SWITCH = "switch"  # straight to the peer, inside the switch that both are below
-    REDIRECTED = "redirected"  # up to the root complex, though they have a switch in common
-    ROOT = "root"  # up to the root complex: there is no other way
 
 
 @dataclass(frozen=True)
@@ -93,8 +84,8 @@ def path_between(node: NodePlan, one: Function, other: Function) -> str:
     """``same slot``, ``switch sw0``, ``root port rp0``, or ``root complex``: where they meet."""
     if one.device == other.device:
         return "same slot"
-    ours = _ports_above(node, one)
-    common = next((port for port in _ports_above(node, other) if port in ours), None)
+    ours = ports_above(node, one)
+    common = next((port for port in ports_above(node, other) if port in ours), None)
     if common is None:
         return "root complex"
     kind = "root port" if common.role is Role.ROOT_PORT else "switch"
@@ -103,16 +94,7 @@ def path_between(node: NodePlan, one: Function, other: Function) -> str:
 
 def route_between(node: NodePlan, spec: Node, requester: Function, peer: Function) -> Route:
     """Who decides about a request of ``requester`` by the bus address of ``peer``."""
-    above_peer = _ports_above(node, peer)
-    ports = _ports_above(node, requester)
-    for below, port in pairwise(ports):
-        if port in above_peer:
-            # The port at which the request enters the switch decides. One further down has sent it
-            # up already, and how the way down is set plays no part, though Linux asks for all of
-            # them (drivers/pci/p2pdma.c, calc_map_type_and_dist).
-            redirects = below.bdf in redirecting_ports(node, spec)
-            return Route.REDIRECTED if redirects else Route.SWITCH
-    return Route.ROOT
+    return hardware_route(node, requester, peer, redirecting_ports(node, spec))
 
 
 def _pairs_of(node: NodePlan, spec: Node) -> Iterator[Pair]:
@@ -130,7 +112,7 @@ def _pairs_of(node: NodePlan, spec: Node) -> Iterator[Pair]:
         path = path_between(node, requester, peer)
         route = route_between(node, spec, requester, peer)
         # Two GPUs below a switch are the same case whichever switch it is.
-        kind = (route, len(_ports_above(node, requester)), len(_ports_above(node, peer)))
+        kind = (route, len(ports_above(node, requester)), len(ports_above(node, peer)))
         slow_repeat = requester.kind == "edu" and chosen
         if kind not in chosen and not slow_repeat and len(chosen) < _MAX_PAIRS:
             local = memories.get(requester.device)
@@ -148,13 +130,3 @@ def _doorbell_pages(node: NodePlan, topology: Topology) -> Iterator[Function]:
     for function in node.functions:
         if function.device in wanted and function.kind in ("edu", "model"):
             yield function
-
-
-def _ports_above(node: NodePlan, function: Function) -> list[Function]:
-    by_id = {f.qemu_id: f for f in node.functions}
-    ports = []
-    parent = function.parent
-    while parent:
-        ports.append(by_id[parent])
-        parent = by_id[parent].parent
-    return ports

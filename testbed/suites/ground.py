@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from testbed.results.evidence import Access
 from testbed.results.judging import Judgement, judge_fault
 from testbed.suites.bench import Bench, Engine
-from testbed.suites.cases import Pair, Route
+from testbed.suites.cases import Pair
 from testbed.suites.mapper import Mapper
 from testbed.suites.memory import Memory
+from testbed.topology.oracle import Route
 
 PROBE_BYTES = 64  # the smallest copy worth judging: one frame, hence one fault if refused
 LOCAL_OFFSET = 0

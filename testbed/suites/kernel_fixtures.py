@@ -15,13 +15,12 @@ import pytest
 from testbed.errors import CapabilityMissing
 from testbed.guest import modules
 from testbed.rack import RackNode as RealNode
-from testbed.suites.cases import Route
 from testbed.suites.interface import RackNode
 from testbed.suites.racks import LiveRack
 from testbed.suites.reasons import why_not_shown
 from testbed.suites.storage import DiskPair, Disks, Provided, disk_pairs
 from testbed.topology.model import Node
-from testbed.topology.oracle import FIRST_ZEN_FAMILY
+from testbed.topology.oracle import FIRST_ZEN_FAMILY, Route
 from testbed.topology.placement import place
 
 Variant = Callable[[str], LiveRack]

@@ -15,13 +15,14 @@ import pytest
 from testbed.errors import CapabilityMissing
 from testbed.suites import cases
 from testbed.suites.bench import Bench
-from testbed.suites.cases import Doorbell, Pair, Route
+from testbed.suites.cases import Doorbell, Pair
 from testbed.suites.ground import Ground
 from testbed.suites.interface import Rack
 from testbed.suites.mutations import Mutation
 from testbed.suites.racks import LiveRack
 from testbed.suites.reasons import Reasons, reasons_of
 from testbed.suites.session import SESSION
+from testbed.topology.oracle import Route
 
 T = TypeVar("T")
 

@@ -18,7 +18,7 @@ from testbed.errors import CapabilityMissing, LaunchError
 from testbed.results.evidence import Access, Counter
 from testbed.results.judging import PAGE_BYTES, judge_no_fault, judge_storm
 from testbed.suites.bench import CLAIM, Bench
-from testbed.suites.cases import Doorbell, Pair, Route
+from testbed.suites.cases import Doorbell, Pair
 from testbed.suites.doorbells import DoorbellPage
 from testbed.suites.ground import LOCAL_OFFSET, PEER_OFFSET, PROBE_BYTES, Ground
 from testbed.suites.groups import identity_domains, judge_groups, observed_groups
@@ -29,7 +29,7 @@ from testbed.suites.p2p_fixtures import Variant, shared_bench
 from testbed.suites.racks import LiveRack
 from testbed.suites.reasons import FIRST_STAGE, Reasons, reasons_of, why_not_shown
 from testbed.topology.model import Topology, from_data, to_data
-from testbed.topology.oracle import iommu_groups
+from testbed.topology.oracle import Route, iommu_groups
 
 gated = pytest.mark.gated_by("MAP-01")
 

@@ -16,13 +16,12 @@ import pytest
 
 from testbed.results.evidence import Access, Note
 from testbed.results.judging import judge_fault
-from testbed.suites.cases import Route
 from testbed.suites.kernel_fixtures import Arrange, Machine, Needs, kernel_module
 from testbed.suites.observer import Observer, Refuted
 from testbed.suites.reasons import reasons_of
 from testbed.suites.storage import TRANSFER_BYTES, Transfer, judge_read
 from testbed.topology.model import Topology, from_data, to_data, with_overrides
-from testbed.topology.oracle import redirecting_ports
+from testbed.topology.oracle import Route, redirecting_ports
 from testbed.topology.placement import place
 
 pytest_plugins = ["testbed.suites.kernel_fixtures"]

@@ -17,10 +17,11 @@ from guest_agent.pattern import pattern
 from testbed.errors import CapabilityMissing
 from testbed.results.evidence import Counter, Note
 from testbed.results.judging import FaultWindow, Judgement, all_of, judge_bytes, judge_no_fault
-from testbed.suites.cases import Route, path_between, route_between
+from testbed.suites.cases import path_between, route_between
 from testbed.suites.faults import FaultWatch, watch_machine
 from testbed.suites.interface import RackNode
 from testbed.suites.translations import Translation, TranslationWatch
+from testbed.topology.oracle import Route
 from testbed.topology.plan import Function, RackPlan, Role
 
 TRANSFER_BYTES = 8192  # two pages, of which QEMU traces every word

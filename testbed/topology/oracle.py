@@ -3,7 +3,8 @@
 
 IOMMU groups follow Linux 7.2 ``drivers/iommu/iommu.c`` (``pci_device_group``) and
 ``drivers/pci/pci.c`` (``pci_acs_enabled``, ``pci_acs_path_enabled``); the path of peer-to-peer DMA
-follows ``drivers/pci/p2pdma.c`` (``calc_map_type_and_dist``).
+follows ``drivers/pci/p2pdma.c`` (``calc_map_type_and_dist``). What switches do by themselves is that
+of PCI Express Base Specification 6.0, 6.12.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from testbed.topology.model import Node
 from testbed.topology.plan import Function, NodePlan, Role
@@ -169,3 +171,43 @@ def through_host(cpu: Cpu, host_bridge: tuple[int, int]) -> MapType:
     is_zen = cpu.vendor == "AuthenticAMD" and cpu.family >= FIRST_ZEN_FAMILY
     is_good = vendor == _GOOGLE or (vendor == _INTEL and device in _GOOD_INTEL_BRIDGES)
     return MapType.HOST_BRIDGE if is_zen or is_good else MapType.NONE
+
+
+class Route(StrEnum):
+    """Where a request by a peer's bus address goes, as the hardware does it."""
+
+    SWITCH = "switch"  # straight to the peer, inside the switch that both are below
+    REDIRECTED = "redirected"  # up to the root complex, though they have a switch in common
+    ROOT = "root"  # up to the root complex: there is no other way
+
+
+def ports_above(plan: NodePlan, function: Function) -> list[Function]:
+    """The bridges between a function and the root bus, nearest first."""
+    bridges = {f.qemu_id: f for f in plan.functions if f.secondary_bus}
+    return list(_path_to_root(bridges, function))[1:]
+
+
+def ingress_port(plan: NodePlan, requester: Function, peer: Function) -> Function | None:
+    """The port through which a request comes into the switch above both; None: there is none.
+
+    It alone decides. A port further down has sent the request up already, and how the way down is
+    set plays no part, though Linux asks for all of them (``calc_map_type_and_dist``).
+    """
+    above_peer = ports_above(plan, peer)
+    for below, port in pairwise(ports_above(plan, requester)):
+        if port in above_peer:
+            return below
+    return None
+
+
+def hardware_route(
+    plan: NodePlan, requester: Function, peer: Function, redirecting: Collection[str]
+) -> Route:
+    """Who decides about a request of ``requester`` by the bus address of ``peer``.
+
+    ``redirecting``: as for :func:`p2p_decision`.
+    """
+    port = ingress_port(plan, requester, peer)
+    if port is None:
+        return Route.ROOT
+    return Route.REDIRECTED if port.bdf in redirecting else Route.SWITCH
