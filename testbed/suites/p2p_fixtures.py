@@ -39,8 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     choices: dict[str, list[Any]] = {
         "pair": list({pair.node: pair for pair in reversed(pairs)}.values()),
         "each_pair": list(pairs),
-        "switched_pair": [pair for pair in pairs if pair.route is Route.SWITCH],
-        "redirected_pair": [pair for pair in pairs if pair.route is Route.REDIRECTED],
+        "switched_pair": [pair for pair in pairs if pair.route is not Route.ROOT],
         "doorbell": list(cases.doorbells(source.plan, source.topology)),
         "node_name": list(source.plan.nodes),
     }
@@ -76,16 +75,8 @@ def each_pair(request: pytest.FixtureRequest) -> Pair:
 
 @pytest.fixture
 def switched_pair(request: pytest.FixtureRequest) -> Pair:
-    """A pair below a switch that routes between them."""
-    return _given(request, Pair, "two devices below a switch without ACS redirect")
-
-
-@pytest.fixture
-def redirected_pair(request: pytest.FixtureRequest) -> Pair:
-    """A pair below a switch that sends their requests up."""
-    return _given(
-        request, Pair, "two devices below a switch with ACS redirect, and an IOMMU in use"
-    )
+    """A pair with a switch in common, which routes between them or sends their requests up."""
+    return _given(request, Pair, "two devices below one switch")
 
 
 @pytest.fixture
@@ -114,22 +105,14 @@ def each_ground(rack: LiveRack, each_pair: Pair, mutation: Mutation) -> Iterator
 
 @pytest.fixture
 def switched_ground(rack: LiveRack, switched_pair: Pair, mutation: Mutation) -> Iterator[Ground]:
-    """As ``ground``, for a pair below a plain switch."""
+    """As ``ground``, for each kind of pair with a switch in common."""
     yield from _ground(rack, switched_pair, mutation)
-
-
-@pytest.fixture
-def redirected_ground(
-    rack: LiveRack, redirected_pair: Pair, mutation: Mutation
-) -> Iterator[Ground]:
-    """As ``ground``, for a pair below a redirecting switch."""
-    yield from _ground(rack, redirected_pair, mutation)
 
 
 @pytest.fixture
 def reasons(rack: LiveRack, request: pytest.FixtureRequest) -> Reasons:
     """The reason codes of the IOMMU under test."""
-    names = ("each_pair", "redirected_pair", "pair")
+    names = ("each_pair", "switched_pair", "pair")
     chosen = next(name for name in names if name in request.fixturenames)
     return reasons_of(rack.topology.nodes[request.getfixturevalue(chosen).node].iommu)
 

@@ -13,6 +13,7 @@ import pytest
 
 from testbed.errors import CapabilityMissing
 from testbed.results.judging import PAGE_BYTES
+from testbed.suites.cases import Route
 from testbed.suites.ground import PEER_OFFSET, PROBE_BYTES, Ground
 from testbed.suites.observer import Observer, Refuted
 from testbed.suites.paths import PathWatch
@@ -27,10 +28,18 @@ MINE, THEIRS, FRESH = 1, 2, 3
 
 @gated
 @pytest.mark.requirement("TOPO-16")
-def test_a_plain_switch_routes_to_the_peer(switched_ground: Ground, observe: Observer) -> None:
-    """Below a switch that does not redirect, the peer's bus address leads straight to it: the bytes
-    arrive, the IOMMU never sees them, and the device's own count says that it was so."""
-    ground = switched_ground
+def test_where_a_bus_address_leads(
+    switched_ground: Ground, reasons: Reasons, observe: Observer
+) -> None:
+    """Two devices with a switch in common: routed by it, or sent up by it, as its ACS says."""
+    if switched_ground.route is Route.SWITCH:
+        routed_to_the_peer(switched_ground, observe)
+    else:
+        sent_to_the_iommu(switched_ground, reasons, observe)
+
+
+def routed_to_the_peer(ground: Ground, observe: Observer) -> None:
+    """The bytes arrive, the IOMMU never sees them, and the device's own count says so."""
     witness, address = ground.engine.witness, ground.peer.bus_address
     assert address is not None
     if witness is None:
@@ -52,13 +61,9 @@ def test_a_plain_switch_routes_to_the_peer(switched_ground: Ground, observe: Obs
     observe.conclude(f"{size} bytes each way by bus address {raw:#x}, below the IOMMU")
 
 
-@gated
-@pytest.mark.requirement("TOPO-16")
-def test_a_redirecting_switch_sends_to_the_iommu(
-    redirected_ground: Ground, reasons: Reasons, observe: Observer
-) -> None:
-    """Below one that does, the same address goes up to the IOMMU, which has no mapping for it."""
-    ground, address = redirected_ground, redirected_ground.peer.bus_address
+def sent_to_the_iommu(ground: Ground, reasons: Reasons, observe: Observer) -> None:
+    """The same address goes up to the IOMMU, which has no mapping for it."""
+    address = ground.peer.bus_address
     assert address is not None
     ground.fill_local(MINE, PROBE_BYTES)
     before = ground.fill_peer(THEIRS, PAGE_BYTES)
