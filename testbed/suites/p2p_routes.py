@@ -13,11 +13,11 @@ import pytest
 
 from testbed.errors import CapabilityMissing
 from testbed.results.judging import PAGE_BYTES
-from testbed.suites.cases import Route
 from testbed.suites.ground import PEER_OFFSET, PROBE_BYTES, Ground
 from testbed.suites.observer import Observer, Refuted
 from testbed.suites.paths import PathWatch
 from testbed.suites.reasons import Reasons
+from testbed.topology.oracle import Route
 
 gated = pytest.mark.gated_by("MAP-01")
 pytest_plugins = ["testbed.suites.p2p_fixtures"]
