@@ -54,8 +54,12 @@ class Setup:
 
     @property
     def pieces_per_fault(self) -> int:
-        """How many pieces a fault is sure to be followed by."""
-        return min(max(self.keep_alive_ns - self.fault_ns, 0) // self.piece_ns, self.pieces)
+        """How many pieces a fault is sure to be followed by.
+
+        A piece that ends at the very time at which the fence does is too late.
+        """
+        useful_ns = max(self.keep_alive_ns - self.fault_ns - 1, 0)
+        return min(useful_ns // self.piece_ns, self.pieces)
 
     @property
     def floor(self) -> int:
