@@ -3,8 +3,8 @@
 
 IOMMU groups follow Linux 7.2 ``drivers/iommu/iommu.c`` (``pci_device_group``) and
 ``drivers/pci/pci.c`` (``pci_acs_enabled``, ``pci_acs_path_enabled``); the path of peer-to-peer DMA
-follows ``drivers/pci/p2pdma.c`` (``calc_map_type_and_dist``). What switches do by themselves is that
-of PCI Express Base Specification 6.0, 6.12.
+follows ``drivers/pci/p2pdma.c`` (``calc_map_type_and_dist``), and what switches do by themselves
+PCI Express Base Specification 6.0, 6.12.
 """
 
 from __future__ import annotations
