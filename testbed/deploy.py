@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import HostError
+from testbed.guest import switch_router
 from testbed.host import paths, prepare, probe
 from testbed.host.keys import RackKeys
 from testbed.host.overlay import build_initrd
@@ -47,6 +48,7 @@ class StartOptions:
     ``installation``  None: made or found now.
     ``trust``         run the Python files that the topology names as devices.
     ``verbose_console``  the guest kernel prints its whole log while it boots.
+    ``router``        switches route what QEMU's own devices send (docs/switch-router.md).
     """
 
     name: str = ""
@@ -56,6 +58,7 @@ class StartOptions:
     installation: prepare.Installation | None = None
     kernel_args: tuple[str, ...] = ()
     verbose_console: bool = False
+    router: bool = True
     trust: bool = False
     timeout_s: float = START_TIMEOUT_S
 
@@ -139,6 +142,8 @@ def start(
         try:
             reservation.write_record(record_of(rack, time.time(), reservation.folder / KEYS_FILE))
             on_all(rack, lambda node: _await_hello(node, reservation.folder, options.timeout_s))
+            if options.router:
+                _start_routers(rack, say)
             if options.detach:
                 rack.detach()
         except BaseException:
@@ -155,6 +160,13 @@ def _await_hello(node: RackNode, folder: Path, timeout_s: float) -> None:
     _ = node.agent
     # The kernel has unpacked it long ago; it holds the machine's private host key.
     (folder / node.name / INITRD).unlink(missing_ok=True)
+
+
+def _start_routers(rack: Rack, say: Callable[[str], None]) -> None:
+    nodes = [node for node in rack.nodes.values() if switch_router.is_wanted(node.plan)]
+    for node in nodes:
+        if why_not := switch_router.start(node):
+            say(f"{node.name}: its switches do not route what QEMU's devices send: {why_not}")
 
 
 def new_run_dir(name: str) -> Path:

@@ -63,10 +63,17 @@ def unload(node: _Node, name: str) -> None:
     _call(node, "modules.unload", {"name": name})
 
 
-def ensure(node: _Node, name: str) -> None:
-    """Load module ``name`` unless it is there; errors as of :func:`load`."""
-    if not _call(node, "modules.loaded", {"names": [name]})[name]:
-        load(node, name)
+def ensure(node: _Node, name: str, *, keep: bool = False) -> bool:
+    """Load module ``name`` unless it is there; errors as of :func:`load`. Whether it was not."""
+    absent = not is_loaded(node, name)
+    if absent:
+        load(node, name, keep=keep)
+    return absent
+
+
+def is_loaded(node: _Node, name: str) -> bool:
+    """Whether the guest's kernel has it."""
+    return bool(_call(node, "modules.loaded", {"names": [name]})[name])
 
 
 def _call(node: _Node, method: str, params: Mapping[str, Any]) -> Any:

@@ -100,12 +100,29 @@ def kernel_module(node: RackNode, name: str) -> Iterator[None]:
 
     CapabilityMissing: it cannot have it; names the option or symbol.
     """
+    real = _real(node, name)
+    loaded = modules.ensure(real, name)
+    yield
+    if loaded and node.alive:
+        modules.unload(real, name)
+
+
+@contextmanager
+def without_kernel_module(node: RackNode, name: str) -> Iterator[None]:
+    """Inside the block the guest's kernel has it not, whoever loaded it before."""
+    real = _real(node, name)
+    was_loaded = modules.is_loaded(real, name)
+    if was_loaded:
+        modules.unload(real, name)
+    yield
+    if was_loaded and node.alive:
+        modules.load(real, name, keep=True)
+
+
+def _real(node: RackNode, name: str) -> RealNode:
     if not isinstance(node, RealNode):
         raise CapabilityMissing(f"module {name}: this rack has no kernel")
-    modules.load(node, name)
-    yield
-    if node.alive:
-        modules.unload(node, name)
+    return node
 
 
 def _pair(rack: LiveRack, needs: Needs) -> DiskPair:

@@ -14,9 +14,16 @@ from __future__ import annotations
 
 import pytest
 
+from testbed.guest import switch_router
 from testbed.results.evidence import Access, Note
 from testbed.results.judging import judge_fault
-from testbed.suites.kernel_fixtures import Arrange, Machine, Needs, kernel_module
+from testbed.suites.kernel_fixtures import (
+    Arrange,
+    Machine,
+    Needs,
+    kernel_module,
+    without_kernel_module,
+)
 from testbed.suites.observer import Observer, Refuted
 from testbed.suites.reasons import reasons_of
 from testbed.suites.storage import TRANSFER_BYTES, Transfer, judge_read
@@ -30,7 +37,7 @@ pytest_plugins = ["testbed.suites.kernel_fixtures"]
 NO_WAY = "do not share an upstream bridge or whitelisted host bridge"
 NOT_LISTED = "Host bridge not in P2PDMA whitelist"
 
-ROUTER, PROBE = "p2p_router", "p2p_probe"
+ROUTER, PROBE = switch_router.MODULE, "p2p_probe"
 
 # Seeds of patterns: what is on the disk, what the memory held before, what goes back to the disk.
 DISK, STALE, BACK = 11, 12, 13
@@ -139,7 +146,8 @@ def test_a_plain_switch_and_a_translating_iommu(arrange: Arrange, observe: Obser
     """Bus addresses, which the switch routes. Without a router the kernel reports success over
     stale bytes, and that is judged a failure."""
     machine = arrange(Needs((Route.SWITCH,)))
-    unrouted(machine, observe)
+    with without_kernel_module(machine.node, ROUTER):
+        unrouted(machine, observe)
     with kernel_module(machine.node, ROUTER):
         both_ways(machine, observe, identity=True)
     observe.conclude(
@@ -186,7 +194,8 @@ def test_redirection_turned_off_on_the_command_line(arrange: Arrange, observe: O
     machine = arrange(Needs((Route.REDIRECTED,), variant="no-redirect"))
     words = machine.node.agent.call("system.info")["cmdline"]
     observe.note(next(word for word in words.split() if "disable_acs_redir" in word))
-    unrouted(machine, observe)
+    with without_kernel_module(machine.node, ROUTER):
+        unrouted(machine, observe)
     with kernel_module(machine.node, ROUTER):
         both_ways(machine, observe, identity=True)
 

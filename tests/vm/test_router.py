@@ -75,7 +75,7 @@ def rack(
 ) -> Iterator[Rack]:
     folder = tmp_path_factory.mktemp("router")
     (folder / "rack.yaml").write_text(TOPOLOGY)
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
+    options = deploy.StartOptions(accelerator=accelerator, installation=installation, router=False)
     with deploy.start(
         load.load(folder / "rack.yaml", {}), run_dir=folder / "run", options=options
     ) as running:
