@@ -44,7 +44,7 @@ def load(
     if str(path) == STDIN:
         content = sys.stdin.buffer.read(MOST_FILE_BYTES + 1)
     else:
-        content, name, folder = _read(Path(path)), str(path), Path(path).absolute().parent
+        content, name, folder = read(Path(path)), str(path), Path(path).absolute().parent
     return load_bytes(content, name, settings, folder=folder, admit=admit)
 
 
@@ -69,7 +69,7 @@ def load_bytes(
     rendered = render(source, values)
     parsed = parse(rendered.text)
     if parsed.faults:
-        raise source.error(*(_in_file(fault, rendered) for fault in parsed.faults))
+        raise source.error(*(in_file(fault, rendered) for fault in parsed.faults))
     data = parsed.data
     if values and isinstance(data, dict):
         data["vars"] = values
@@ -82,11 +82,12 @@ def load_bytes(
         if admit is not None and not found:
             topology, found = admit(topology)
     if found:
-        raise source.error(*(_located(problem, parsed.places, rendered) for problem in found))
+        raise source.error(*(located(problem, parsed.places, rendered) for problem in found))
     return topology
 
 
-def _read(path: Path) -> bytes:
+def read(path: Path) -> bytes:
+    """The file's bytes, up to one more than are allowed; InputError names the nearest file."""
     try:
         with path.open("rb") as file:
             return file.read(MOST_FILE_BYTES + 1)
@@ -100,16 +101,17 @@ def _read(path: Path) -> bytes:
         ) from None
 
 
-def _in_file(fault: Fault, rendered: Rendered) -> Fault:
+def in_file(fault: Fault, rendered: Rendered) -> Fault:
     """A fault in the rendered text, moved to where that text came from."""
     index = rendered.source_index(fault.index)
     return Fault(index, fault.message, fault.expected, fault.nearest)
 
 
-def _located(problem: Problem, places: Mapping[DataPath, Place], rendered: Rendered) -> Fault:
+def located(problem: Problem, places: Mapping[DataPath, Place], rendered: Rendered) -> Fault:
+    """The problem at its place in the file, or at that of the nearest value around it."""
     path = problem.path
     while path not in places:
         path = path[:-1]
     place = places[path]
     index = place.key if problem.at_key else place.value
-    return _in_file(Fault(index, problem.message, problem.expected, problem.nearest), rendered)
+    return in_file(Fault(index, problem.message, problem.expected, problem.nearest), rendered)

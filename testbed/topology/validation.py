@@ -29,12 +29,17 @@ _EXPECTED = {
 }
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> tuple[Problem, ...]:
-    """Each of pydantic's errors about ``root`` as a Problem, in pydantic's order."""
-    return tuple(_explain(details, root) for details in error.errors(include_url=False))
+def explain(
+    error: ValidationError, root: type[BaseModel], *, whole: str = "the topology"
+) -> tuple[Problem, ...]:
+    """Each of pydantic's errors about ``root`` as a Problem, in pydantic's order.
+
+    :param whole: what messages call the file.
+    """
+    return tuple(_explain(details, root, whole) for details in error.errors(include_url=False))
 
 
-def _explain(details: ErrorDetails, root: type[BaseModel]) -> Problem:
+def _explain(details: ErrorDetails, root: type[BaseModel], whole: str) -> Problem:
     kind, location, value = details["type"], details["loc"], details["input"]
     context: dict[str, Any] = details.get("ctx", {})
     path = tuple(part for part in location if part != _KEY_MARK and not _is_union_tag(part))
@@ -42,45 +47,56 @@ def _explain(details: ErrorDetails, root: type[BaseModel]) -> Problem:
         at_key = location[-1] == _KEY_MARK
         return Problem(path, context["said"], context["expected"], context["nearest"], at_key)
     if kind in ("union_tag_not_found", "union_tag_invalid"):
-        return _no_entry(path, value, _union_kinds(_field_at(root, location)))
+        return _no_entry(path, value, _union_kinds(_field_at(root, location)), whole)
     if kind == "missing":
         field = _field_at(root, location)
-        owner = _owner(location, value)
+        owner = _owner(location, value, whole)
         return Problem(path[:-1], f"{owner} lacks '{path[-1]}'", expected_of(field, short=True))
     if kind == "extra_forbidden":
         keys = keys_of(_model_at(root, location[:-1]))
         message = f"unknown key '{path[-1]}'"
         return Problem(path, message, listing(keys), nearest(path[-1], keys), at_key=True)
-    return _wrong_value(path, details, root)
+    return _wrong_value(path, details, root, whole)
 
 
-def _wrong_value(path: DataPath, details: ErrorDetails, root: type[BaseModel]) -> Problem:
+def _wrong_value(
+    path: DataPath, details: ErrorDetails, root: type[BaseModel], whole: str
+) -> Problem:
     value = details["input"]
     context: dict[str, Any] = details.get("ctx", {})
     if details["type"] == "literal_error":
         field = _field_at(root, details["loc"])
-        choices = [str(choice) for choice in get_args(field.annotation)]
-        return Problem(path, _is(path, value), listing(choices), nearest(value, choices))
+        choices = _choices(field.annotation)
+        return Problem(path, _is(path, value, whole), listing(choices), nearest(value, choices))
     if "min_length" in context:
         return Problem(path, f"'{path[-1]}' is empty", "at least one entry")
-    bounds = {"ge": "at least", "le": "at most"}
+    if "max_length" in context:
+        return Problem(path, f"'{path[-1]}' is too long", f"at most {context['max_length']}")
+    bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     limits = [f"{words} {context[name]}" for name, words in bounds.items() if name in context]
     expected = limits[0] if limits else _EXPECTED.get(details["type"], details["msg"])
-    return Problem(path, _is(path, value), expected)
+    return Problem(path, _is(path, value, whole), expected)
 
 
-def _is(path: DataPath, value: object) -> str:
+def _choices(annotation: Any) -> list[str]:
+    """The words of a Literal, also of one that may be left out (``Literal[...] | None``)."""
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return [choice for member in get_args(annotation) for choice in _choices(member)]
+
+
+def _is(path: DataPath, value: object, whole: str) -> str:
     if not path:
-        return f"the topology is {shown(value)}"
+        return f"{whole} is {shown(value)}"
     last = path[-1]
     subject = f"'{last}'" if isinstance(last, str) else f"an entry of '{path[-2]}'"
     return f"{subject} is {shown(value)}"
 
 
-def _owner(location: Location, value: object) -> str:
-    """What lacks something: ``gpu 'gpu0'``, ``'links'``, or the topology itself."""
+def _owner(location: Location, value: object, whole: str) -> str:
+    """What lacks something: ``gpu 'gpu0'``, ``'links'``, or the file itself."""
     if len(location) < 2:
-        return "the topology"
+        return whole
     before = location[-2]
     if _is_union_tag(before) and isinstance(value, dict):
         kind = str(before).strip("()")
@@ -88,11 +104,11 @@ def _owner(location: Location, value: object) -> str:
     return f"an entry of '{location[-3]}'" if isinstance(before, int) else f"'{before}'"
 
 
-def _no_entry(path: DataPath, value: object, kinds: list[str]) -> Problem:
-    """An entry of ``pcie`` or ``below`` that is none, or stands where its kind cannot."""
+def _no_entry(path: DataPath, value: object, kinds: list[str], whole: str) -> Problem:
+    """An entry (of ``pcie`` or ``below``) that is none, or stands where its kind cannot."""
     where = "on the root bus" if path[-2] == "pcie" else "below a port or switch"
     if not isinstance(value, dict):
-        return Problem(path, _is(path, value), f"a mapping with one of {listing(kinds)}")
+        return Problem(path, _is(path, value, whole), f"a mapping with one of {listing(kinds)}")
     for kind in ("root_port", "switch"):
         if kind in value:
             message = f"{kind} {shown(value[kind])} cannot stand {where}"
@@ -160,9 +176,7 @@ def expected_of(field: FieldInfo, *, short: bool = False) -> str:
             return rule.what if short else rule.expected
         if isinstance(rule, Size | Quantity | FaultWords | Variable):
             return rule.expected
-    if get_origin(field.annotation) is Literal:
-        return listing(str(choice) for choice in get_args(field.annotation))
-    return ""
+    return listing(_choices(field.annotation))
 
 
 def _rules_in(annotation: Any) -> list[Any]:
