@@ -43,6 +43,7 @@ def _check_access(access: str) -> None:
 
 registry.area("gpu", "guest_agent.gpu_methods")
 registry.area("nic", "guest_agent.nic_methods")
+registry.area("iommu", "guest_agent.iommu_methods")
 registry.area("nvme", "guest_agent.storage_methods")
 registry.area("p2pmem", "guest_agent.storage_methods")
 registry.area("acs", "guest_agent.storage_methods")
@@ -114,7 +115,8 @@ class Agent(KernelMethods):
                 return container.devices[bdf]
         raise ParameterError(f"{name}: {bdf!r} is not open")
 
-    def _held(self) -> set[str]:
+    def held(self) -> set[str]:
+        """Addresses of the functions that are open."""
         return {bdf for container in self._containers.values() for bdf in container.devices}
 
     def engine(self, number: int) -> Engine:
@@ -165,18 +167,6 @@ class Agent(KernelMethods):
 
         return {"devices": pci.tree()}
 
-    @registry.method("iommu.groups")
-    def _iommu_groups(self) -> list[dict[str, Any]]:
-        from guest_agent.observe import iommu
-
-        return iommu.groups()
-
-    @registry.method("iommu.set_type")
-    def _iommu_set_type(self, *, group: int, type: str) -> dict[str, str]:  # noqa: A002  protocol
-        from guest_agent.observe import iommu
-
-        return iommu.set_type(group, type)
-
     @registry.method("kmsg.mark")
     def _kmsg_mark(self) -> dict[str, int]:
         return {"sequence": self._log.mark()}
@@ -213,13 +203,13 @@ class Agent(KernelMethods):
     def _vfio_open(self, *, devices: list[str]) -> dict[str, Any]:
         from guest_agent.hw.vfio import VfioContainer
 
-        return self._opened(VfioContainer(devices, self._held()))
+        return self._opened(VfioContainer(devices, self.held()))
 
     @registry.method("raw.open")
     def _raw_open(self, *, devices: list[str]) -> dict[str, Any]:
         from guest_agent.hw.raw import RawContainer
 
-        return self._opened(RawContainer(devices, self._held()))
+        return self._opened(RawContainer(devices, self.held()))
 
     @registry.method("vfio.map")
     def _vfio_map(
