@@ -172,7 +172,11 @@ class Bench:
 
     def registers(self, function: Function) -> Memory:
         """The registers that begin with the doorbell page."""
-        return self._bar(function, DOORBELL_BAR)
+        return self.bar(function, DOORBELL_BAR)
+
+    def bar(self, function: Function, index: int) -> Memory:
+        """Any of its BARs, as the guest sees it."""
+        return self._bar(function, index)
 
     def buffer(self, name: str, size_bytes: int) -> Memory:
         """Guest memory of that name, allocated once."""
