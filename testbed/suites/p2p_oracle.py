@@ -9,7 +9,7 @@ The guest's kernel is asked through a module of ours (``guest_agent/kmod/p2p_pro
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from testbed.errors import CapabilityMissing
 from testbed.results.evidence import Counter, Note
 from testbed.suites.interface import RackNode
 from testbed.suites.kernel_fixtures import kernel_module
-from testbed.suites.memory import VRAM_BAR
+from testbed.suites.memory import PROVIDED_BYTES, VRAM_BAR
 from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_kernel import PROBE
 from testbed.suites.racks import LiveRack
@@ -28,7 +28,6 @@ from testbed.topology.plan import Function, Role
 
 pytest_plugins = ["testbed.suites.kernel_fixtures", "testbed.suites.p2p_fixtures"]
 
-PROVIDED_BYTES = 2 << 20  # p2pdma wants sections of 2 MiB
 CLIENT_ROLES = (Role.VRAM, Role.ENGINE, Role.DOORBELL, Role.NVME)
 _SHOWN = 5
 
@@ -62,6 +61,35 @@ def test_the_prediction_is_what_the_kernel_does(
     if not pairs:
         raise CapabilityMissing("this rack lacks two devices")
     observe.conclude(f"all {pairs} pairs are as predicted: map type and distance")
+
+
+@pytest.mark.requirement("TOPO-11")
+def test_the_nearest_provider_is_chosen(rack: LiveRack, node_name: str, observe: Observer) -> None:
+    """Of several providers the kernel takes the one that is nearest to the client."""
+    node = rack.nodes[node_name]
+    rack.drop_all()
+    facts = _Facts(node, rack.topology.nodes[node_name].iommu)
+    shown: list[str] = []
+    with kernel_module(node, PROBE), ExitStack() as stack:
+        providers = list(_providers(node))
+        for provider in providers:
+            stack.enter_context(_providing(node, provider))
+            node.agent.call("p2p.publish", provider=provider.bdf)
+        names = {provider.bdf: provider.name for provider in providers}
+        for client in node.plan.by_role(*CLIENT_ROLES):
+            distances = {p.bdf: facts.predict(p, client)[1] for p in providers}
+            near = sorted({distance for distance in distances.values() if distance is not None})
+            nearest = {bdf for bdf, distance in distances.items() if distance in near[:1]}
+            chosen = node.agent.call("p2p.find", clients=[client.bdf])["provider"]
+            if (chosen in nearest) != bool(nearest):
+                better = " or ".join(names[bdf] for bdf in nearest) or "none"
+                raise Refuted(f"{client.name} got {names.get(chosen, chosen)}, nearest is {better}")
+            if len(near) > 1:
+                shown.append(f"{client.name}: {names[chosen]} at {near[0]}, of {near}")
+    if not shown:
+        raise CapabilityMissing("this rack lacks a client with providers near and far")
+    observe.add(*map(Note, shown[:_SHOWN]))
+    observe.conclude(f"the nearest was chosen for {len(shown)} clients: {shown[0]}")
 
 
 class _Facts:
@@ -106,9 +134,9 @@ class _Facts:
         distances: Mapping[str, Any] = call(
             "p2p.distance", provider=provider.bdf, clients=addresses
         )
+        types: Mapping[str, Any] = call("p2p.map_types", provider=provider.bdf, clients=addresses)
         for client in clients:
-            said = call("p2p.map_type", provider=provider.bdf, client=client.bdf)
-            yield client, (said["type"], distances[client.bdf])
+            yield client, (types[client.bdf]["type"], distances[client.bdf])
 
 
 def _providers(node: RackNode) -> Iterator[Function]:

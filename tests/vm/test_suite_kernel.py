@@ -33,6 +33,7 @@ nodes:
             below:
               - {nvme: nvme0, size: 16M, cmb: 16M}
               - {nvme: nvme1, size: 16M}
+              - {gpu: gpu0, vram: 16M}
       - root_port: rp1
         below:
           - switch: redirecting
@@ -43,7 +44,7 @@ nodes:
 """
 INTEL_ONLY = {"TOPO-04", "TOPO-07", "TOPO-10"}
 AMD_ONLY = {"TOPO-05", "TOPO-06", "TOPO-08"}
-BOTH = {"TOPO-01", "TOPO-02", "TOPO-03", "TOPO-09", "TOPO-12"}
+BOTH = {"TOPO-01", "TOPO-02", "TOPO-03", "TOPO-09", "TOPO-11", "TOPO-12"}
 
 
 def run(
