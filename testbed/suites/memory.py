@@ -12,6 +12,7 @@ from testbed.results.judging import Judgement, judge_bytes
 from testbed.suites.interface import RackNode
 
 VRAM_BAR = 2  # ivshmem-plain: BAR2 is the shared memory (QEMU docs/specs/ivshmem-spec.rst)
+PROVIDED_BYTES = 2 << 20  # of it, made peer-to-peer memory: p2pdma wants sections of 2 MiB
 
 
 def sha256(data: bytes) -> str:

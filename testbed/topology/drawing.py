@@ -92,10 +92,11 @@ def _what(function: Function) -> str:
             buses += f"-{function.subordinate_bus:02x}"
         acs = " ACS" if function.acs else ""
         return f"{_LABELS[function.role]}, bus {buses}{acs}"
-    return _endpoint(function)
+    return endpoint(function)
 
 
-def _endpoint(function: Function) -> str:
+def endpoint(function: Function) -> str:
+    """What a function that is no bridge is, in a few words."""
     match function.role:
         case Role.VRAM:
             return format_size(function.vram_size_bytes)

@@ -204,28 +204,3 @@ def inspect(rack: str, form: str) -> None:  # noqa: ARG001  (one form, for now)
                 "plan": deploy.plan_data(running.plan),
             },
         )
-
-
-@click.command()
-@rack_argument()
-@format_option("text", "json")
-def topo(rack: str, form: str) -> None:
-    """RACK's PCI tree as planned, and as its guest kernels see it; disagreement is loud."""
-    from testbed.errors import ExitCode
-    from testbed.rack import attach, split_name
-    from testbed.topology import drawing
-    from testbed.topology.compare import compare
-
-    name, _ = split_name(rack)
-    with attach(name) as running:
-        seen = {n: node.agent.call("pci.tree")["devices"] for n, node in running.nodes.items()}
-        wrong = {n: compare(running.plan.nodes[n], devices) for n, devices in seen.items()}
-        if form == "json":
-            print_json("testbed.topo/1", {"rack": name, "nodes": seen, "disagreements": wrong})
-        else:
-            click.echo(drawing.tree(running.plan))
-            for node, lines in wrong.items():
-                for line in lines:
-                    click.echo(f"DISAGREES {node}: {line}")
-    if any(wrong.values()):
-        click.get_current_context().exit(ExitCode.FAIL)

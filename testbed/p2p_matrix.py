@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a running rack says of its peers: its kernel's decisions, and where bytes really go.
+
+The kernel is asked through the module ``p2p_probe``, which repeats no rule of it. Bytes are moved
+by :mod:`testbed.p2p_moves`. Both leave the rack as they found it: what they write over is put back,
+and functions return to the drivers that had them. What cannot be had is
+:class:`~testbed.topology.matrix.Unknown`, with the reason; only the loss of a machine is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from testbed.errors import AgentError, LostError, TestbedError
+from testbed.guest import modules
+from testbed.p2p_moves import DiskMoves, engine_moves
+from testbed.rack import Rack, RackNode
+from testbed.suites.memory import PROVIDED_BYTES, VRAM_BAR
+from testbed.topology.matrix import (
+    Decision,
+    Findings,
+    MapKind,
+    Measured,
+    Pair,
+    Platform,
+    Unknown,
+)
+from testbed.topology.oracle import Cpu
+from testbed.topology.peers import Peer, peers
+from testbed.topology.plan import Function, Role
+
+PROBE, ROUTER = "p2p_probe", "p2p_router"
+
+Tree = Sequence[Mapping[str, Any]]
+
+_KINDS = {
+    "bus": MapKind.BUS,
+    "iova": MapKind.IOVA,
+    "physical": MapKind.PHYSICAL,
+    "refused": MapKind.NONE,
+}
+_OTHER_MACHINE = Unknown("the two are in different machines")
+
+
+def find_out(rack: Rack, trees: Mapping[str, Tree], *, measure: bool) -> Findings:
+    """Ask every node of a running rack about its pairs.
+
+    :param trees: the agents' ``pci.tree``, by node.
+    :param measure: move bytes, too. Engines and disks are then used for some seconds.
+    :raises LostError: a machine or the link to it died.
+    """
+    everyone = peers(rack.plan)
+    platforms = {name: platform_of(node, trees[name]) for name, node in rack.nodes.items()}
+    kernel: dict[Pair, Decision | Unknown] = {}
+    measured: dict[Pair, Measured | Unknown] = {}
+    for name, node in rack.nodes.items():
+        ours = [peer for peer in everyone if peer.node == name]
+        said, moved = _ask_kernel(node, ours, trees[name], measure=measure)
+        kernel |= said
+        if measure:
+            measured |= moved | engine_moves(node, ours, trees[name])
+    for one in everyone:
+        for other in everyone:
+            if one.node != other.node:
+                kernel[one.name, other.name] = _OTHER_MACHINE
+                measured[one.name, other.name] = _OTHER_MACHINE
+    return Findings(platforms, kernel, measured if measure else None)
+
+
+def platform_of(node: RackNode, tree: Tree) -> Platform:
+    """Processor, host bridge and ACS bits as the running machine has them."""
+    found = node.agent.call("system.info")
+    bridge = min(tree, key=lambda device: str(device["bdf"]))
+    return Platform(
+        Cpu(found["cpu_vendor"], found["cpu_family"]),
+        (bridge["vendor"], bridge["device"]),
+        frozenset(d["bdf"] for d in tree if d["acs"] and d["acs"]["redirect"]),
+    )
+
+
+Said = dict[Pair, Decision | Unknown]
+Moved = dict[Pair, Measured | Unknown]
+
+
+def _ask_kernel(
+    node: RackNode, ours: Sequence[Peer], tree: Tree, *, measure: bool
+) -> tuple[Said, Moved]:
+    said: Said = {}
+    moved: Moved = {}
+    try:
+        with loaded(node, PROBE):
+            for target in ours:
+                others = [peer for peer in ours if peer is not target]
+                _ask_about(node, target, others, tree, said, moved if measure else None)
+    except LostError:
+        raise
+    except TestbedError as error:
+        why = Unknown(f"no module {PROBE}: {error.message}")
+        for one in ours:
+            for other in ours:
+                said.setdefault((one.name, other.name), why)
+                if one.kind == "nvme":
+                    moved.setdefault((one.name, other.name), why)
+    return said, moved
+
+
+def _ask_about(
+    node: RackNode,
+    target: Peer,
+    others: Sequence[Peer],
+    tree: Tree,
+    said: Said,
+    moved: Moved | None,
+) -> None:
+    """One column: every other device, and the memory of ``target``."""
+    disks = [peer for peer in others if peer.kind == "nvme"]
+    try:
+        with _providing(node, target, tree) as provider:
+            for requester in others:
+                said[requester.name, target.name] = _decision(node, provider, requester.client)
+            if moved is not None and disks:
+                _move_disks(node, target, provider, disks, moved)
+    except _Refused as error:
+        for requester in others:
+            said.setdefault((requester.name, target.name), error.why)
+        if moved is not None:
+            for disk in disks:
+                moved.setdefault((disk.name, target.name), error.why)
+
+
+def _move_disks(
+    node: RackNode, target: Peer, provider: Function, disks: Sequence[Peer], moved: Moved
+) -> None:
+    """Below a plain switch QEMU's disks need the router's windows (docs/switch-router.md)."""
+    try:
+        with loaded(node, ROUTER), DiskMoves.into(node, provider) as moves:
+            for disk in disks:
+                moved[disk.name, target.name] = moves.move(disk.client)
+    except LostError:
+        raise
+    except TestbedError as error:
+        for disk in disks:
+            moved.setdefault((disk.name, target.name), Unknown(error.message))
+
+
+class _Refused(Exception):
+    """Nothing can be said of one device's memory."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = Unknown(why)
+
+
+@contextmanager
+def _providing(node: RackNode, target: Peer, tree: Tree) -> Iterator[Function]:
+    """Video memory is peer-to-peer memory while we make it so; a disk's is by itself."""
+    provider = target.provider
+    if provider is None:
+        raise _Refused(f"{_kind_text(target)} has no memory for peers")
+    if provider.role is not Role.VRAM:
+        yield provider
+        return
+    driver = next((d["driver"] for d in tree if d["bdf"] == provider.bdf), "")
+    if driver:
+        raise _Refused(f"{provider.name} belongs to the driver {driver}")
+    try:
+        node.agent.call("p2p.provide", device=provider.bdf, bar=VRAM_BAR, size_bytes=PROVIDED_BYTES)
+    except AgentError as error:
+        raise _Refused(
+            f"{provider.name} cannot be made peer-to-peer memory: {error.message}"
+        ) from error
+    try:
+        yield provider
+    finally:
+        if node.alive:
+            node.agent.call("p2p.release", device=provider.bdf)
+
+
+def _kind_text(target: Peer) -> str:
+    return {"nic": "a NIC", "device": "a device of your own"}.get(target.kind, target.name)
+
+
+def _decision(node: RackNode, provider: Function, client: Function) -> Decision | Unknown:
+    """The kernel's own; the distance is asked for first, as the kernel keeps what it decided."""
+    call = node.agent.call
+    try:
+        distance = call("p2p.distance", provider=provider.bdf, clients=[client.bdf])[client.bdf]
+        kind = call("p2p.map_type", provider=provider.bdf, client=client.bdf)["type"]
+    except AgentError as error:
+        return Unknown(f"the kernel cannot be asked about {client.name}: {error.message}")
+    return Decision(_KINDS[kind], distance)
+
+
+@contextmanager
+def loaded(node: RackNode, module: str) -> Iterator[None]:
+    """Inside the block the guest's kernel has a module of ours; it goes if it was not there.
+
+    :raises CapabilityMissing, ModuleBuildError, ModuleError: it cannot have it.
+    """
+    there = node.agent.call("modules.loaded", names=[module])[module]
+    if not there:
+        modules.load(node, module)
+    try:
+        yield
+    finally:
+        if not there and node.alive:
+            modules.unload(node, module)
