@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from guest_agent.hw.memory import Buffers
     from guest_agent.hw.raw import RawContainer
     from guest_agent.hw.region import Region
-    from guest_agent.hw.vfio import VfioContainer
+    from guest_agent.hw.vfio import VfioContainer, VfioDevice
     from guest_agent.observe.kmsg import KernelLog
 
 # ruff: noqa: PLC0415  modules are loaded by the first method that needs them: each costs 10 ms or
@@ -47,6 +47,7 @@ registry.area("iommu", "guest_agent.iommu_methods")
 registry.area("nvme", "guest_agent.storage_methods")
 registry.area("p2pmem", "guest_agent.storage_methods")
 registry.area("acs", "guest_agent.storage_methods")
+registry.area("dmabuf", "guest_agent.dmabuf_methods")
 
 
 class Agent(KernelMethods):
@@ -132,6 +133,15 @@ class Agent(KernelMethods):
         if not isinstance(container, VfioContainer):
             raise ParameterError(f"container: {number} is no VFIO container")
         return container
+
+    def vfio_device(self, number: int, bdf: str) -> VfioDevice:
+        """A function of a VFIO container. :raises ParameterError: there is none."""
+        from guest_agent.hw.vfio import VfioDevice
+
+        device = self._vfio(number).devices.get(bdf)
+        if not isinstance(device, VfioDevice):
+            raise ParameterError(f"device: {bdf!r} is not in container {number}")
+        return device
 
     def region(self, name: str, target: Mapping[str, Any]) -> Region:
         """The memory that a call names as ``{"ram": name}`` or ``{"bar": bdf, "index": 2}``.

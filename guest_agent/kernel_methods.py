@@ -7,11 +7,18 @@ from guest_agent.rpc import ParameterError, Registry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Protocol
 
     from guest_agent.hw.vfio import VfioContainer
     from guest_agent.observe.kmsg import KernelLog
     from guest_agent.p2p.probe import Probe
+
+    class Closeable(Protocol):
+        """Something that is given back when the agent ends."""
+
+        def close(self) -> None:
+            """Give it back."""
+
 
 # ruff: noqa: PLC0415  as in guest_agent/agent.py
 
@@ -23,6 +30,7 @@ class KernelMethods:
 
     def __init__(self) -> None:
         self._inserted: list[str] = []
+        self.area_state: dict[str, Closeable] = {}  # by areas of methods: what they must give back
         self._probe_made: Probe | None = None
 
     @property
@@ -42,6 +50,8 @@ class KernelMethods:
 
     def release_kernel(self) -> None:
         """Give the providers back and unload what was inserted, last first."""
+        while self.area_state:
+            self.area_state.popitem()[1].close()
         if self._probe_made is not None:
             self._probe_made.close()
             self._probe_made = None

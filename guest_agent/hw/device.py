@@ -77,6 +77,11 @@ class Device:
         command = self.config_read(_COMMAND, 2)
         self.config_write(_COMMAND, 2, command | _COMMAND_MEMORY | _COMMAND_MASTER)
 
+    def decode(self, on: bool) -> None:
+        """Turn memory decoding on or off."""
+        command = self.config_read(_COMMAND, 2) & ~_COMMAND_MEMORY
+        self.config_write(_COMMAND, 2, command | _COMMAND_MEMORY * on)
+
     def identity(self) -> tuple[int, int]:
         """Vendor and device identifier."""
         return self.config_read(0, 2), self.config_read(2, 2)

@@ -82,6 +82,10 @@ class VfioDevice(Device):
             self._connect()
         return True
 
+    def export(self, region: int, ranges: list[tuple[int, int]], flags: int) -> int:
+        """The descriptor of a dma-buf of parts of a region; OSError: the kernel refuses."""
+        return abi.export(self._fd, region, ranges, flags)
+
     def arm(self, kind: str, vector: int) -> None:
         """Count interrupts of one vector. A function uses one kind at a time.
 

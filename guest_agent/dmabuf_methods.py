@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's methods around dma-bufs: exported by a module of ours or by VFIO, and imported."""
+
+from __future__ import annotations
+
+from guest_agent.kernel_methods import registry
+from guest_agent.p2p.dmabuf import BOUNCE_BYTES, DmaBufs
+from guest_agent.rpc import ParameterError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from guest_agent.agent import Agent
+
+_PAGE_BYTES = 4096
+
+
+def _bufs(agent: Agent) -> DmaBufs:
+    made = agent.area_state.setdefault("dmabuf", DmaBufs())
+    if not isinstance(made, DmaBufs):
+        raise TypeError("another area is called dmabuf")
+    return made
+
+
+@registry.method("dmabuf.bind")
+def _bind(agent: Agent, *, device: str, module: str) -> dict[str, Any]:
+    """Let ``dmabuf_exporter`` or ``dmabuf_importer`` drive a function."""
+    _bufs(agent).bind(device, module)
+    return {}
+
+
+@registry.method("dmabuf.unbind")
+def _unbind(agent: Agent, *, device: str) -> dict[str, Any]:
+    _bufs(agent).unbind(device)
+    return {}
+
+
+@registry.method("dmabuf.export")
+def _export(
+    agent: Agent,
+    *,
+    name: str,
+    device: str,
+    bar: int,
+    mode: str,
+    ranges: list[dict[str, Any]],
+    revocable: bool = False,
+    by_child: bool = False,
+) -> dict[str, Any]:
+    """``ranges``: ``{offset, size_bytes}`` in the BAR, one after the other in the buffer."""
+    pieces = " ".join(f"{each['offset']}:{each['size_bytes']}" for each in ranges)
+    words = f"{device} {bar} {mode} {revocable:d} {pieces}"
+    return _bufs(agent).export(name, words, by_child=by_child)
+
+
+@registry.method("dmabuf.export_vfio")
+def _export_vfio(
+    agent: Agent,
+    *,
+    name: str,
+    container: int,
+    device: str,
+    bar: int,
+    ranges: list[dict[str, Any]],
+    flags: int = 0,
+) -> dict[str, Any]:
+    """By ``VFIO_DEVICE_FEATURE_DMA_BUF`` of the kernel's vfio-pci, of an open container."""
+    function = agent.vfio_device(container, device)
+    try:
+        pieces = [(each["offset"], each["size_bytes"]) for each in ranges]
+        fd = function.export(bar, pieces, flags)
+    except OSError as error:
+        return {"errno": error.errno}
+    _bufs(agent).adopt(name, fd)
+    return {"errno": 0}
+
+
+@registry.method("dmabuf.vfio_decode")
+def _vfio_decode(agent: Agent, *, container: int, device: str, on: bool) -> dict[str, Any]:
+    """Turn memory decoding of a VFIO device on or off, in its command register."""
+    agent.vfio_device(container, device).decode(on)
+    return {}
+
+
+@registry.method("dmabuf.vfio_reset")
+def _vfio_reset(agent: Agent, *, container: int, device: str) -> dict[str, bool]:
+    return {"reset": agent.vfio_device(container, device).reset()}
+
+
+@registry.method("dmabuf.close")
+def _close(agent: Agent, *, name: str) -> dict[str, Any]:
+    _bufs(agent).close_buffer(name)
+    return {}
+
+
+@registry.method("dmabuf.mmap")
+def _mmap(agent: Agent, *, name: str, size_bytes: int) -> dict[str, Any]:
+    """``{errno, hex}``: what the CPU reads through a mapping of the dma-buf itself."""
+    return _bufs(agent).mmap(name, size_bytes)
+
+
+@registry.method("dmabuf.revoke")
+def _revoke(agent: Agent, *, name: str, timeout_ms: int) -> dict[str, Any]:
+    return _bufs(agent).exporter("revoke", name, timeout_ms)
+
+
+@registry.method("dmabuf.restore")
+def _restore(agent: Agent, *, name: str) -> dict[str, Any]:
+    return _bufs(agent).exporter("restore", name)
+
+
+@registry.method("dmabuf.move")
+def _move(agent: Agent, *, name: str, to: str, timeout_ms: int) -> dict[str, Any]:
+    """``to``: ``vram`` or ``system``."""
+    return _bufs(agent).exporter("move", name, to, timeout_ms)
+
+
+@registry.method("dmabuf.state")
+def _state(agent: Agent, *, name: str) -> dict[str, Any]:
+    return _bufs(agent).exporter("state", name)
+
+
+@registry.method("dmabuf.attach")
+def _attach(
+    agent: Agent, *, name: str, buffer: str, device: str, manners: list[str]
+) -> dict[str, Any]:
+    """Import a buffer for a device; ``manners`` are the importer module's words."""
+    bufs = _bufs(agent)
+    words = ("attach", device, bufs.buffer(buffer), *manners)
+    return bufs.importer(name, " ".join(map(str, words)))[0]
+
+
+@registry.method("dmabuf.map")
+def _map(agent: Agent, *, name: str) -> dict[str, Any]:
+    """``{errno, entries, bytes, list}``: the scatter list that the exporter made."""
+    first, *rest = _bufs(agent).importer(name, "map")
+    return {"entries": 0, "bytes": 0, **first, "list": rest}
+
+
+@registry.method("dmabuf.import")
+def _import(agent: Agent, *, name: str, command: str) -> dict[str, Any]:
+    """``unmap``, ``detach``, ``state`` or ``fence MS`` of an import."""
+    return _bufs(agent).importer(name, command)[0]
+
+
+@registry.method("dmabuf.close_import")
+def _close_import(agent: Agent, *, name: str) -> dict[str, Any]:
+    _bufs(agent).close_import(name)
+    return {}
+
+
+@registry.method("dmabuf.write")
+def _write(
+    agent: Agent,
+    *,
+    name: str,
+    offset: int,
+    hex: str,  # noqa: A002  the protocol's word
+    how: str,
+) -> dict[str, Any]:
+    """Bytes into the buffer. ``how``: ``dma``, ``stale``, ``pages`` or ``vmap``."""
+    data = bytes.fromhex(hex)
+    bufs = _bufs(agent)
+    bufs.put(name, data)
+    return bufs.importer(name, _copy("to", offset, len(data), how))[0]
+
+
+@registry.method("dmabuf.read")
+def _read(agent: Agent, *, name: str, offset: int, size_bytes: int, how: str) -> dict[str, Any]:
+    """Bytes out of the buffer; as ``dmabuf.write``, with ``hex``."""
+    bufs = _bufs(agent)
+    bufs.put(name, bytes(size_bytes))
+    answer = bufs.importer(name, _copy("from", offset, size_bytes, how))[0]
+    return {**answer, "hex": bufs.get(name, size_bytes).hex()}
+
+
+@registry.method("dmabuf.peek")
+def _peek(agent: Agent, *, device: str, bar: int, offset: int) -> dict[str, str]:
+    """A page of a BAR, as the CPU reads it past any dma-buf."""
+    return {"hex": _bufs(agent).view(device, bar, offset).read(0, _PAGE_BYTES).hex()}
+
+
+@registry.method("dmabuf.poke")
+def _poke(
+    agent: Agent,
+    *,
+    device: str,
+    bar: int,
+    offset: int,
+    hex: str,  # noqa: A002  the protocol's word
+) -> dict[str, Any]:
+    _bufs(agent).view(device, bar, offset).write(0, bytes.fromhex(hex))
+    return {}
+
+
+def _copy(direction: str, offset: int, size_bytes: int, how: str) -> str:
+    if not 0 < size_bytes <= BOUNCE_BYTES:
+        raise ParameterError(f"size: 1 to {BOUNCE_BYTES} bytes, not {size_bytes}")
+    place = f"{direction} {offset} {size_bytes}"
+    match how:
+        case "dma":
+            return f"dma {place}"
+        case "stale":
+            return f"dma {place} stale"
+        case "pages" | "vmap":
+            return f"cpu {place} {how}"
+    raise ParameterError(f"how: {how!r} is none of dma, stale, pages, vmap")

@@ -1,0 +1,324 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Imports dma-bufs for a device that does DMA, with good manners and bad.
+ *
+ * Interface: open /dev/dmabuf_importer, write one command, read its answer; each open file imports
+ * one buffer. At offset 0x100000 of the file are the 4 KiB of memory that the device copies from
+ * and to.
+ *
+ *   attach FUNCTION FD WORD...		words: dynamic peer2peer revocable pinned stubborn
+ *					delay=MS mask=BITS
+ *   map | unmap | detach
+ *   dma to|from OFFSET SIZE [stale]	the device copies into the buffer, or out of it
+ *   cpu to|from OFFSET SIZE pages|vmap	the CPU does
+ *   fence MS				keep the buffer busy that long
+ *   state
+ *
+ * A function is driven by this module through driver_override.
+ */
+
+#include <linux/miscdevice.h>
+#include <linux/module.h>
+
+#include "importer.h"
+
+#define NAME		"dmabuf_importer"
+#define BOUNCE_OFFSET	0x100000
+
+/* One command at a time, of whomever; taken before every other lock. No worker of ours takes it. */
+static DEFINE_MUTEX(control_lock);
+static LIST_HEAD(imports);
+static struct pci_driver driver;
+
+static int parse_manners(struct manners *manners, int count, char **words)
+{
+	int i;
+
+	*manners = (struct manners){ .mask = 64 };
+	for (i = 0; i < count; i++) {
+		if (!strcmp(words[i], "dynamic"))
+			manners->dynamic = true;
+		else if (!strcmp(words[i], "peer2peer"))
+			manners->peer2peer = true;
+		else if (!strcmp(words[i], "revocable"))
+			manners->revocable = true;
+		else if (!strcmp(words[i], "pinned"))
+			manners->pinned = true;
+		else if (!strcmp(words[i], "stubborn"))
+			manners->stubborn = true;
+		else if (sscanf(words[i], "delay=%u", &manners->delay_ms) != 1 &&
+			 sscanf(words[i], "mask=%u", &manners->mask) != 1)
+			return -EINVAL;
+	}
+	if (manners->mask < 12 || manners->mask > 64)
+		return -EINVAL;
+	/* Only a dynamic importer can say these of itself. */
+	if ((manners->peer2peer || manners->revocable || manners->pinned) && !manners->dynamic)
+		return -EINVAL;
+	return 0;
+}
+
+static int do_attach(void *context, struct answer *answer, int count, char **words)
+{
+	struct import *import = context;
+	struct manners manners;
+	struct pci_dev *pdev;
+	int fd, error;
+
+	if (count < 2 || kstrtoint(words[1], 0, &fd) || parse_manners(&manners, count - 2, words + 2))
+		return -EINVAL;
+	if (import->attach)
+		return -EBUSY;
+	pdev = named_function(words[0]);
+	if (IS_ERR(pdev))
+		return PTR_ERR(pdev);
+	error = -EPERM;
+	/* While the control lock is held the driver does not let the function go. */
+	if (pdev->dev.driver == &driver.driver && pci_get_drvdata(pdev)) {
+		error = 0;
+		say_errno(answer, import_attach(import, pci_get_drvdata(pdev), fd, &manners));
+	}
+	pci_dev_put(pdev);
+	return error;
+}
+
+static int do_map(void *context, struct answer *answer, int count, char **words)
+{
+	struct import *import = context;
+	int error = import_map(import);
+
+	if (error)
+		say_errno(answer, error);
+	else
+		import_say_table(import, answer);
+	return 0;
+}
+
+static int do_unmap(void *context, struct answer *answer, int count, char **words)
+{
+	import_unmap(context);
+	say_errno(answer, 0);
+	return 0;
+}
+
+static int do_detach(void *context, struct answer *answer, int count, char **words)
+{
+	import_detach(context);
+	say_errno(answer, 0);
+	return 0;
+}
+
+static int parse_copy(char **words, bool *to_buffer, u64 *offset, unsigned int *size)
+{
+	*to_buffer = !strcmp(words[0], "to");
+	if (!*to_buffer && strcmp(words[0], "from"))
+		return -EINVAL;
+	if (kstrtou64(words[1], 0, offset) || kstrtouint(words[2], 0, size) || !*size ||
+	    *size > BOUNCE_BYTES)
+		return -EINVAL;
+	return 0;
+}
+
+static int do_dma(void *context, struct answer *answer, int count, char **words)
+{
+	bool to_buffer, stale = count == 4 && !strcmp(words[3], "stale");
+	unsigned int size;
+	u64 offset;
+
+	if ((count != 3 && !stale) || parse_copy(words, &to_buffer, &offset, &size))
+		return -EINVAL;
+	say_errno(answer, import_dma(context, to_buffer, offset, size, stale));
+	return 0;
+}
+
+static int do_cpu(void *context, struct answer *answer, int count, char **words)
+{
+	unsigned int size;
+	bool to_buffer;
+	u64 offset;
+
+	if (count != 4 || parse_copy(words, &to_buffer, &offset, &size))
+		return -EINVAL;
+	if (!strcmp(words[3], "pages"))
+		say_errno(answer, import_cpu_pages(context, to_buffer, offset, size));
+	else if (!strcmp(words[3], "vmap"))
+		say_errno(answer, import_cpu_vmap(context, to_buffer, offset, size));
+	else
+		return -EINVAL;
+	return 0;
+}
+
+static int do_fence(void *context, struct answer *answer, int count, char **words)
+{
+	unsigned int after_ms;
+
+	if (count != 1 || kstrtouint(words[0], 0, &after_ms))
+		return -EINVAL;
+	say_errno(answer, import_fence(context, after_ms));
+	return 0;
+}
+
+static int do_state(void *context, struct answer *answer, int count, char **words)
+{
+	struct import *import = context;
+
+	say(answer, "attached=%d mapped=%d invalidated=%u\n", !!import->attach,
+	    !!READ_ONCE(import->table), import->invalidated);
+	return 0;
+}
+
+static const struct command commands[] = {
+	{ "attach", do_attach },
+	{ "map", do_map },
+	{ "unmap", do_unmap },
+	{ "detach", do_detach },
+	{ "dma", do_dma },
+	{ "cpu", do_cpu },
+	{ "fence", do_fence },
+	{ "state", do_state },
+};
+
+static int control_open(struct inode *inode, struct file *file)
+{
+	struct import *import = kvzalloc(sizeof(*import), GFP_KERNEL);
+
+	if (!import)
+		return -ENOMEM;
+	import_init(import);
+	file->private_data = import;
+	mutex_lock(&control_lock);
+	list_add(&import->node, &imports);
+	mutex_unlock(&control_lock);
+	return 0;
+}
+
+static int control_release(struct inode *inode, struct file *file)
+{
+	struct import *import = file->private_data;
+
+	mutex_lock(&control_lock);
+	import_detach(import);
+	list_del(&import->node);
+	mutex_unlock(&control_lock);
+	kvfree(import->pieces);
+	kvfree(import);
+	return 0;
+}
+
+static ssize_t control_write(struct file *file, const char __user *data, size_t size, loff_t *at)
+{
+	struct import *import = file->private_data;
+	ssize_t done;
+
+	mutex_lock(&control_lock);
+	if (*at < BOUNCE_OFFSET) {
+		done = run_command(commands, ARRAY_SIZE(commands), import, &import->answer, data,
+				   size);
+	} else if (import->engine) {
+		loff_t inside = *at - BOUNCE_OFFSET;
+
+		done = simple_write_to_buffer(import->engine->bounce, BOUNCE_BYTES, &inside, data,
+					      size);
+	} else {
+		done = -ENOTCONN;
+	}
+	mutex_unlock(&control_lock);
+	return done;
+}
+
+static ssize_t control_read(struct file *file, char __user *data, size_t size, loff_t *at)
+{
+	struct import *import = file->private_data;
+	ssize_t done;
+
+	mutex_lock(&control_lock);
+	if (*at < BOUNCE_OFFSET) {
+		done = simple_read_from_buffer(data, size, at, import->answer.text,
+					       import->answer.length);
+	} else if (import->engine) {
+		loff_t inside = *at - BOUNCE_OFFSET;
+
+		done = simple_read_from_buffer(data, size, &inside, import->engine->bounce,
+					       BOUNCE_BYTES);
+	} else {
+		done = -ENOTCONN;
+	}
+	mutex_unlock(&control_lock);
+	return done;
+}
+
+static const struct file_operations operations = {
+	.owner = THIS_MODULE,
+	.open = control_open,
+	.release = control_release,
+	.read = control_read,
+	.write = control_write,
+	.llseek = default_llseek,
+};
+
+static struct miscdevice device = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = NAME,
+	.fops = &operations,
+	.mode = 0600,
+};
+
+static int driver_probe(struct pci_dev *pdev, const struct pci_device_id *id)
+{
+	struct engine *engine = devm_kzalloc(&pdev->dev, sizeof(*engine), GFP_KERNEL);
+	int error;
+
+	if (!engine)
+		return -ENOMEM;
+	error = engine_open(engine, pdev);
+	if (!error)
+		pci_set_drvdata(pdev, engine);
+	return error;
+}
+
+static void driver_remove(struct pci_dev *pdev)
+{
+	struct engine *engine = pci_get_drvdata(pdev);
+	struct import *import;
+
+	mutex_lock(&control_lock);
+	list_for_each_entry(import, &imports, node) {
+		if (import->engine != engine)
+			continue;
+		import_detach(import);
+		import->engine = NULL;
+	}
+	pci_set_drvdata(pdev, NULL);
+	mutex_unlock(&control_lock);
+	engine_close(engine);
+}
+
+static struct pci_driver driver = {
+	.name = NAME,
+	.probe = driver_probe,
+	.remove = driver_remove,
+};
+
+static int __init importer_init(void)
+{
+	int error = pci_register_driver(&driver);
+
+	if (error)
+		return error;
+	error = misc_register(&device);
+	if (error)
+		pci_unregister_driver(&driver);
+	return error;
+}
+module_init(importer_init);
+
+static void __exit importer_exit(void)
+{
+	misc_deregister(&device);
+	pci_unregister_driver(&driver);
+	rcu_barrier();	/* fences name functions of ours until they are freed */
+}
+module_exit(importer_exit);
+
+MODULE_DESCRIPTION("Imports dma-bufs for a device that does DMA");
+MODULE_LICENSE("GPL");

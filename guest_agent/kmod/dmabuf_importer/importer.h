@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+#ifndef IMPORTER_H
+#define IMPORTER_H
+
+#include <linux/dma-buf.h>
+#include <linux/dma-fence.h>
+#include <linux/list.h>
+#include <linux/mutex.h>
+#include <linux/pci.h>
+#include <linux/workqueue.h>
+
+#include "command_file.h"
+
+#define BOUNCE_BYTES	4096
+
+/* A device that does DMA, and memory of its own that it copies from and to. */
+struct engine {
+	struct pci_dev *pdev;
+	void __iomem *registers;
+	struct mutex lock;	/* one copy at a time */
+	void *bounce;
+	dma_addr_t bounce_at;
+};
+
+/* A piece of what was mapped last; remembered after the unmapping, for those that do not let go. */
+struct piece {
+	dma_addr_t address;
+	u64 length;
+};
+
+/* How an importer behaves. */
+struct manners {
+	bool dynamic;		/* dma_buf_dynamic_attach() */
+	bool peer2peer;		/* says that it can do without pages */
+	bool revocable;		/* can be told that mappings end */
+	bool pinned;
+	bool stubborn;		/* is told, and unmaps nothing */
+	unsigned int delay_ms;	/* is told, and takes that long to unmap */
+	unsigned int mask;	/* bits of its addresses */
+};
+
+/*
+ * What one user imports: one buffer at a time.
+ *
+ * @table	mapped now; guarded by the buffer's reservation lock
+ * @invalidated	how often we were told; guarded likewise
+ */
+struct import {
+	struct list_head node;
+	struct engine *engine;
+	struct manners manners;
+	struct dma_buf *dmabuf;
+	struct dma_buf_attachment *attach;
+	struct sg_table *table;
+	unsigned int invalidated;
+	struct delayed_work unmap;
+	unsigned int pieces_count;
+	struct piece *pieces;
+	struct dma_fence *fence;
+	struct delayed_work signal;
+	struct answer answer;
+};
+
+int engine_open(struct engine *engine, struct pci_dev *pdev);
+void engine_close(struct engine *engine);
+int engine_copy(struct engine *engine, dma_addr_t from, dma_addr_t to, size_t size);
+
+void import_init(struct import *import);
+int import_attach(struct import *import, struct engine *engine, int fd,
+		  const struct manners *manners);
+void import_detach(struct import *import);
+int import_map(struct import *import);
+void import_unmap(struct import *import);
+int import_fence(struct import *import, unsigned int after_ms);
+void import_say_table(struct import *import, struct answer *answer);
+int import_dma(struct import *import, bool to_buffer, u64 offset, size_t size, bool stale);
+int import_cpu_pages(struct import *import, bool to_buffer, u64 offset, size_t size);
+int import_cpu_vmap(struct import *import, bool to_buffer, u64 offset, size_t size);
+
+#endif
