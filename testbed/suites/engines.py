@@ -45,9 +45,10 @@ def agreement(outcomes: Mapping[str, Sequence[Outcome]]) -> Outcome:
     if split:
         reason = f"the engines disagree about {'; '.join(split)}"
         return Outcome((), AGREEMENT, Verdict.FAIL, reason, tuple(notes))
-    shown = [r for r, by_engine in verdicts.items() if Verdict.PASS in by_engine.values()]
-    if not shown:
-        return Outcome((), AGREEMENT, Verdict.SKIP, "no engine showed anything", tuple(notes))
-    names = ", ".join(outcomes)
+    judges = {e for said in verdicts.values() for e, verdict in said.items() if verdict in judged}
+    if len(judges) < 2:
+        what = f"a second engine that judged anything ({', '.join(judges) or 'none'} did)"
+        return Outcome((), AGREEMENT, Verdict.SKIP, what, tuple(notes))
+    names = ", ".join(engine for engine in outcomes if engine in judges)
     reason = f"{names} say the same of {len(verdicts)} requirements"
     return Outcome((), AGREEMENT, Verdict.PASS, reason, tuple(notes))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from testbed.results.verdicts import Outcome, Verdict
@@ -43,13 +45,20 @@ def test_nothing_shown_is_no_agreement() -> None:
     assert outcome.verdict is SKIP
 
 
+def test_one_engine_alone_agrees_with_nobody() -> None:
+    outcome = agreement({"model": says(MAP_01=PASS), "igb": says(MAP_01=SKIP)})
+    assert outcome.verdict is SKIP
+    assert "(model did)" in outcome.reason
+
+
 def test_each_test_says_which_engine_it_was() -> None:
     (outcome,) = labelled("igb", says(MAP_01=PASS))
     assert outcome.title == "MAP-01 igb/test_MAP_01"
 
 
 def test_an_engine_for_every_gpu_and_nic_below_whatever() -> None:
-    device = {"below": [{"gpu": "gpu0", "vram": "1M"}], "acs": "none"}
+    device: dict[str, Any] = {"below": [{"gpu": "gpu0", "vram": "1M"}], "acs": "none"}
+    device["below"][0]["faults"] = ["drop write nth=1"]
     tree = [
         {"root_port": "rp0", "below": [{"switch": "sw0", **device}]},
         {"nic": "nic0", "engine": "igb"},
@@ -59,3 +68,4 @@ def test_an_engine_for_every_gpu_and_nic_below_whatever() -> None:
     root, nic, disk = to_data(with_overrides(topology, engine="edu"))["nodes"]["host0"]["pcie"]
     assert root["below"][0]["below"][0]["engine"] == nic["engine"] == "edu"
     assert "engine" not in disk
+    assert not root["below"][0]["below"][0]["faults"]
