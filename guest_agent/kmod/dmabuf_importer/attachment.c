@@ -302,9 +302,9 @@ int import_dma(struct import *import, bool to_buffer, u64 offset, size_t size, b
 		if (!now)
 			error = -EINVAL;
 		else if (to_buffer)
-			error = engine_copy(engine, ours, theirs, now);
+			error = engine->kind->copy(engine, ours, theirs, now);
 		else
-			error = engine_copy(engine, theirs, ours, now);
+			error = engine->kind->copy(engine, theirs, ours, now);
 		done += now;
 	}
 	mutex_unlock(&engine->lock);
