@@ -24,6 +24,7 @@ from testbed.errors import ExitCode, Interrupted, TestbedError
 # verb → (module of testbed.verbs, section of the help)
 VERBS = {
     "run": ("run", "Judge"),
+    "repro": ("repro", "Judge"),
     "up": ("racks", "Racks"),
     "down": ("racks", "Racks"),
     "ps": ("racks", "Racks"),

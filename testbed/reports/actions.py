@@ -156,6 +156,9 @@ class Stage:
             by_node.setdefault(node, []).extend(dma_functions(functions) or functions)
             names.setdefault(node, set()).add(functions[0].device)
         for name, functions in by_node.items():
+            iommu = self.rack.topology.nodes[name].iommu
+            if not step.raw and "off" in (iommu.mode, iommu.kind):
+                raise CapabilityMissing("IOMMU off: VFIO needs one (`raw: true` does not)")
             opener = Bench.open_raw if step.raw else Bench.open
             bench = opener(self._node(name), functions)
             self._benches.append((name, frozenset(names[name]), bench, step.raw))

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Case:
     ``file``      as the user named it.
     ``variables`` the values of its ``vars:``.
     ``qemu``      another QEMU than the tool root's, or None.
+    ``content``   the file's bytes.
     """
 
     file: str
@@ -64,6 +65,7 @@ class Case:
     plan: RackPlan
     variables: Mapping[str, Any]
     qemu: str | None = None
+    content: bytes = field(default=b"", repr=False)
 
     @property
     def name(self) -> str:
@@ -135,7 +137,7 @@ def load_bytes(
     if found:
         raise file.error(found)
     qemu = overrides.qemu or report.environment.qemu
-    return Case(name, report, topology, placed.plan, dict(values), qemu)
+    return Case(name, report, topology, placed.plan, dict(values), qemu, content)
 
 
 @dataclass(frozen=True)
@@ -305,6 +307,12 @@ def _below(path: DataPath, problem: Problem) -> Problem:
     )
 
 
+def shipped_reports() -> dict[str, Path]:
+    """The reports that come with the testbed, by name."""
+    folder = paths.data_dir("topologies") / "reports"
+    return {p.name.removesuffix(SUFFIX): p for p in sorted(folder.glob(f"*{SUFFIX}"))}
+
+
 def find_reports(word: str) -> list[Path]:
     """The files that a word of the command line means: a file, a folder of reports, or a shipped
     report by its name.
@@ -316,14 +324,11 @@ def find_reports(word: str) -> list[Path]:
         if found := sorted(path.glob(f"*{SUFFIX}")):
             return found
         raise InputError(diagnostics=[Diagnostic(word, 0, 0, f"no *{SUFFIX} in this folder")])
-    shipped = {
-        each.name.removesuffix(SUFFIX): each
-        for each in sorted((paths.data_dir("topologies") / "reports").glob(f"*{SUFFIX}"))
-    }
-    if not path.exists() and word in shipped:
-        return [shipped[word]]
-    if not path.exists() and "/" not in word and not word.endswith(".yaml"):
+    shipped = shipped_reports()
+    if path.exists() or "/" in word or word.endswith(".yaml"):
+        return [path]
+    if word not in shipped:
         known = f"a file, or one of {listing(shipped)}"
         near = nearest(word, shipped)
         raise InputError(diagnostics=[Diagnostic(word, 0, 0, "no such report", known, near)])
-    return [path]
+    return [shipped[word]]

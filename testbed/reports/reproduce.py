@@ -23,7 +23,7 @@ from testbed.results.record import DeviceRecord
 from testbed.suites.device_records import records
 from testbed.suites.interface import Rack, RackSource
 
-RACK = "rack"  # the folder of its logs, below the report's
+RACK = "rack"
 _DETAIL_FRAMES = 6
 
 
@@ -74,14 +74,21 @@ class _Ended(Exception):
 
 
 def reproduce(
-    case: Case, source: RackSource, *, say: Callable[[str], None] = lambda _: None
+    case: Case,
+    source: RackSource,
+    *,
+    label: str = RACK,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Finding:
     """Boot the case's rack, do its steps and judge; the rack is ended whatever happens.
+
+    :param label: the rack's, and the name of the folder for its logs.
+    :param say: is told of each step.
 
     Nothing but an interrupt is raised: what goes wrong is the finding.
     """
     began_s = time.monotonic()
-    run = _Run(case, say)
+    run = _Run(case, label, say)
     try:
         finding = run.run(source)
     except CapabilityMissing as missing:
@@ -96,8 +103,9 @@ def reproduce(
 
 
 class _Run:
-    def __init__(self, case: Case, say: Callable[[str], None]) -> None:
+    def __init__(self, case: Case, label: str, say: Callable[[str], None]) -> None:
         self._case = case
+        self._label = label
         self._say = say
         self._done: list[StepDone] = []
         self._noted: list[Evidence] = []
@@ -107,12 +115,12 @@ class _Run:
 
     def run(self, source: RackSource) -> Finding:
         began_s = time.monotonic()
-        rack = source.start(self._case.topology, RACK)
+        rack = source.start(self._case.topology, self._label)
         self._boot_s = time.monotonic() - began_s
         self._versions = rack.versions
         try:
             finding = self._on(rack)
-            self._devices = tuple(_records(rack))
+            self._devices = tuple(self._records(rack))
             return finding
         finally:
             rack.close()
@@ -148,6 +156,11 @@ class _Run:
         word, reason = word_of(held)
         return Finding(word, reason, held)
 
+    def _records(self, rack: Rack) -> list[DeviceRecord]:
+        with contextlib.suppress(TestbedError):
+            return records(rack, self._label)
+        return []
+
     def _step(self, stage: Stage, number: int, step: Step) -> None:
         words = words_of(step)
         self._say(f"step {number}: {words}")
@@ -172,12 +185,6 @@ class _Run:
             if not matches(seen.values.get(name), value):
                 found = seen.values.get(name)
                 raise _Ended(f"step {number} ({words}): {name} is {found!r}, expected {value!r}")
-
-
-def _records(rack: Rack) -> list[DeviceRecord]:
-    with contextlib.suppress(TestbedError):
-        return records(rack, RACK)
-    return []
 
 
 def words_of(step: Step) -> str:

@@ -21,6 +21,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from testbed import __version__
 from testbed.errors import Diagnostic, ExitCode, InputError
+from testbed.results.report_record import ReportRecord
 from testbed.results.verdicts import Outcome, RequirementResult, by_requirement, exit_code
 
 SCHEMA = "testbed.run/1"
@@ -80,6 +81,7 @@ class RunRecord:
     ``command``    the words that started it, to be typed again.
     ``mutation``   the deliberate break in force, or "" (see :mod:`testbed.suites.mutations`).
     ``devices``    every model device of every rack: what it moved by which path, what was injected.
+    ``reports``    the bug reports that happened again, or did not.
     ``started``    UTC, ISO 8601.
     ``exit_code``  what the process answered.
     """
@@ -95,6 +97,7 @@ class RunRecord:
     exit_code: int
     mutation: str = ""
     devices: tuple[DeviceRecord, ...] = ()
+    reports: tuple[ReportRecord, ...] = ()
     tool_version: str = __version__
     schema: str = SCHEMA
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -111,6 +114,7 @@ class RunInfo:
     topology: Mapping[str, Any] = field(default_factory=dict)
     mutation: str = ""
     devices: tuple[DeviceRecord, ...] = ()
+    reports: tuple[ReportRecord, ...] = ()
 
 
 def injected(record: RunRecord) -> tuple[str, ...]:
@@ -144,6 +148,7 @@ def make_record(
         topology=info.topology,
         mutation=info.mutation,
         devices=info.devices,
+        reports=info.reports,
         outcomes=outcomes,
         requirements=by_requirement(outcomes),
         exit_code=int(exit_code(outcomes) if code is None else code),

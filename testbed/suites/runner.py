@@ -245,7 +245,7 @@ class _Writer:
             command=self._command,
             started=self._started.isoformat(timespec="seconds"),
             versions=session.pool.main.last_versions,
-            host=_host(),
+            host=host_facts(),
             topology=to_data(session.pool.source.topology),
             mutation=session.mutation,
             devices=tuple(session.devices),
@@ -275,7 +275,8 @@ def _suite_paths(word: str) -> list[str]:
     return [str(Path(path).resolve()) + word[len(path) :]]
 
 
-def _host() -> dict[str, Any]:
+def host_facts() -> dict[str, Any]:
+    """This machine, for a record."""
     return {
         "system": platform.platform(),
         "python": platform.python_version(),

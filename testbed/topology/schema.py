@@ -46,9 +46,13 @@ _HEADINGS = {
 }
 
 
-def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a topology file after its template has run."""
-    return Topology.model_json_schema(by_alias=True, schema_generator=_Generator)
+def json_schema(
+    model: type[BaseModel] = Topology, title: str = "testbed topology"
+) -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a file after its template has run; of a topology's, if no
+    other model is given."""
+    document = model.model_json_schema(by_alias=True, schema_generator=_Generator)
+    return {"$schema": DIALECT, "title": title, **document}
 
 
 class _Generator(GenerateJsonSchema):
@@ -58,11 +62,8 @@ class _Generator(GenerateJsonSchema):
 
     def generate(self, schema: CoreSchema, mode: JsonSchemaMode = "validation") -> JsonSchemaValue:
         document: JsonSchemaValue = _tidied(super().generate(schema, mode))
-        return {
-            "$schema": DIALECT,
-            "title": "testbed topology",
-            **document,
-        }
+        document.pop("$schema", None)
+        return document
 
 
 def _tidied(value: Any) -> Any:
@@ -85,11 +86,16 @@ def _tidied(value: Any) -> Any:
 
 def reference_markdown() -> str:
     """Every key of a topology file, with its default and meaning, as Markdown."""
-    return "\n".join(line for model in MODELS for line in _section(model))
+    return "\n".join(
+        line
+        for model in MODELS
+        for line in section(model, _HEADINGS.get(model, model.__name__.lower()))
+    )
 
 
-def _section(model: type[BaseModel]) -> Iterator[str]:
-    yield f"### {_HEADINGS.get(model, model.__name__.lower())}"
+def section(model: type[BaseModel], heading: str) -> Iterator[str]:
+    """One model's part of a field reference, line by line."""
+    yield f"### {heading}"
     yield ""
     yield (model.__doc__ or "").strip()
     yield ""

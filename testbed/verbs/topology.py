@@ -137,8 +137,14 @@ def _shell_lines(words: tuple[str, ...]) -> str:
 
 
 @click.command()
-def schema() -> None:
-    """Print the JSON Schema of topology files, for an editor."""
+@click.argument("what", type=click.Choice(["topology", "report"]), default="topology")
+def schema(what: str) -> None:
+    """Print the JSON Schema of topology files, or of bug reports, for an editor."""
     from testbed.topology import schema as schemas
 
-    click.echo(json.dumps(schemas.json_schema(), indent=2))
+    document = schemas.json_schema()
+    if what == "report":
+        from testbed.reports.reference import json_schema
+
+        document = json_schema()
+    click.echo(json.dumps(document, indent=2))
