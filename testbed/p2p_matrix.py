@@ -9,7 +9,7 @@ and functions return to the drivers that had them. What cannot be had is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ from testbed.topology.oracle import Cpu
 from testbed.topology.peers import Peer, peers
 from testbed.topology.plan import Function, Role
 
-PROBE, ROUTER = "p2p_probe", "p2p_router"
+PROBE = "p2p_probe"
 
 Tree = Sequence[Mapping[str, Any]]
 
@@ -44,14 +44,17 @@ _KINDS = {
 _OTHER_MACHINE = Unknown("the two are in different machines")
 
 
-def find_out(rack: Rack, trees: Mapping[str, Tree], *, measure: bool) -> Findings:
+def find_out(
+    rack: Rack, trees: Mapping[str, Tree], *, measure: bool, only: Collection[str] = ()
+) -> Findings:
     """Ask every node of a running rack about its pairs.
 
     :param trees: the agents' ``pci.tree``, by node.
     :param measure: move bytes, too. Engines and disks are then used for some seconds.
+    :param only: the names of the devices that are asked about; all if there are none.
     :raises LostError: a machine or the link to it died.
     """
-    everyone = peers(rack.plan)
+    everyone = [peer for peer in peers(rack.plan) if not only or peer.name in only]
     platforms = {name: platform_of(node, trees[name]) for name, node in rack.nodes.items()}
     kernel: dict[Pair, Decision | Unknown] = {}
     measured: dict[Pair, Measured | Unknown] = {}
@@ -133,9 +136,10 @@ def _ask_about(
 def _move_disks(
     node: RackNode, target: Peer, provider: Function, disks: Sequence[Peer], moved: Moved
 ) -> None:
-    """Below a plain switch QEMU's disks need the router's windows (docs/switch-router.md)."""
+    """As the rack is: without its switch router, bytes that the kernel sends to bus addresses are
+    lost (docs/switch-router.md)."""
     try:
-        with loaded(node, ROUTER), DiskMoves.into(node, provider) as moves:
+        with DiskMoves.into(node, provider) as moves:
             for disk in disks:
                 moved[disk.name, target.name] = moves.move(disk.client)
     except LostError:
@@ -158,7 +162,7 @@ def _providing(node: RackNode, target: Peer, tree: Tree) -> Iterator[Function]:
     """Video memory is peer-to-peer memory while we make it so; a disk's is by itself."""
     provider = target.provider
     if provider is None:
-        raise _Refused(f"{_kind_text(target)} has no memory for peers")
+        raise _Refused(target.lacks_memory)
     if provider.role is not Role.VRAM:
         yield provider
         return
@@ -176,10 +180,6 @@ def _providing(node: RackNode, target: Peer, tree: Tree) -> Iterator[Function]:
     finally:
         if node.alive:
             node.agent.call("p2p.release", device=provider.bdf)
-
-
-def _kind_text(target: Peer) -> str:
-    return {"nic": "a NIC", "device": "a device of your own"}.get(target.kind, target.name)
 
 
 def _decision(node: RackNode, provider: Function, client: Function) -> Decision | Unknown:

@@ -82,7 +82,7 @@ def _why_not(one: Peer, other: Peer) -> str:
         return ""
     if other.kind == "nvme":
         return "a disk's memory is its driver's: only disks are told to write there"
-    return f"{other.name} has no memory for peers"
+    return other.lacks_memory
 
 
 class _Bench:
@@ -122,7 +122,7 @@ class _Bench:
     def move(self, one: Peer, other: Peer) -> Measured | Unknown:
         """Both ways, from one engine to one GPU's memory."""
         if other.provider is None:
-            return Unknown(f"{other.name} has no memory for peers")
+            return Unknown(other.lacks_memory)
         target = self._bench.vram(other.provider)
         if target.bus_address is None:
             return Unknown(f"{other.name}: its bus address is not known")
@@ -286,10 +286,8 @@ class DiskMoves:
     ) -> Moves:
         if not arrived:
             return {Way.DISK: Arrival.REFUSED if answer["error"] else Arrival.LOST}
-        if not has_containers(self.node.spec.iommu):
-            return {Way.DISK: Arrival.ROOT}
         seen = watch.into(disk.bdf, self.physical, DISK_BYTES)
-        if not seen:
+        if not seen:  # nothing translates: QEMU's disk does not tell which way it took
             return {Way.DISK: Arrival.ARRIVED}
         # The router's windows stand at bus addresses: they are what a switch does by itself.
         is_routed = all(each.is_identity for each in seen)

@@ -166,7 +166,7 @@ class Cell:
         if isinstance(self.kernel, Decision) and isinstance(self.measured, Measured):
             raw = self.measured.moves.get(Way.RAW)
             is_bus = self.kernel.kind is MapKind.BUS
-            if self.requester.routes and raw and is_bus and raw is not Arrival.PEER:
+            if self.requester.routes and raw and is_bus and not raw.fits(Arrival.PEER):
                 found.append(f"the kernel gives out its bus address, where bytes are {raw}")
         return tuple(found)
 

@@ -48,6 +48,12 @@ class Peer:
         return self.client.role is not Role.NVME and self.client.kind in ("model", "model-nic")
 
     @property
+    def lacks_memory(self) -> str:
+        """Why nothing can be said of its memory, if it has none."""
+        what = {"nic": "a NIC", "device": "a device of your own"}.get(self.kind, self.name)
+        return f"{what} has no memory for peers"
+
+    @property
     def copies(self) -> bool:
         """It is an engine that the testbed can tell to copy."""
         return self.client.role is Role.ENGINE

@@ -76,11 +76,13 @@ def topo(
         name, _ = split_name(rack)
         with attach(name) as running:
             plan = running.plan
+            only: tuple[str, ...] = ()
             if explain:
-                _chosen(matrices.matrix(plan), explain)  # a wrong name is said at once
+                pair = _chosen(matrices.matrix(plan), explain)
+                only = (pair.requester.name, pair.target.name)
             trees = {n: node.agent.call("pci.tree")["devices"] for n, node in running.nodes.items()}
             wrong = {n: compare(plan.nodes[n], tree) for n, tree in trees.items()}
-            findings = p2p_matrix.find_out(running, trees, measure=not no_measure)
+            findings = p2p_matrix.find_out(running, trees, measure=not no_measure, only=only)
         for node, platform in findings.platforms.items():
             wrong[node] += matrices.changed_ports(plan, node, platform.redirecting)
         disagree = _show(name, plan, findings, wrong, explain, form, trees)

@@ -16,7 +16,16 @@ from typing import Any
 from testbed.errors import InputError
 from testbed.machine import argv
 from testbed.machine.command import LaunchContext, NodeCommand
-from testbed.topology import drawing, load, schema
+from testbed.topology import (
+    drawing,
+    graph,
+    graph_dot,
+    graph_svg,
+    load,
+    matrix,
+    matrix_drawing,
+    schema,
+)
 from testbed.topology.model import Topology, to_data
 from testbed.topology.oracle import iommu_groups
 from testbed.topology.placement import place
@@ -27,6 +36,8 @@ GOLDEN = Path(__file__).parent
 PLACED = GOLDEN / "placed"  # one topology each for what the shipped ones have not
 WRONG = GOLDEN / "wrong"
 REFERENCE = SHIPPED / "README.md"
+WIDTH = 80  # of a terminal
+KINDS = ("json", "txt", "svg", "dot")
 SETTINGS_PREFIX = "# settings:"
 
 # A host that does not exist: golden command lines must not depend on a real one.
@@ -58,12 +69,16 @@ def golden_of(path: Path) -> dict[Path, str]:
         name: argv.command(plan.nodes[name], node, CONTEXT) for name, node in topology.nodes.items()
     }
     stem = PLACED / path.stem
+    picture = graph.layout(plan)
     return {
         stem.with_suffix(".resolved.json"): _json(to_data(topology)),
         stem.with_suffix(".argv.json"): _json(
             {name: command_data(command) for name, command in commands.items()}
         ),
         stem.with_suffix(".tree.txt"): drawing.tree(plan) + "\n",
+        stem.with_suffix(".peers.txt"): matrix_drawing.text(matrix.matrix(plan), WIDTH) + "\n",
+        stem.with_suffix(".svg"): graph_svg.svg(picture),
+        stem.with_suffix(".dot"): graph_dot.dot(picture),
         stem.with_suffix(".groups.json"): _json(
             {
                 name: [sorted(group) for group in iommu_groups(plan.nodes[name], node)]
