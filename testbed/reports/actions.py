@@ -157,11 +157,13 @@ class Stage:
             names.setdefault(node, set()).add(functions[0].device)
         for name, functions in by_node.items():
             iommu = self.rack.topology.nodes[name].iommu
-            if not step.raw and "off" in (iommu.mode, iommu.kind):
-                raise CapabilityMissing("IOMMU off: VFIO needs one (`raw: true` does not)")
-            opener = Bench.open_raw if step.raw else Bench.open
+            translates = iommu.kind != "none" and iommu.mode not in ("off", "passthrough")
+            is_raw = step.domain == "kernel" and not translates
+            if not is_raw and iommu.mode == "off":
+                raise CapabilityMissing("IOMMU off: VFIO needs one (`domain: kernel` does not)")
+            opener = Bench.open_raw if is_raw else Bench.open
             bench = opener(self._node(name), functions)
-            self._benches.append((name, frozenset(names[name]), bench, step.raw))
+            self._benches.append((name, frozenset(names[name]), bench, is_raw))
         return Seen({"devices": len(step.devices)})
 
     def _close(self, step: Close) -> Seen:

@@ -64,15 +64,16 @@ class Step(Strict):
 
 
 class Open(Step):
-    """Hand devices to VFIO, in one container; their memory and engines can then be used."""
+    """Take devices from their drivers, into one container; their memory and engines can be used."""
 
     kind = "open"
     results = ("devices",)
     devices: Entries[Device] = Field(alias="open", description="The devices.", min_length=1)
-    raw: Flag = Field(
-        False,
-        description="No VFIO: the devices as their IOMMU group is, through sysfs. What a device "
-        "may reach is then the kernel's default domain (`iommu`).",
+    domain: Literal["kernel", "vfio"] = Field(
+        "kernel",
+        description="`kernel`: what a kernel driver would have. Where the node's IOMMU is off or "
+        "passes through, bus addresses go as they are, and `map` hands out those; else it "
+        "translates. `vfio`: always VFIO, which translates whatever the kernel's default is.",
     )
 
 

@@ -29,7 +29,11 @@ soon as a test that uses them is chosen.
 Ends: an AssertionError is a FAIL, :class:`~testbed.errors.LostError` is LOST (the next test gets a
 fresh machine), :class:`~testbed.errors.CapabilityMissing` is a SKIP, anything else is an ERROR.
 
-Without one of its options this plugin does nothing, and importing it costs nothing.
+Bug reports (``*.report.yaml``, docs/reports.md) are tests too: each boots a rack of its own, and
+passes if it is FIXED (``--testbed-expect reproduced``: if it still happens).
+
+Without one of its options, or a report by its name, this plugin does nothing, and importing it
+costs nothing.
 """
 
 from __future__ import annotations
@@ -86,6 +90,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="",
         help="break something on purpose, to see a FAIL",
     )
+    group.addoption(
+        "--testbed-expect",
+        choices=["fixed", "reproduced"],
+        default="fixed",
+        help="what bug reports (*.report.yaml) must say to pass",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -109,6 +119,18 @@ def pytest_configure(config: pytest.Config) -> None:
         except InputError as error:
             raise pytest.UsageError(str(error)) from error
         config.pluginmanager.register(session, "testbed-session")
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Bug reports that are named on the command line, or stand where a session's tests do."""
+    if not file_path.name.endswith(".report.yaml"):
+        return None
+    from testbed.reports.collecting import ReportFile  # noqa: PLC0415  nothing to import when unused
+    from testbed.suites.session import SESSION  # noqa: PLC0415
+
+    if SESSION not in parent.config.stash and not parent.session.isinitpath(file_path):
+        return None
+    return ReportFile.from_parent(parent, path=file_path)
 
 
 @pytest.fixture(scope="session")

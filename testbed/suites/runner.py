@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pytest
 from rich.console import Console
@@ -64,11 +64,13 @@ class Choice:
     ``suites``    names (``p2p-iommu``, or ``all``), or test files of the user's own
         (``path[::test]``); none means the first suite.
     ``keyword``   as pytest's ``-k``; the gates of what it chooses run too.
+    ``reports``   what the command line says over bug reports among the suites.
     """
 
     suites: Sequence[str] = ()
     keyword: str = ""
     mutation: Mutation = Mutation.NONE
+    reports: ReportOptions | None = None
 
 
 def run_engines(
@@ -162,7 +164,11 @@ def _run_session(
 ) -> ConformanceSession:
     paths = [path for word in choice.suites or (DEFAULT_SUITE,) for path in _suite_paths(word)]
     session = ConformanceSession(
-        source, mutation=choice.mutation, on_plan=ktap.plan, on_outcome=ktap.outcome
+        source,
+        mutation=choice.mutation,
+        on_plan=ktap.plan,
+        on_outcome=ktap.outcome,
+        report_options=choice.reports,
     )
     ini = run_dir / _PYTEST_INI
     ini.write_text(f"[pytest]\ntimeout = {_TEST_TIMEOUT_S}\n")
@@ -249,6 +255,7 @@ class _Writer:
             topology=to_data(session.pool.source.topology),
             mutation=session.mutation,
             devices=tuple(session.devices),
+            reports=tuple(session.reports),
         )
         written = record.make_record(
             info,

@@ -11,17 +11,22 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pytest
 
 from testbed.errors import CapabilityMissing, LostError
 from testbed.results.record import DeviceRecord
+from testbed.results.report_record import ReportRecord
 from testbed.results.verdicts import Outcome, Verdict, combine
 from testbed.suites.interface import RackSource
 from testbed.suites.mutations import Mutation
 from testbed.suites.observer import Observer
 from testbed.suites.racks import RackPool
 from testbed.topology.model import Topology
+
+if TYPE_CHECKING:
+    from testbed.reports.collecting import ReportOptions
 
 REQUIREMENT = "requirement"
 GATED_BY = "gated_by"
@@ -55,6 +60,7 @@ class ConformanceSession:
     :param on_plan: is told how many tests there will be.
     :param on_outcome: is told each outcome as soon as it is there.
     :param on_end: is called last, when the racks have ended.
+    :param report_options: for bug reports among the tests; pytest's own options if None.
     """
 
     def __init__(
@@ -65,8 +71,11 @@ class ConformanceSession:
         on_plan: Callable[[int], None] = lambda _: None,
         on_outcome: Callable[[Outcome], None] = lambda _: None,
         on_end: Callable[[ConformanceSession], object] = lambda _: None,
+        report_options: ReportOptions | None = None,
     ) -> None:
         self.pool = RackPool(source)
+        self.report_options = report_options
+        self.reports: list[ReportRecord] = []  # bug reports among the tests
         self.mutation = mutation
         self.outcomes: list[Outcome] = []
         self.devices: list[DeviceRecord] = []  # of the racks that have ended

@@ -15,6 +15,7 @@ from testbed.verbs.common import (
     engine_option,
     load_topology,
     override_options,
+    parse_settings,
     say,
     settings_option,
     trust_option,
@@ -84,11 +85,15 @@ def run(
 ) -> int:
     """Run conformance SUITEs (p2p-iommu if none is named) and say PASS, FAIL, SKIP, LOST, ERROR.
 
-    A SUITE is a shipped one by its name (--list), `all`, or a pytest file of your own. KTAP goes
+    A SUITE is a shipped one by its name (--list), `all`, a pytest file of your own, or a bug
+    report (*.report.yaml; it passes if FIXED, and -s sets its own vars). KTAP goes
     to stdout, a table to stderr, and the run folder keeps the record, JUnit XML, logs and every
     stage's product.
     """
     from testbed import deploy
+    from testbed.reports.collecting import ReportOptions
+    from testbed.reports.load import Overrides
+    from testbed.reports.model import SUFFIX
     from testbed.results import record
     from testbed.suites import runner
     from testbed.suites.mutations import parse_mutation
@@ -106,10 +111,11 @@ def run(
         )
     chosen = parse_mutation(mutation)
     wanted = None
+    only_reports = bool(suites) and all(word.endswith(SUFFIX) for word in suites)
     if not rack:
         wanted = load_topology(
             topology or DEFAULT_TOPOLOGY,
-            settings,
+            () if only_reports else settings,
             kernel=kernel,
             iommu_mode=iommu_mode,
             engine=None if engine == "all" else engine,
@@ -120,7 +126,9 @@ def run(
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
-    choice = runner.Choice(suites, keyword, chosen)
+    overrides = Overrides(kernel, iommu_mode, None if engine == "all" else engine, qemu)
+    reports = ReportOptions(parse_settings(settings) if only_reports else {}, overrides, trust)
+    choice = runner.Choice(suites, keyword, chosen, reports)
     stream = io.StringIO() if form == "json" else sys.stdout
     if wanted is not None:
         install_for([wanted], qemu=qemu)
