@@ -23,6 +23,7 @@ from pathlib import PurePath
 from typing import Final, Protocol
 
 from testbed.models import wire
+from testbed.models.progress import Progress
 
 MESSAGES_A_TURN: Final = 64
 MAX_UNSENT_BYTES: Final = 4 << 20
@@ -49,8 +50,12 @@ class Receiver(Protocol):
 class Channel:
     """One connected socket; owns it, and reads as soon as it exists (in a running loop)."""
 
-    def __init__(self, connection: socket.socket, receiver: Receiver) -> None:
+    def __init__(
+        self, connection: socket.socket, receiver: Receiver, progress: Progress | None = None
+    ) -> None:
+        """``progress`` is told of every message under way."""
         connection.setblocking(False)
+        self._progress = progress
         self._socket = connection
         self._receiver = receiver
         self._loop = asyncio.get_running_loop()
@@ -190,6 +195,8 @@ class Channel:
                 self.close("the other side is gone (within a message)")
                 return False
             self._have += count
+            if self._progress is not None:
+                self._progress.left(len(self._body) - self._have)
         body, self._body, self._have = self._body, None, 0
         fds, self._fds = self._fds, []
         try:
@@ -197,6 +204,8 @@ class Channel:
         finally:
             for fd in fds:
                 os.close(fd)
+        if self._progress is not None:
+            self._progress.done()
         return self._open
 
     def _receive_header(self) -> bool:
@@ -218,10 +227,12 @@ class Channel:
         self._header[self._have : self._have + len(data)] = data
         self._have += len(data)
         if self._have == _HEADER_BYTES:
-            size = wire.HEADER.decode(self._header).size
-            if not _HEADER_BYTES <= size <= wire.MAX_MESSAGE_BYTES:
-                raise wire.Malformed(f"a message of {size} bytes")
-            room = size - _HEADER_BYTES
+            header = wire.HEADER.decode(self._header)
+            if not _HEADER_BYTES <= header.size <= wire.MAX_MESSAGE_BYTES:
+                raise wire.Malformed(f"a message of {header.size} bytes")
+            room = header.size - _HEADER_BYTES
+            if self._progress is not None:
+                self._progress.begin(header, room)
             whole = self._small if room <= _SMALL_BYTES else bytearray(room)
             self._body = memoryview(whole)[:room]
             self._have = 0

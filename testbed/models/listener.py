@@ -11,6 +11,7 @@ from pathlib import Path
 
 from testbed.models.device import Device
 from testbed.models.memory import MemoryCache
+from testbed.models.progress import Progress
 from testbed.models.server import Session
 
 
@@ -23,8 +24,10 @@ class Listener:
         path: Path,
         memories: MemoryCache,
         on_change: Callable[[Device, socket.socket | None], None] = lambda _device, _socket: None,
+        progress: Progress | None = None,
     ) -> None:
-        """``on_change`` is told of each connection, and of its end."""
+        """``on_change`` is told of each connection, and of its end; ``progress`` of messages."""
+        self._progress = progress
         self.device = device
         self.path = path
         self.session: Session | None = None
@@ -65,7 +68,9 @@ class Listener:
             return
         self._ignore()
         self._on_change(self.device, connection)
-        self.session = Session(connection, self.device, self._memories, self._ended)
+        self.session = Session(
+            connection, self.device, self._memories, self._ended, progress=self._progress
+        )
 
     def _ended(self, _session: Session, reason: str) -> None:
         self.session = None

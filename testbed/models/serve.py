@@ -18,7 +18,6 @@ import gc
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -84,12 +83,12 @@ class ModelProcess:
         self,
         spec: DeviceSpec,
         memories: Sequence[MemorySpec],
-        on_change: Callable[[Device, socket.socket | None], None],
+        lifeline: Lifeline,
         *,
         trusted: bool = False,
         routes: tuple[MachineSpec, Caller] | None = None,
     ) -> None:
-        """``on_change`` hears of each connection and its end. ``routes``: the machine whose
+        """``lifeline`` hears of each connection and its end. ``routes``: the machine whose
         switches route for the device, and who knows them. HostError if a memory cannot be opened,
         InputError if the device cannot be made.
         """
@@ -103,7 +102,9 @@ class ModelProcess:
             machine, caller = routes
             log = ChangeLog(machine.log, CHANGE_EVENTS)
             device.bus.router = LiveRouter(caller, log, opened, device.witness)
-        self._listener = Listener(device, spec.socket, cache, on_change)
+        self._listener = Listener(
+            device, spec.socket, cache, lifeline.connection, lifeline.progress
+        )
         self.control = Control({spec.name: self._listener})
 
     async def open(self) -> None:
@@ -188,7 +189,7 @@ def _child(spec: ServeSpec, device: DeviceSpec, *, trusted: bool) -> Callable[[L
         process = ModelProcess(
             device,
             spec.memories,
-            lifeline.connection,
+            lifeline,
             trusted=trusted,
             routes=(spec.machine, caller) if spec.machine else None,
         )

@@ -25,6 +25,7 @@ from testbed.models.device import Device
 from testbed.models.dma import MappingRefused
 from testbed.models.interrupts import IrqRefused
 from testbed.models.memory import MemoryCache, NotMappable, SharedMemory
+from testbed.models.progress import Progress
 from testbed.models.wire import Command, HeaderFlag, Malformed
 from testbed.models.witness import Event
 
@@ -56,6 +57,7 @@ class Session:
         on_end: Callable[[Session, str], None],
         *,
         removed: bool = False,
+        progress: Progress | None = None,
     ) -> None:
         """``removed``: it begins after VERSION, with a device that is gone already."""
         self._device = device
@@ -82,7 +84,7 @@ class Session:
         }
         if not removed:
             device.plug(self)
-        self._channel = Channel(connection, self)
+        self._channel = Channel(connection, self, progress)
 
     def remove(self) -> None:
         """Be as a card that was pulled out: reads are all ones, all else goes nowhere.

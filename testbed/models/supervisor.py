@@ -36,6 +36,7 @@ from testbed.models.control import REGISTER
 from testbed.models.device import Device
 from testbed.models.hub import Hub, Member, Refused
 from testbed.models.memory import MemoryCache
+from testbed.models.progress import Progress
 from testbed.models.server import Session
 from testbed.models.switchyard import NoTree, Switchyard
 
@@ -54,15 +55,21 @@ class Lifeline:
     """A child's end: tells the supervisor of connections, and of being ready.
 
     ``words`` carries that; ``calls`` is a stream of control requests, one JSON object a line, and
-    ``questions`` one of what the device asks (:mod:`testbed.models.calls`).
+    ``questions`` one of what the device asks (:mod:`testbed.models.calls`). ``progress``
+    outlives the child, with what it was in the middle of.
     """
 
     def __init__(
-        self, words: socket.socket, calls: socket.socket, questions: socket.socket
+        self,
+        words: socket.socket,
+        calls: socket.socket,
+        questions: socket.socket,
+        progress: Progress,
     ) -> None:
         self.socket = words
         self.calls = calls
         self.questions = questions
+        self.progress = progress
 
     def ready(self) -> None:
         """Every socket is open."""
@@ -90,6 +97,7 @@ class _Child:
     words: socket.socket
     calls: socket.socket
     questions: socket.socket
+    progress: Progress
     held: socket.socket | None = None  # a second descriptor of its machine's connection
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     dead: asyncio.Event = field(default_factory=asyncio.Event)
@@ -231,6 +239,7 @@ class Supervisor:
         _say({"lost": child.name, "status": child.status})
         self._hub.lose(child.name, child.status)
         if child.held is not None:
+            child.progress.settle(child.held)
             session = Session(
                 child.held, PulledOut(child.name), MemoryCache(), self._session_ended, removed=True
             )
@@ -325,6 +334,7 @@ def _fork(name: str, main: ChildMain, others: list[_Child]) -> _Child:
     words, their_words = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     calls, their_calls = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     questions, their_questions = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    progress = Progress()
     supervisor = os.getpid()
     pid = os.fork()
     if not pid:
@@ -335,7 +345,7 @@ def _fork(name: str, main: ChildMain, others: list[_Child]) -> _Child:
             if os.getppid() == supervisor:
                 for end in (words, calls, questions, *(s for c in others for s in c.sockets)):
                     end.close()
-                status = main(Lifeline(their_words, their_calls, their_questions))
+                status = main(Lifeline(their_words, their_calls, their_questions, progress))
         finally:
             sys.stderr.flush()
             os._exit(status)
@@ -343,7 +353,7 @@ def _fork(name: str, main: ChildMain, others: list[_Child]) -> _Child:
     their_calls.close()
     their_questions.close()
     words.setblocking(False)
-    return _Child(name, pid, words, calls, questions)
+    return _Child(name, pid, words, calls, questions, progress)
 
 
 def supervise(

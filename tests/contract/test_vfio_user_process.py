@@ -223,6 +223,20 @@ def test_signals_end_it_in_good_order(process: Process, number: int) -> None:
     assert names(process.folder) == set()
 
 
+HANGING = """
+import time
+from testbed.models.config import Bar, Identity
+from testbed.models.device import Device
+
+class Hanging(Device):
+    identity = Identity(0x1234, 1, 0xFF0000)
+    bars = (Bar(0, 4096),)
+
+    def read(self, bar, offset, size):
+        time.sleep(60)
+"""
+
+
 class TestDeath:
     """A machine does not survive a connection that is reset, so the connections live on."""
 
@@ -254,8 +268,34 @@ class TestDeath:
             access = wire.REGION_ACCESS.encode(wire.RegionAccess(0, 0, 4))
             connection.sendall(wire.encode_header(5, Command.REGION_READ, 16) + access)
             os.kill(process.pids["gpu0"], signal.SIGKILL)
-            assert wire.HEADER.decode(client.receive(16)).message_id == 5
+            answer = wire.HEADER.decode(client.receive(16))
+            if answer.message_id != 5:  # it was stopped just after it had answered this one
+                assert answer.size == 16
+                answer = wire.HEADER.decode(client.receive(16))
+            assert answer.message_id == 5
             assert client.receive(20)[-4:] == b"\xff" * 4
+
+    @pytest.mark.parametrize("received", [0, 7, 16])
+    def test_what_was_under_way_fails_at_once(self, tmp_path: Path, received: int) -> None:
+        """Killed with a part of a read received, or while it is being answered."""
+        (tmp_path / "card.py").write_text(HANGING)
+        device = {"name": "mine", "socket": str(tmp_path / "mine.vfu")}
+        device["kind"] = f"{tmp_path}/card.py:Hanging"
+        spec = {"control": str(tmp_path / "control.sock"), "devices": [device]}
+        process = Process(tmp_path, spec, "--trust")
+        access = wire.REGION_ACCESS.encode(wire.RegionAccess(0, 0, 4))
+        with process.connect("mine.vfu") as connection:
+            client = Vfio(connection)
+            connection.sendall(wire.encode_header(5, Command.REGION_READ, 16) + access[:received])
+            time.sleep(0.3)  # until it hangs, or waits for the rest
+            os.kill(process.pids["mine"], signal.SIGKILL)
+            connection.sendall(access[received:])
+            answer = wire.HEADER.decode(client.receive(16))
+            assert answer.message_id == 5
+            assert answer.flags & wire.HeaderFlag.ERROR
+            assert answer.size == 16
+            assert client.read(0) == 0xFFFFFFFF  # still in step
+        process.end()
 
     def test_a_machine_that_has_gone_is_forgotten(self, process: Process) -> None:
         with process.connect("gpu0.vfu") as connection:
