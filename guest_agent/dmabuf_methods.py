@@ -36,6 +36,13 @@ def _unbind(agent: Agent, *, device: str) -> dict[str, Any]:
     return {}
 
 
+@registry.method("dmabuf.release")
+def _release(agent: Agent) -> dict[str, Any]:
+    """Unmap and detach every import, close every buffer, give every function back."""
+    agent.area_state.pop("dmabuf", DmaBufs()).close()
+    return {}
+
+
 @registry.method("dmabuf.export")
 def _export(
     agent: Agent,

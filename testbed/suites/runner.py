@@ -35,10 +35,14 @@ from testbed.suites.mutations import Mutation, parse_mutation
 from testbed.suites.session import ConformanceSession
 from testbed.topology.model import to_data
 
+if TYPE_CHECKING:
+    from testbed.reports.collecting import ReportOptions
+
 # A suite by its name: its modules.
 SUITES = {
     "p2p-iommu": ("p2p_iommu.py", "p2p_routes.py"),
     "p2p-kernel": ("p2p_kernel.py", "p2p_oracle.py"),
+    "p2p-dmabuf": ("p2p_dmabuf.py", "p2p_dmabuf_life.py", "p2p_dmabuf_vfio.py"),
 }
 DEFAULT_SUITE = "p2p-iommu"
 ALL_SUITES = "all"

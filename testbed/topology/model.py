@@ -358,6 +358,7 @@ def with_overrides(
     kernel: str | None = None,
     cpu: str | None = None,
     engine: str | None = None,
+    vram: str | None = None,
 ) -> Topology:
     """The topology with some values changed on all nodes, validated again.
 
@@ -373,6 +374,9 @@ def with_overrides(
             node["kernel"] = kernel
         if cpu is not None:
             node["machine"]["cpu"] = cpu
+        for entry in _entries_of(node["pcie"]):
+            if vram is not None and "gpu" in entry:
+                entry["vram"] = vram
         if engine is not None:
             for entry in _entries_of(node["pcie"]):
                 if "engine" in entry:

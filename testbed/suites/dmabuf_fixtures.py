@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixture ``exchange``: an exporter and an importer of dma-bufs, on the machine that a test needs.
+
+A test module that wants it says ``pytest_plugins = ["testbed.suites.dmabuf_fixtures"]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from testbed.errors import CapabilityMissing
+from testbed.suites.dmabuf import EXPORTER, IMPORTER, BufferPair, Exchange, buffer_pairs
+from testbed.suites.faults import watch_machine
+from testbed.suites.interface import RackNode
+from testbed.suites.kernel_fixtures import is_trusted_amd, kernel_module
+from testbed.suites.memory import VRAM_BAR
+from testbed.suites.p2p_kernel import ROUTER
+from testbed.suites.racks import LiveRack
+from testbed.suites.reasons import why_not_shown
+from testbed.topology.oracle import Route
+from testbed.topology.placement import place
+from testbed.topology.plan import Function
+
+ROUTES = (Route.ROOT, Route.REDIRECTED, Route.SWITCH)
+THROUGH_HOST_BRIDGE = (Route.ROOT, Route.REDIRECTED)
+
+# ``arrange_buffers(...)``: see the fixture.
+ArrangeBuffers = Callable[..., Exchange]
+
+
+@pytest.fixture
+def arrange_buffers(rack: LiveRack, variant: Callable[[str], LiveRack]) -> Iterator[ArrangeBuffers]:
+    """``arrange_buffers(...)``: a pair and its modules, or a SKIP that says what the rack lacks.
+
+    ``by_iova``   only a pair whose importer is given addresses that the IOMMU translates.
+    ``allowed``   False: also a pair that the kernel allows no peer-to-peer DMA.
+    ``variant``   the rack's variant to use, "" for the rack itself, whose IOMMU must translate.
+    ``vfio``      the exporter is left to VFIO.
+    """
+    with ExitStack() as stack:
+
+        def make(
+            *, by_iova: bool = False, allowed: bool = True, name: str = "", vfio: bool = False
+        ) -> Exchange:
+            live = variant(name) if name else rack
+            live.get()
+            live.drop_all()  # what VFIO has, no driver can have
+            pairs = buffer_pairs(place(live.topology))
+            if not pairs:
+                raise CapabilityMissing(
+                    "this rack lacks two GPUs, one of which has an engine (edu or the GPU model)"
+                )
+            node, pair, through_host = _choose(live, pairs, by_iova=by_iova, allowed=allowed)
+            iommu = live.topology.nodes[pair.node].iommu
+            if not name and (why := why_not_shown(iommu)):
+                raise CapabilityMissing(why)
+            for module in (EXPORTER, IMPORTER):
+                stack.enter_context(kernel_module(node, module))
+            if pair.route is Route.SWITCH and pair.importer.kind == "edu":
+                stack.enter_context(kernel_module(node, ROUTER))
+            exchange = Exchange(
+                node,
+                pair,
+                iommu,
+                through_host and not why_not_shown(iommu),
+                _bus_address(node, pair.exporter),
+                watch_machine(node),
+                vfio,
+            )
+            stack.callback(_release, exchange)
+            exchange.call("bind", device=pair.importer.bdf, module=IMPORTER)
+            if not vfio:
+                exchange.call("bind", device=pair.exporter.bdf, module=EXPORTER)
+            return exchange
+
+        yield make
+
+
+def _choose(
+    live: LiveRack, pairs: list[BufferPair], *, by_iova: bool, allowed: bool
+) -> tuple[RackNode, BufferPair, bool]:
+    """The first pair, by route, that the kernel lets do peer-to-peer DMA; is it by an IOVA?"""
+    for route in ROUTES:
+        for pair in pairs:
+            if pair.route is not route:
+                continue
+            node = live.nodes[pair.node]
+            through_host = route in THROUGH_HOST_BRIDGE and is_trusted_amd(node)
+            if through_host or not allowed or (route is Route.SWITCH and not by_iova):
+                return node, pair, through_host
+    if by_iova and not any(pair.route in THROUGH_HOST_BRIDGE for pair in pairs):
+        raise CapabilityMissing("this rack lacks two GPUs without a plain switch in common")
+    raise CapabilityMissing("an AMD processor of family 0x17 or later (machine: {cpu: EPYC})")
+
+
+def _release(exchange: Exchange) -> None:
+    if exchange.node.alive:
+        exchange.call("release")
+
+
+def _bus_address(node: RackNode, exporter: Function) -> int:
+    for device in node.agent.call("pci.tree")["devices"]:
+        if device["bdf"] == exporter.bdf:
+            for bar in device["bars"]:
+                if bar["index"] == VRAM_BAR:
+                    return int(bar["address"])
+    raise CapabilityMissing(f"{exporter.name}: its BAR {VRAM_BAR} has no address")
