@@ -250,7 +250,8 @@ def test_every_shipped_module_says_what_it_needs() -> None:
     assert "p2p_probe" in kmod.names()
     for name in kmod.names():
         files = kmod._sources(name)
-        assert {"Kbuild", "module.yaml", f"{name}.c"} <= {file.name for file in files}
+        assert {"Kbuild", "module.yaml"} <= {file.name for file in files}
+        assert any(file.suffix == ".c" for file in files)
         assert kmod._needs(files).config
         for file in files:
             assert "SPDX-License-Identifier: GPL-2.0-only" in file.read_text().splitlines()[0]
