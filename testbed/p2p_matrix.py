@@ -10,37 +10,23 @@ and functions return to the drivers that had them. What cannot be had is
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 from testbed.errors import AgentError, LostError, TestbedError
 from testbed.guest import modules
 from testbed.p2p_moves import DiskMoves, engine_moves
 from testbed.rack import Rack, RackNode
-from testbed.suites.memory import PROVIDED_BYTES, VRAM_BAR
+from testbed.suites.kernel_p2p import MODULE, Tree, decisions, platform_of, providing
 from testbed.topology.matrix import (
     Decision,
     Findings,
-    MapKind,
     Measured,
     Pair,
-    Platform,
     Unknown,
 )
-from testbed.topology.oracle import Cpu
 from testbed.topology.peers import Peer, peers
 from testbed.topology.plan import Function, Role
 
-PROBE = "p2p_probe"
-
-Tree = Sequence[Mapping[str, Any]]
-
-_KINDS = {
-    "bus": MapKind.BUS,
-    "iova": MapKind.IOVA,
-    "physical": MapKind.PHYSICAL,
-    "refused": MapKind.NONE,
-}
 _OTHER_MACHINE = Unknown("the two are in different machines")
 
 
@@ -72,17 +58,6 @@ def find_out(
     return Findings(platforms, kernel, measured if measure else None)
 
 
-def platform_of(node: RackNode, tree: Tree) -> Platform:
-    """Processor, host bridge and ACS bits as the running machine has them."""
-    found = node.agent.call("system.info")
-    bridge = min(tree, key=lambda device: str(device["bdf"]))
-    return Platform(
-        Cpu(found["cpu_vendor"], found["cpu_family"]),
-        (bridge["vendor"], bridge["device"]),
-        frozenset(d["bdf"] for d in tree if d["acs"] and d["acs"]["redirect"]),
-    )
-
-
 Said = dict[Pair, Decision | Unknown]
 Moved = dict[Pair, Measured | Unknown]
 
@@ -93,14 +68,14 @@ def _ask_kernel(
     said: Said = {}
     moved: Moved = {}
     try:
-        with loaded(node, PROBE):
+        with loaded(node, MODULE):
             for target in ours:
                 others = [peer for peer in ours if peer is not target]
                 _ask_about(node, target, others, tree, said, moved if measure else None)
     except LostError:
         raise
     except TestbedError as error:
-        why = Unknown(f"no module {PROBE}: {error.message}")
+        why = Unknown(f"no module {MODULE}: {error.message}")
         for one in ours:
             for other in ours:
                 said.setdefault((one.name, other.name), why)
@@ -120,9 +95,9 @@ def _ask_about(
     """One column: every other device, and the memory of ``target``."""
     disks = [peer for peer in others if peer.kind == "nvme"]
     try:
-        with _providing(node, target, tree) as provider:
-            for requester in others:
-                said[requester.name, target.name] = _decision(node, provider, requester.client)
+        with _provider_of(node, target, tree) as provider:
+            for requester, decision in _decisions(node, provider, others):
+                said[requester.name, target.name] = decision
             if moved is not None and disks:
                 _move_disks(node, target, provider, disks, moved)
     except _Refused as error:
@@ -158,39 +133,35 @@ class _Refused(Exception):
 
 
 @contextmanager
-def _providing(node: RackNode, target: Peer, tree: Tree) -> Iterator[Function]:
-    """Video memory is peer-to-peer memory while we make it so; a disk's is by itself."""
+def _provider_of(node: RackNode, target: Peer, tree: Tree) -> Iterator[Function]:
     provider = target.provider
     if provider is None:
         raise _Refused(target.lacks_memory)
-    if provider.role is not Role.VRAM:
-        yield provider
-        return
     driver = next((d["driver"] for d in tree if d["bdf"] == provider.bdf), "")
-    if driver:
+    if provider.role is Role.VRAM and driver:
         raise _Refused(f"{provider.name} belongs to the driver {driver}")
-    try:
-        node.agent.call("p2p.provide", device=provider.bdf, bar=VRAM_BAR, size_bytes=PROVIDED_BYTES)
-    except AgentError as error:
-        raise _Refused(
-            f"{provider.name} cannot be made peer-to-peer memory: {error.message}"
-        ) from error
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(providing(node, provider))
+        except AgentError as error:
+            raise _Refused(f"{provider.name} is no peer-to-peer memory: {error.message}") from error
         yield provider
-    finally:
-        if node.alive:
-            node.agent.call("p2p.release", device=provider.bdf)
 
 
-def _decision(node: RackNode, provider: Function, client: Function) -> Decision | Unknown:
-    """The kernel's own; the distance is asked for first, as the kernel keeps what it decided."""
-    call = node.agent.call
+def _decisions(
+    node: RackNode, provider: Function, others: Sequence[Peer]
+) -> Iterator[tuple[Peer, Decision | Unknown]]:
+    """All at once, or one by one if that fails for one of them."""
     try:
-        distance = call("p2p.distance", provider=provider.bdf, clients=[client.bdf])[client.bdf]
-        kind = call("p2p.map_type", provider=provider.bdf, client=client.bdf)["type"]
+        said = decisions(node, provider, [peer.client for peer in others])
+        yield from ((peer, said[peer.client.bdf]) for peer in others)
     except AgentError as error:
-        return Unknown(f"the kernel cannot be asked about {client.name}: {error.message}")
-    return Decision(_KINDS[kind], distance)
+        if len(others) == 1:
+            why = f"the kernel cannot be asked about {others[0].name}: {error.message}"
+            yield others[0], Unknown(why)
+            return
+        for peer in others:
+            yield from _decisions(node, provider, [peer])
 
 
 @contextmanager

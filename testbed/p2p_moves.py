@@ -23,6 +23,7 @@ from testbed.rack import RackNode
 from testbed.results.judging import PAGE_BYTES
 from testbed.suites.bench import SCRATCH_BYTES, Bench, Engine
 from testbed.suites.faults import parse_trace
+from testbed.suites.kernel_p2p import Tree
 from testbed.suites.memory import PROVIDED_BYTES, Memory
 from testbed.suites.translations import TranslationWatch
 from testbed.topology.matrix import (
@@ -37,7 +38,6 @@ from testbed.topology.matrix import (
 from testbed.topology.peers import Peer
 from testbed.topology.plan import Function, Role
 
-Tree = Sequence[Mapping[str, Any]]
 Moved = dict[Pair, Measured | Unknown]
 
 COPY_BYTES = 64  # the smallest copy that every engine can do
@@ -181,7 +181,11 @@ class _Bench:
             lines.seek(log_start)
             faults = parse_trace(lines.read().decode(errors="replace"))
         refused = any(fault.requester == engine.requester for fault in faults)
-        return Arrival.REFUSED if refused or not status.completed else Arrival.LOST
+        if refused or not status.completed:
+            return Arrival.REFUSED
+        # QEMU's engines are not told of refusals, and only of Intel's IOMMU there is a trace.
+        is_watched = engine.witness or self._node.spec.iommu.kind == "intel"
+        return Arrival.LOST if is_watched else Arrival.ABSENT
 
     def _arrival(self, paths: Sequence[str]) -> Arrival:
         if "peer" in paths:

@@ -8,9 +8,8 @@ The guest's kernel is asked through a module of ours (``guest_agent/kmod/p2p_pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -18,12 +17,12 @@ from testbed.errors import CapabilityMissing
 from testbed.results.evidence import Counter, Note
 from testbed.suites.interface import RackNode
 from testbed.suites.kernel_fixtures import kernel_module
-from testbed.suites.memory import PROVIDED_BYTES, VRAM_BAR
+from testbed.suites.kernel_p2p import decisions, platform_of, providing
 from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_kernel import PROBE
 from testbed.suites.racks import LiveRack
 from testbed.topology.machine import Iommu
-from testbed.topology.oracle import Cpu, MapType, P2pDecision, p2p_decision
+from testbed.topology.matrix import Decision, decide
 from testbed.topology.plan import Function, Role
 
 pytest_plugins = ["testbed.suites.kernel_fixtures", "testbed.suites.p2p_fixtures"]
@@ -47,7 +46,7 @@ def test_the_prediction_is_what_the_kernel_does(
     pairs = 0
     with kernel_module(node, PROBE):
         for provider in _providers(node):
-            with _providing(node, provider):
+            with providing(node, provider):
                 others = [client for client in clients if client is not provider]
                 for client, said in facts.ask(provider, others):
                     pairs += 1
@@ -73,11 +72,11 @@ def test_the_nearest_provider_is_chosen(rack: LiveRack, node_name: str, observe:
     with kernel_module(node, PROBE), ExitStack() as stack:
         providers = list(_providers(node))
         for provider in providers:
-            stack.enter_context(_providing(node, provider))
+            stack.enter_context(providing(node, provider))
             node.agent.call("p2p.publish", provider=provider.bdf)
         names = {provider.bdf: provider.name for provider in providers}
         for client in node.plan.by_role(*CLIENT_ROLES):
-            distances = {p.bdf: facts.predict(p, client)[1] for p in providers}
+            distances = {p.bdf: facts.predict(p, client).distance for p in providers}
             near = sorted({distance for distance in distances.values() if distance is not None})
             nearest = {bdf for bdf, distance in distances.items() if distance in near[:1]}
             chosen = node.agent.call("p2p.find", clients=[client.bdf])["provider"]
@@ -93,68 +92,26 @@ def test_the_nearest_provider_is_chosen(rack: LiveRack, node_name: str, observe:
 
 
 class _Facts:
-    """What the prediction rests on, as the running machine says it."""
+    """The prediction, by what the running machine says of itself, and the kernel's own answers."""
 
     def __init__(self, node: RackNode, iommu: Iommu) -> None:
         self._node = node
-        found = node.agent.call("system.info")
-        self._cpu = Cpu(found["cpu_vendor"], found["cpu_family"])
-        self._translates = iommu.kind != "none" and iommu.mode not in ("off", "passthrough")
-        devices = node.agent.call("pci.tree")["devices"]
-        bridge = min(devices, key=lambda device: device["bdf"])
-        self._host_bridge = (int(bridge["vendor"]), int(bridge["device"]))
-        # The bits as they are now, not as they should be: they can be changed.
-        self._redirecting = {d["bdf"] for d in devices if d["acs"] and d["acs"]["redirect"]}
+        self._iommu = iommu
+        self._platform = platform_of(node)
 
-    def predict(self, provider: Function, client: Function) -> tuple[str, int | None]:
-        """Map type in the kernel module's words, and distance."""
-        decision = p2p_decision(
-            self._node.plan,
-            provider,
-            client,
-            cpu=self._cpu,
-            redirecting=self._redirecting,
-            host_bridge=self._host_bridge,
-        )
-        return self._words(decision)
-
-    def _words(self, decision: P2pDecision) -> tuple[str, int | None]:
-        if decision.map_type is MapType.NONE:
-            return "refused", None
-        through_host = "iova" if self._translates else "physical"
-        kind = "bus" if decision.map_type is MapType.BUS else through_host
-        return kind, decision.distance
+    def predict(self, provider: Function, client: Function) -> Decision:
+        """Map type and distance."""
+        return decide(self._node.plan, provider, client, self._platform, self._iommu)[0]
 
     def ask(
         self, provider: Function, clients: list[Function]
-    ) -> Iterator[tuple[Function, tuple[str, int | None]]]:
-        """The kernel's own answers, in the same words."""
-        call = self._node.agent.call
-        addresses = [client.bdf for client in clients]
-        distances: Mapping[str, Any] = call(
-            "p2p.distance", provider=provider.bdf, clients=addresses
-        )
-        types: Mapping[str, Any] = call("p2p.map_types", provider=provider.bdf, clients=addresses)
-        for client in clients:
-            yield client, (types[client.bdf]["type"], distances[client.bdf])
+    ) -> Iterator[tuple[Function, Decision]]:
+        """The same, from the kernel."""
+        said = decisions(self._node, provider, clients)
+        yield from ((client, said[client.bdf]) for client in clients)
 
 
 def _providers(node: RackNode) -> Iterator[Function]:
     for function in node.plan.by_role(Role.VRAM, Role.NVME):
         if function.role is Role.VRAM or function.options["cmb_bytes"]:
             yield function
-
-
-@contextmanager
-def _providing(node: RackNode, provider: Function) -> Iterator[None]:
-    """Video memory is a provider only while we make it one; a disk's memory is one by itself."""
-    if provider.role is not Role.VRAM:
-        yield
-        return
-    params: dict[str, Any] = {"device": provider.bdf, "bar": VRAM_BAR}
-    node.agent.call("p2p.provide", **params, size_bytes=PROVIDED_BYTES)
-    try:
-        yield
-    finally:
-        if node.alive:
-            node.agent.call("p2p.release", device=provider.bdf)

@@ -24,7 +24,7 @@ from testbed.topology.oracle import (
     redirecting_ports,
 )
 from testbed.topology.peers import Near, Peer, link_word, nearness, peers
-from testbed.topology.plan import RackPlan
+from testbed.topology.plan import Function, NodePlan, RackPlan
 
 
 class MapKind(StrEnum):
@@ -52,15 +52,18 @@ class Arrival(StrEnum):
     ROOT = "root"  # to the peer through the root complex, which translates nothing
     ARRIVED = "arrived"  # to the peer; this device keeps no count of its paths
     REFUSED = "refused"  # nowhere: a fault, or the kernel's EINVAL
+    ABSENT = "absent"  # not there, and this machine has no witness of refusals
     LOST = "lost"  # not there, and nobody refused them
 
     @property
     def is_there(self) -> bool:
         """The peer has the bytes."""
-        return self not in (Arrival.REFUSED, Arrival.LOST)
+        return self not in (Arrival.REFUSED, Arrival.ABSENT, Arrival.LOST)
 
     def fits(self, expected: Arrival) -> bool:
         """Whether it is what was expected, as far as the one who saw it can tell."""
+        if self is Arrival.ABSENT:
+            return expected is Arrival.REFUSED
         return self is expected or (self is Arrival.ARRIVED and expected.is_there)
 
 
@@ -238,34 +241,36 @@ def predict(plan: RackPlan, requester: Peer, target: Peer, platform: Platform) -
     node, iommu = plan.nodes[requester.node], plan.topology.nodes[requester.node].iommu
     near = nearness(node, requester.client, target.client)
     memory = target.provider or target.client
+    decision, redirects = decide(node, memory, requester.client, platform, iommu)
+    route = hardware_route(node, requester.client, memory, platform.redirecting)
+    moves = dict(_moves(requester, target, iommu, route, decision.kind))
+    return Prediction(links or near, near, decision, route, redirects, moves)
+
+
+def decide(
+    node: NodePlan, provider: Function, client: Function, platform: Platform, iommu: Iommu
+) -> tuple[Decision, tuple[str, ...]]:
+    """What Linux must make of a pair, and which ports it then finds in the way."""
     said = p2p_decision(
         node,
-        memory,
-        requester.client,
+        provider,
+        client,
         # Linux trusts nothing that it does not know.
         cpu=platform.cpu or Cpu("", 0),
         redirecting=platform.redirecting,
         host_bridge=platform.host_bridge,
     )
-    kind = kind_of(said.map_type, iommu)
-    decision = Decision(kind, None if kind is MapKind.NONE else said.distance)
-    route = hardware_route(node, requester.client, memory, platform.redirecting)
-    moves = dict(_moves(requester, target, iommu, route, kind))
-    return Prediction(links or near, near, decision, route, said.redirects, moves)
+    kind = _kind_of(said.map_type, iommu)
+    return Decision(kind, None if kind is MapKind.NONE else said.distance), said.redirects
 
 
-def kind_of(map_type: MapType, iommu: Iommu) -> MapKind:
+def _kind_of(map_type: MapType, iommu: Iommu) -> MapKind:
     """What a driver gets: through the host bridge, the IOMMU translates if the kernel uses it."""
     if map_type is MapType.NONE:
         return MapKind.NONE
     if map_type is MapType.BUS:
         return MapKind.BUS
-    return MapKind.IOVA if translates_by_default(iommu) else MapKind.PHYSICAL
-
-
-def translates_by_default(iommu: Iommu) -> bool:
-    """Whether the kernel's own drivers get IOVAs."""
-    return iommu.mode not in ("off", "passthrough")
+    return MapKind.PHYSICAL if iommu.mode in ("off", "passthrough") else MapKind.IOVA
 
 
 def has_containers(iommu: Iommu) -> bool:

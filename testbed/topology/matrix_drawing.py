@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
+from itertools import zip_longest
+from textwrap import wrap
 from typing import TypeVar
 
 from rich.box import SIMPLE_HEAD
@@ -47,8 +49,14 @@ _ARRIVAL_TEXTS = {
     Arrival.ROOT: "bytes arrived through the root complex, untranslated",
     Arrival.ARRIVED: "bytes arrived (this engine does not tell by which path)",
     Arrival.REFUSED: "bytes did not arrive: a fault, or the kernel's EINVAL",
+    Arrival.ABSENT: "bytes did not arrive; nothing here tells whether they were refused",
     Arrival.LOST: "bytes did not arrive, and nobody refused them",
 }
+_DIFFERS_TEXT = (
+    "Linux minds the ACS of every port on the way, hardware only that of the port of entry: it "
+    "routes what Linux does not allow"
+)
+_LABEL_WIDTH = 8
 _LABELS = ("", "predicted", "kernel", "measured")
 DISAGREES, DIFFERS = "!", "~"
 _PADDING = 2
@@ -61,8 +69,10 @@ def text(matrix: Matrix, width: int) -> str:
     lines = ["peers: each row does DMA to the memory of each column", ""]
     for columns in _chunks(matrix, width):
         lines += [_table(matrix, columns, width), ""]
-    lines += _legend(matrix)
-    lines += [f"note: {note}" for note in matrix.notes]
+    for label, meaning in _legend(matrix):
+        wrapped = wrap(meaning, width - _LABEL_WIDTH - 3) or [""]
+        for part, name in zip_longest(wrapped, [label], fillvalue=""):
+            lines.append(f"  {name:<{_LABEL_WIDTH}} {part}")
     return "\n".join(lines)
 
 
@@ -115,13 +125,13 @@ def _lines(matrix: Matrix, cell: Cell) -> list[str]:
     return [line for line, shown in zip(lines, _shown(matrix), strict=True) if shown]
 
 
-def _legend(matrix: Matrix) -> Iterator[str]:
+def _legend(matrix: Matrix) -> Iterator[tuple[str, str]]:
     """Only what occurs."""
     cells = list(matrix.cells.values())
     words = [word for cell in cells for word in cell.predicted.word.split("+")]
     for kind, prefix in LINK_WORDS.items():
         if any(word.startswith(prefix) and word[len(prefix) :].isdigit() for word in words):
-            yield f"  {prefix + '#':<8} a private {LINK_NAMES[kind]} of # lanes or links"
+            yield f"{prefix}#", f"a private {LINK_NAMES[kind]} of # lanes or links"
     yield from _explained(_NEAR_TEXTS, [Near.SELF, *words])
     decisions = [each for c in cells for each in (c.predicted.decision, c.kernel)]
     yield from _explained(_KIND_TEXTS, [d.kind for d in decisions if not isinstance(d, Unknown)])
@@ -133,20 +143,17 @@ def _legend(matrix: Matrix) -> Iterator[str]:
         *((cell.measured for cell in cells) if matrix.has_measured else ()),
     ]
     whys = dict.fromkeys(value.why for value in asked if isinstance(value, Unknown))
-    for position, why in enumerate(whys):
-        yield f"  {'-' if not position else '':<8} {why}"
+    yield from (("" if position else "-", why) for position, why in enumerate(whys))
     if any(cell.notes for cell in cells):
-        yield f"  {DIFFERS:<8} Linux minds the ACS of every port on the way, hardware only that of"
-        yield f"  {'':<8} the port of entry: it routes what Linux does not allow"
+        yield DIFFERS, _DIFFERS_TEXT
     if any(cell.disagreements for cell in cells):
-        yield f"  {DISAGREES:<8} DISAGREES, see below"
+        yield DISAGREES, "DISAGREES, see below"
+    yield from (("note", note) for note in matrix.notes)
 
 
-def _explained(texts: Mapping[_Word, str], seen: Iterable[object]) -> Iterator[str]:
+def _explained(texts: Mapping[_Word, str], seen: Iterable[object]) -> Iterator[tuple[str, str]]:
     words = set(map(str, seen))
-    for word, meaning in texts.items():
-        if word in words:
-            yield f"  {word:<8} {meaning}"
+    yield from ((word, meaning) for word, meaning in texts.items() if word in words)
 
 
 # --- one cell
