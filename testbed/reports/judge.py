@@ -88,7 +88,7 @@ def judge(report: Report, scene: Scene) -> tuple[Held, ...]:
             ("when_fixed", report.expect.when_fixed),
         )
         for name, condition in conditions.items()
-        for judgement in [_judge(condition, scene)]
+        for judgement in [judge_condition(condition, scene)]
     )
 
 
@@ -119,7 +119,8 @@ def _all(held: list[Held]) -> str:
     return "; ".join(each.name for each in held)
 
 
-def _judge(condition: Condition, scene: Scene) -> Judgement:
+def judge_condition(condition: Condition, scene: Scene) -> Judgement:
+    """One condition."""
     if isinstance(condition, MachineLost):
         return _lost(condition, scene.console)
     if scene.console is not None:
