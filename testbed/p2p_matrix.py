@@ -17,6 +17,7 @@ from testbed.guest import modules
 from testbed.p2p_moves import DiskMoves, engine_moves
 from testbed.rack import Rack, RackNode
 from testbed.suites.kernel_p2p import MODULE, Tree, decisions, platform_of, providing
+from testbed.suites.memory import PROVIDED_BYTES
 from testbed.topology.matrix import (
     Decision,
     Findings,
@@ -26,6 +27,7 @@ from testbed.topology.matrix import (
 )
 from testbed.topology.peers import Peer, peers
 from testbed.topology.plan import Function, Role
+from testbed.topology.units import format_size
 
 _OTHER_MACHINE = Unknown("the two are in different machines")
 
@@ -137,6 +139,9 @@ def _provider_of(node: RackNode, target: Peer, tree: Tree) -> Iterator[Function]
     provider = target.provider
     if provider is None:
         raise _Refused(target.lacks_memory)
+    if provider.role is Role.VRAM and provider.vram_size_bytes < PROVIDED_BYTES:
+        least = format_size(PROVIDED_BYTES)
+        raise _Refused(f"{provider.name} is too small: Linux wants {least} of peer-to-peer memory")
     driver = next((d["driver"] for d in tree if d["bdf"] == provider.bdf), "")
     if provider.role is Role.VRAM and driver:
         raise _Refused(f"{provider.name} belongs to the driver {driver}")

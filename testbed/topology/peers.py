@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from testbed.topology.model import Topology
 from testbed.topology.oracle import ports_above
-from testbed.topology.plan import Function, NodePlan, RackPlan, Role
+from testbed.topology.plan import MODEL_KINDS, Function, NodePlan, RackPlan, Role
 
 # Private links, as `NV4` is four NVLinks to nvidia-smi: the number is the link's width.
 LINK_WORDS = {"nvlink": "NV", "xgmi": "XG", "xelink": "XL", "ual": "UA"}
@@ -45,7 +45,7 @@ class Peer:
     @property
     def routes(self) -> bool:
         """Its requests go as its switches route them; QEMU sends those of its own devices up."""
-        return self.client.role is not Role.NVME and self.client.kind in ("model", "model-nic")
+        return self.client.kind in MODEL_KINDS
 
     @property
     def lacks_memory(self) -> str:

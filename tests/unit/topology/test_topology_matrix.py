@@ -158,6 +158,16 @@ def test_the_iommus_mode_decides_what_is_between(
     assert (found.decision.kind, dict(found.moves)) == (kind, moves)
 
 
+def test_a_device_of_ones_own_is_routed_as_a_model_is() -> None:
+    text = (
+        "rack: r\nnodes: {h: {pcie: [{root_port: p, below: [{switch: s, below: "
+        "[{gpu: a, vram: 16M}, {device: c, model: 'x.py:C', bars: 1M}]}]}]}}\n"
+    )
+    plan = place(load.load_text(text, "r", {}))
+    assert "QEMU" not in explanation(plan, "c", "a")
+    assert "routed to the peer" in explanation(plan, "c", "a")
+
+
 def test_linux_may_be_stricter_than_hardware_and_that_is_no_disagreement() -> None:
     plan = shipped("nested-switches")
     measured = Measured({Way.RAW: Arrival.PEER, Way.IOVA: Arrival.IOMMU})
