@@ -48,6 +48,7 @@ registry.area("nvme", "guest_agent.storage_methods")
 registry.area("p2pmem", "guest_agent.storage_methods")
 registry.area("acs", "guest_agent.storage_methods")
 registry.area("dmabuf", "guest_agent.dmabuf_methods")
+registry.area("driver", "guest_agent.driver_methods")
 
 
 class Agent(KernelMethods):

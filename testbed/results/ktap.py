@@ -50,6 +50,14 @@ class KtapStream:
         self._number += 1
         self._write(_result_line(self._number, Outcome((), name, verdict, reason)))
 
+    def parts(self, name: str, outcomes: Sequence[Outcome]) -> None:
+        """A whole subtest at once, and its result."""
+        below = self.subtest(name)
+        below.plan(len(outcomes))
+        for outcome in outcomes:
+            below.outcome(outcome)
+        self.subtest_ended(name, outcomes)
+
     def end(self, note: str = "") -> None:
         """Nothing more will come; says so where tests of the plan were not run."""
         missing = (self._planned or 0) - self._number

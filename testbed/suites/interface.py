@@ -8,6 +8,7 @@ from mmap import mmap
 from pathlib import Path
 from typing import Any, Protocol
 
+from testbed.errors import LinkLost, TestbedError
 from testbed.topology.model import Topology
 from testbed.topology.plan import NodePlan, RackPlan
 
@@ -26,6 +27,51 @@ class Models(Protocol):
         """What a device saw, or what shall go wrong; DeviceLost, HostError."""
 
 
+class CommandResult(Protocol):
+    """What a command in the guest ended with."""
+
+    @property
+    def exit_status(self) -> int:
+        """Its exit status; -1 if a signal killed it."""
+
+    @property
+    def stdout(self) -> bytes:
+        """All that it printed."""
+
+    @property
+    def stderr(self) -> bytes:
+        """All that it complained."""
+
+
+class Channel(Protocol):
+    """A command that runs in the guest."""
+
+    def settimeout(self, timeout: float | None, /) -> None:
+        """Bounds :meth:`recv`, which then raises TimeoutError."""
+
+    def recv(self, nbytes: int, /) -> bytes:
+        """Some of its standard output, or none at the end."""
+
+    def exit_status_ready(self) -> bool:
+        """It has ended."""
+
+    def recv_exit_status(self) -> int:
+        """Its exit status, -1 if there is none."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+class Link(Protocol):
+    """A way to start commands in the guest; LinkLost if it broke."""
+
+    def open_channel(self, command: str, *, timeout_s: float = 20.0) -> Channel:
+        """Start a line for the guest's shell."""
+
+    def run(self, command: str, *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
+        """Run one to its end."""
+
+
 class RackNode(Protocol):
     """One machine of a running rack."""
 
@@ -40,6 +86,13 @@ class RackNode(Protocol):
     @property
     def agent(self) -> Agent:
         """Its agent."""
+
+    @property
+    def link(self) -> Link:
+        """Its shell, for programs that are not the agent."""
+
+    def blame(self, error: LinkLost) -> TestbedError:
+        """Why the link broke: the machine's end, if that was it."""
 
     @property
     def models(self) -> Models:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from testbed.results.evidence import Evidence, Note
 from testbed.results.judging import Judgement
+from testbed.results.verdicts import Outcome
 
 
 class Refuted(AssertionError):
@@ -17,6 +18,7 @@ class Observer:
     def __init__(self) -> None:
         self._evidence: list[Evidence] = []
         self._conclusion = ""
+        self.parts: tuple[Outcome, ...] = ()
 
     @property
     def evidence(self) -> tuple[Evidence, ...]:
@@ -46,6 +48,10 @@ class Observer:
         self._conclusion = judgement.reason
         if not judgement.holds:
             raise Refuted(judgement.reason)
+
+    def report(self, *parts: Outcome) -> None:
+        """What a test that ran other tests says: their outcomes, in place of its own."""
+        self.parts += parts
 
     def conclude(self, text: str) -> None:
         """What the test has shown if nothing more goes wrong."""

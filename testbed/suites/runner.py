@@ -24,6 +24,7 @@ import pytest
 from rich.console import Console
 
 from testbed.errors import CapabilityMissing, Diagnostic, ExitCode, InputError
+from testbed.payload.collection import Payload
 from testbed.results import junit, record
 from testbed.results.ktap import KtapStream
 from testbed.results.table import print_table
@@ -44,6 +45,9 @@ SUITES = {
     "p2p-kernel": ("p2p_kernel.py", "p2p_oracle.py"),
     "p2p-dmabuf": ("p2p_dmabuf.py", "p2p_dmabuf_life.py", "p2p_dmabuf_vfio.py"),
 }
+# Suites that run what the user brings; `all` does not mean them.
+KSELFTEST = "kselftest"
+PAYLOAD_SUITES = {KSELFTEST: ("kselftest.py",)}
 DEFAULT_SUITE = "p2p-iommu"
 ALL_SUITES = "all"
 PYTEST_LOG = "pytest.log"
@@ -69,12 +73,14 @@ class Choice:
         (``path[::test]``); none means the first suite.
     ``keyword``   as pytest's ``-k``; the gates of what it chooses run too.
     ``reports``   what the command line says over bug reports among the suites.
+    ``payload``   what the suite ``kselftest`` runs.
     """
 
     suites: Sequence[str] = ()
     keyword: str = ""
     mutation: Mutation = Mutation.NONE
     reports: ReportOptions | None = None
+    payload: Payload | None = None
 
 
 def run_engines(
@@ -172,6 +178,8 @@ def _run_session(
         mutation=choice.mutation,
         on_plan=ktap.plan,
         on_outcome=ktap.outcome,
+        on_parts=ktap.parts,
+        payload=choice.payload,
         report_options=choice.reports,
     )
     ini = run_dir / _PYTEST_INI
@@ -275,11 +283,12 @@ class _Writer:
 def _suite_paths(word: str) -> list[str]:
     if word == ALL_SUITES:
         return [path for name in SUITES for path in _suite_paths(name)]
-    if word in SUITES:
-        return [str(Path(__file__).with_name(module)) for module in SUITES[word]]
+    modules = {**SUITES, **PAYLOAD_SUITES}
+    if word in modules:
+        return [str(Path(__file__).with_name(module)) for module in modules[word]]
     path = word.partition("::")[0]
     if not Path(path).exists():
-        known = ", ".join([*SUITES, ALL_SUITES])
+        known = ", ".join([*modules, ALL_SUITES])
         raise InputError(
             diagnostics=[Diagnostic(word, 0, 0, "no such suite or file", f"{known}, or a path")]
         )

@@ -9,13 +9,14 @@ SKIP; any other exception is ERROR. The phases of a test combine to the worst. N
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 
 from testbed.errors import CapabilityMissing, LostError
+from testbed.payload.collection import Payload
 from testbed.results.record import DeviceRecord
 from testbed.results.report_record import ReportRecord
 from testbed.results.verdicts import Outcome, Verdict, combine
@@ -59,8 +60,11 @@ class ConformanceSession:
 
     :param on_plan: is told how many tests there will be.
     :param on_outcome: is told each outcome as soon as it is there.
+    :param on_parts: is told the outcomes of a test that ran other tests.
+    :param payload: what such a test runs, if the session has one.
     :param on_end: is called last, when the racks have ended.
     :param report_options: for bug reports among the tests; pytest's own options if None.
+    :param payload: what a test runs that runs other tests, if the session has one.
     """
 
     def __init__(
@@ -70,10 +74,13 @@ class ConformanceSession:
         mutation: Mutation = Mutation.NONE,
         on_plan: Callable[[int], None] = lambda _: None,
         on_outcome: Callable[[Outcome], None] = lambda _: None,
+        on_parts: Callable[[str, Sequence[Outcome]], None] = lambda _name, _parts: None,
         on_end: Callable[[ConformanceSession], object] = lambda _: None,
         report_options: ReportOptions | None = None,
+        payload: Payload | None = None,
     ) -> None:
         self.pool = RackPool(source)
+        self.payload = payload
         self.report_options = report_options
         self.reports: list[ReportRecord] = []  # bug reports among the tests
         self.mutation = mutation
@@ -84,6 +91,7 @@ class ConformanceSession:
         self._waited_s = 0.0
         self._on_plan = on_plan
         self._on_outcome = on_outcome
+        self._on_parts = on_parts
         self._on_end = on_end
 
     # What tests use, through the fixtures
@@ -189,18 +197,22 @@ class ConformanceSession:
             verdict = Verdict.SKIP
         ending = next((e for e in endings if e.verdict is verdict), None)
         duration_s = item.stash[_DURATION]
-        self._emit(
-            Outcome(
-                requirements=_marked(item, REQUIREMENT),
-                test=_test_name(item),
-                verdict=verdict,
-                reason=ending.reason if ending else observer.conclusion,
-                evidence=observer.evidence,
-                duration_s=round(duration_s, 3),
-                details=ending.details if ending else "",
-                console_tail=ending.console_tail if ending else "",
-            )
+        outcome = Outcome(
+            requirements=_marked(item, REQUIREMENT),
+            test=_test_name(item),
+            verdict=verdict,
+            reason=ending.reason if ending else observer.conclusion,
+            evidence=observer.evidence,
+            duration_s=round(duration_s, 3),
+            details=ending.details if ending else "",
+            console_tail=ending.console_tail if ending else "",
         )
+        if observer.parts:
+            parts = observer.parts if verdict is Verdict.PASS else (*observer.parts, outcome)
+            self.outcomes += parts
+            self._on_parts(outcome.test, parts)
+        else:
+            self._emit(outcome)
         lost = any(ending.verdict is Verdict.LOST for ending in endings)
         for rack in self.pool.all():
             if rack.is_dead or (lost and rack.touched):

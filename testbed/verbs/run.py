@@ -20,6 +20,7 @@ from testbed.verbs.common import (
     settings_option,
     trust_option,
 )
+from testbed.verbs.payload import PayloadWords, payload_options
 
 DEFAULT_TOPOLOGY = "quad-gpu"
 
@@ -44,6 +45,7 @@ DEFAULT_TOPOLOGY = "quad-gpu"
 @override_options
 @engine_option("all")
 @trust_option
+@payload_options
 @click.option("--qemu", metavar="PATH", help="Another QEMU than the tool root's.")
 @click.option(
     "--break",
@@ -77,6 +79,7 @@ def run(
     iommu_mode: str | None,
     engine: str | None,
     trust: bool,
+    words: PayloadWords,
     qemu: str | None,
     mutation: str,
     output: Path | None,
@@ -86,8 +89,9 @@ def run(
     """Run conformance SUITEs (p2p-iommu if none is named) and say PASS, FAIL, SKIP, LOST, ERROR.
 
     A SUITE is a shipped one by its name (--list), `all`, a pytest file of your own, or a bug
-    report (*.report.yaml; it passes if FIXED, and -s sets its own vars). KTAP goes
-    to stdout, a table to stderr, and the run folder keeps the record, JUnit XML, logs and every
+    report (*.report.yaml; it passes if FIXED, and -s sets its own vars). `kselftest` runs the
+    kernel's own selftests, as your checkout built them (docs/kselftest.md). KTAP goes to stdout, a
+    table to stderr, and the run folder keeps the record, JUnit XML, logs and every
     stage's product.
     """
     from testbed import deploy
@@ -99,10 +103,11 @@ def run(
     from testbed.suites.mutations import parse_mutation
     from testbed.suites.sources import RunningSource, TopologySource
     from testbed.topology.model import with_overrides
+    from testbed.topology.placement import place
     from testbed.verbs.install import install_for
 
     if only_list:
-        for name in runner.SUITES:
+        for name in (*runner.SUITES, *runner.PAYLOAD_SUITES):
             click.echo(name)
         return 0
     if rack and (topology or settings or kernel or iommu_mode or engine):
@@ -121,6 +126,7 @@ def run(
             engine=None if engine == "all" else engine,
             trust=trust,
         )
+    payload = words.payload(suites, kernel, place(wanted) if wanted else None)
     run_dir = output or deploy.new_run_dir(rack or (wanted.rack if wanted else "run"))
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -128,7 +134,7 @@ def run(
         raise InputError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
     overrides = Overrides(kernel, iommu_mode, None if engine == "all" else engine, qemu)
     reports = ReportOptions(parse_settings(settings) if only_reports else {}, overrides, trust)
-    choice = runner.Choice(suites, keyword, chosen, reports)
+    choice = runner.Choice(suites, keyword, chosen, reports, payload)
     stream = io.StringIO() if form == "json" else sys.stdout
     if wanted is not None:
         install_for([wanted], qemu=qemu)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from guest_agent.pattern import pattern
-from testbed.errors import AgentError, HostError, LinkLost
+from testbed.errors import AgentError, HostError, LinkLost, TestbedError
 from testbed.machine.command import QEMU_LOG
+from testbed.suites.interface import Channel, CommandResult, Link
 from testbed.topology import load, oracle
 from testbed.topology.model import Topology
 from testbed.topology.placement import place
@@ -72,6 +73,16 @@ class NoModels:
         raise HostError(f"no models: {method}")
 
 
+class NoLink:
+    """Nobody answers."""
+
+    def open_channel(self, command: str, *, timeout_s: float = 20.0) -> Channel:
+        raise LinkLost(f"no shell for {command}", node="fake")
+
+    def run(self, command: str, *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
+        raise LinkLost(f"no shell for {command}", node="fake")
+
+
 @dataclass
 class FakeNode:
     """One machine."""
@@ -90,6 +101,7 @@ class FakeNode:
         self.folder = self.log_dir
         self.agent = FakeAgent(self, self.dies_on)
         self.models = NoModels()
+        self.link: Link = NoLink()
         self.iommu = self.topology.nodes[self.name].iommu
         self.log_dir.mkdir(parents=True, exist_ok=True)
         (self.log_dir / QEMU_LOG).touch()
@@ -116,6 +128,9 @@ class FakeNode:
         return mmap(self._fds[function.name], size_bytes)
 
     # The host's side
+
+    def blame(self, error: LinkLost) -> TestbedError:
+        return error
 
     def host_memory(self, function: str) -> mmap:
         return mmap(self._fds[function], 0)
