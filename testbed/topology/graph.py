@@ -203,8 +203,9 @@ def layout(plan: RackPlan) -> Picture:
 
 
 def _node_detail(spec: Node) -> str:
-    iommu = "no IOMMU" if spec.iommu.kind == "none" else f"{spec.iommu.kind} IOMMU"
-    return f"cpu {spec.machine.cpu}, {iommu}, {spec.iommu.mode}"
+    iommu = spec.iommu
+    words = "no IOMMU" if iommu.kind == "none" else f"{iommu.kind} IOMMU, {iommu.mode}"
+    return f"cpu {spec.machine.cpu}, {words}"
 
 
 @dataclass(frozen=True)
