@@ -14,6 +14,7 @@ from guest_agent.pattern import pattern
 from testbed.devices import find_device
 from testbed.errors import CapabilityMissing, TestbedError
 from testbed.guest import modules
+from testbed.reports import closed
 from testbed.reports.guest import read_config, run_command, write_config
 from testbed.reports.model import Report
 from testbed.reports.places import PlaceFound, find_functions, find_place, values_of_devices
@@ -35,6 +36,7 @@ from testbed.reports.steps import (
     Module,
     Open,
     P2pMem,
+    Pattern,
     Step,
     Transfer,
     Unmap,
@@ -43,8 +45,9 @@ from testbed.reports.steps import (
     Write32,
 )
 from testbed.results.evidence import Note, Witness
-from testbed.results.judging import Judgement
+from testbed.results.judging import PAGE_BYTES, Judgement
 from testbed.suites.bench import Bench, CopyStatus, Engine, dma_functions
+from testbed.suites.faults import FaultWatch, watch_machine
 from testbed.suites.interface import Rack, RackNode
 from testbed.suites.mapper import Mapping as Mapped
 from testbed.suites.memory import Memory, sha256
@@ -100,6 +103,9 @@ class Stage:
                 return Seen()
             case Fill():
                 return self._fill(step)
+            case Pattern():
+                data = pattern(step.seed, 0, step.size_bytes)
+                return Seen({**_pattern_values(step), "hex": data.hex()})
             case Checksum():
                 return self._checksum(step)
             case Copy() | Write32():
@@ -193,6 +199,14 @@ class Stage:
         nodes = {name: node for name, (node, _) in self._buffers.items()}
         return find_place(self.rack.plan, word, nodes, self._provided)
 
+    def _is_closed(self, place: PlaceFound) -> bool:
+        """A BAR of a device that was not opened: a driver of the kernel's may have it."""
+        function = place.function
+        return function is not None and not any(
+            node == place.node and function.device in devices
+            for node, devices, _, _ in self._benches
+        )
+
     def _memory(self, place: PlaceFound) -> Memory:
         """A BAR or a buffer."""
         if place.function is None or place.bar is None:
@@ -238,10 +252,12 @@ class Stage:
             self._provided[place.name].fill(step.seed)
         elif place.is_disk and place.function is not None:
             self._disks_of(place.node).fill(place.function, step.seed)
+        elif self._is_closed(place):
+            data = pattern(step.seed, 0, step.size_bytes)
+            closed.write(self._node(place.node), place, step.offset, data)
         else:
             self._memory(place).fill(step.offset, step.size_bytes, step.seed)
-        digest = sha256(pattern(step.seed, 0, step.size_bytes))
-        return Seen({"seed": step.seed, "size": step.size_bytes, "sha256": digest})
+        return Seen(_pattern_values(step))
 
     def _checksum(self, step: Checksum) -> Seen:
         place = self._place(step.memory)
@@ -253,6 +269,8 @@ class Stage:
             name = f"{provided.provider.name}.cmb"
         elif place.is_disk and place.function is not None:
             read = self._disks_of(place.node).judge(place.function, nothing)
+        elif self._is_closed(place):
+            read = closed.judge(self._node(place.node), place, step.offset, nothing)
         else:
             read = self._memory(place).judge(step.offset, nothing)
         guest, host = _digests(read)
@@ -363,8 +381,18 @@ class Stage:
 
     def _call(self, step: Call) -> Seen:
         parameters = resolve(step.parameters, self.scope)
-        answer = self._node(step.node).agent.call(step.method, step.timeout_s, **parameters)
-        return Seen(dict(_flat(answer)))
+        node = self._node(step.node)
+        if not step.watch:
+            return Seen(dict(_flat(node.agent.call(step.method, step.timeout_s, **parameters))))
+        with FaultWatch(node, machine_watched=watch_machine(node)) as watch:
+            answer = node.agent.call(step.method, step.timeout_s, **parameters)
+        values = {**dict(_flat(answer)), "faults": watch.window.count}
+        return Seen(values, window=watch.window, size_bytes=PAGE_BYTES)
+
+
+def _pattern_values(step: Fill | Pattern) -> dict[str, Any]:
+    digest = sha256(pattern(step.seed, 0, step.size_bytes))
+    return {"seed": step.seed, "size": step.size_bytes, "sha256": digest}
 
 
 def _digests(read: Judgement) -> tuple[str, str | None]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from testbed.reports.conditions import Condition, Faulted, MachineLost
+from testbed.reports.conditions import Condition, Faulted, MachineLost, NoFault
 from testbed.reports.conditions import Path as PathCondition
 from testbed.reports.model import Report
 from testbed.reports.places import NoSuchPlace, fields_of_devices, find_functions, find_place
@@ -20,6 +20,7 @@ from testbed.reports.steps import (
     FAILURE,
     Acs,
     Buffer,
+    Call,
     Checksum,
     Close,
     Config,
@@ -272,9 +273,12 @@ def _memory(step: Map | Fill | Checksum, path: DataPath, known: _Known) -> Itera
     except NoSuchPlace as error:
         yield Problem(where, error.message, error.expected, error.nearest)
         return
-    if place.bar is not None:
-        functions = [(place.node, place.function)] if place.function else []
-        yield from _is_open(functions, step.memory, where, known)
+    if place.bar is not None and place.function is not None:
+        functions = [(place.node, place.function)]
+        whole_pages = not isinstance(step, Map) and not (step.offset | step.size_bytes) % 4096
+        is_vram = place.function.role is Role.VRAM
+        if not (is_vram and whole_pages):  # as the processor sees it, whoever drives the device
+            yield from _is_open(functions, step.memory, where, known)
     if isinstance(step, Map):
         if place.is_disk or place.is_p2pmem:
             yield Problem(where, f"'{step.memory}' cannot be mapped", "a BAR or a buffer")
@@ -301,14 +305,17 @@ def _node(name: str, path: DataPath, known: _Known) -> Iterator[Problem]:
 def _wrong_condition(
     condition: Condition, report: Report, path: DataPath, known: _Known
 ) -> Iterator[Problem]:
+    word = getattr(condition, "step", "")
+    step = next((each for each in report.steps if each.name == word), None)
+    if isinstance(condition, Faulted | NoFault) and isinstance(step, Call) and not step.watch:
+        message = f"nobody watches for faults of '{word}'"
+        yield Problem((*path, condition.kind), message, "'watch: true' in that step")
     if isinstance(condition, Faulted):
         yield from _functions(condition.requester, (*path, "by"), known)
-    if isinstance(condition, PathCondition):
-        step = next((s for s in report.steps if s.name == condition.step), None)
-        if isinstance(step, Copy | Write32):
-            functions = yield from _functions(step.engine, (*path, "path"), known)
-            if functions and not any(f.kind in MODEL_KINDS for _, f in functions):
-                message = f"'{step.engine}' keeps no count of its paths"
-                yield Problem((*path, "path"), message, "engine: model")
+    if isinstance(condition, PathCondition) and isinstance(step, Copy | Write32):
+        functions = yield from _functions(step.engine, (*path, "path"), known)
+        if functions and not any(f.kind in MODEL_KINDS for _, f in functions):
+            message = f"'{step.engine}' keeps no count of its paths"
+            yield Problem((*path, "path"), message, "engine: model")
     if isinstance(condition, MachineLost) and path[1] == "when_fixed":
         yield Problem((*path, "lost"), "a machine that dies is not fixed", at_key=True)

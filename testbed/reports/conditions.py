@@ -14,7 +14,8 @@ from testbed.reports.fields import Address, Device, Line, Refers, StepName, Valu
 from testbed.topology.fields import rule_error
 from testbed.topology.machine import Entries, Strict
 
-_WATCHED = ("copy", "write32", "transfer")
+_WATCHED = ("copy", "write32", "transfer", "call")
+_PATTERNS = ("fill", "pattern")
 PathName = Literal["iommu", "peer", "link", "network", "local"]
 Reason = Annotated[int, Field(strict=True, ge=0, le=255)]
 
@@ -30,10 +31,10 @@ class BytesAre(Condition):
     """What was read is the pattern that a `fill` wrote, by all witnesses; or (`are_not`) is not."""
 
     kind = "bytes"
-    refers: ClassVar[Refers] = {"bytes": ("checksum",), "are": ("fill",), "are_not": ("fill",)}
+    refers: ClassVar[Refers] = {"bytes": ("checksum",), "are": _PATTERNS, "are_not": _PATTERNS}
     read: StepName = Field(alias="bytes", description="The `checksum` that read.")
-    are: StepName | None = Field(None, description="The `fill` whose bytes they are.")
-    are_not: StepName | None = Field(None, description="The `fill` whose bytes they are not.")
+    are: StepName | None = Field(None, description="The `fill` or `pattern` whose bytes they are.")
+    are_not: StepName | None = Field(None, description="That whose bytes they are not.")
 
     @model_validator(mode="after")
     def _one_of_two(self) -> BytesAre:

@@ -25,6 +25,7 @@ from testbed.suites.interface import Rack, RackSource
 
 RACK = "rack"
 _DETAIL_FRAMES = 6
+_KEPT_CHARACTERS = 2000  # of each text that a step saw; conditions have all of it
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,8 @@ class _Run:
         seen = replace(seen, values={"errno": "", "error": "", **seen.values})
         if step.name is not None:
             stage.seen[step.name] = seen
-        self._done.append(StepDone(number, words, seen.values, time.monotonic() - began_s))
+        values = {name: _kept(value) for name, value in seen.values.items()}
+        self._done.append(StepDone(number, words, values, time.monotonic() - began_s))
         self._noted += seen.evidence
         for name, wanted in step.expect.items():
             value = resolve(wanted, stage.scope)
@@ -193,6 +195,13 @@ def words_of(step: Step) -> str:
     value = data[step.kind]
     text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return f"{step.kind} {text.splitlines()[0][:60] if text else ''}".rstrip()
+
+
+def _kept(value: Any) -> Any:
+    """For the record: a text of moderate length."""
+    if isinstance(value, str) and len(value) > _KEPT_CHARACTERS:
+        return value[:_KEPT_CHARACTERS] + "…"
+    return value
 
 
 def _one_line(error: TestbedError) -> str:

@@ -135,6 +135,15 @@ class Fill(Step):
     seed: Seed = Field(description="Which pattern; each seed is another.")
 
 
+class Pattern(Step):
+    """The bytes that a `fill` would write, for a `call` that wants them."""
+
+    kind = "pattern"
+    results = ("seed", "size", "sha256", "hex")
+    seed: Seed = Field(alias="pattern", description="Which pattern.")
+    size_bytes: ByteSize = Field(COPY_BYTES, alias="size", description="So much.")
+
+
 class Checksum(Step):
     """Read a memory or disk, by every witness that can: the guest, and the host or the machine."""
 
@@ -266,12 +275,13 @@ class Call(Step):
     parameters: Mapping[str, Any] = Field(
         default_factory=dict, alias="with", description="Its parameters, references put in."
     )
+    watch: Flag = Field(False, description="It does DMA: watch for faults meanwhile.")
     timeout_s: Timeout = Field(30, alias="timeout", description="Seconds.")
     node: NodeName = Field("", description="The node.")
 
 
 STEPS: tuple[type[Step], ...] = (
-    *(Open, Close, Buffer, Map, Unmap, Fill, Checksum, Copy, Write32, P2pMem, Transfer),
+    *(Open, Close, Buffer, Map, Unmap, Fill, Pattern, Checksum, Copy, Write32, P2pMem, Transfer),
     *(Module, Acs, Config, Inject, Unplug, Exec, Wait, KernelLog, Call),
 )
 STEP_OF = {step.kind: step for step in STEPS}
@@ -292,6 +302,7 @@ AnyStep = Annotated[
     | Annotated[Map, Tag("(map)")]
     | Annotated[Unmap, Tag("(unmap)")]
     | Annotated[Fill, Tag("(fill)")]
+    | Annotated[Pattern, Tag("(pattern)")]
     | Annotated[Checksum, Tag("(checksum)")]
     | Annotated[Copy, Tag("(copy)")]
     | Annotated[Write32, Tag("(write32)")]

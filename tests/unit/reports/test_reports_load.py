@@ -58,7 +58,7 @@ WRONG = {
     "neither are nor are_not": (("      are: sent\n", ""), ["which bytes?"]),
     "unknown device": (("[gpu0, gpu1]", "[gpu0, gpu2]"), ["no device 'gpu2'", "'gpu1'"]),
     "port": (("[gpu0, gpu1]", "[gpu0, gpu1, rp0]"), ["'rp0' is a port"]),
-    "not open": (("[gpu0, gpu1]", "[gpu0]"), ["'gpu1.vram' is not open"]),
+    "not open": (("[gpu0, gpu1]", "[gpu1]"), ["'gpu0.vram' is not open"]),
     "opened twice": (("[gpu0, gpu1]", "[gpu0, gpu1, gpu0]"), ["'gpu0' is open already"]),
     "no engine": (("copy: gpu0", "copy: disk"), ["'disk' has no engine; expected a GPU or a NIC"]),
     "unknown memory": (("map: gpu0.vram", "map: gpu0.vran"), ["did you mean 'gpu0.vram'?"]),
@@ -126,6 +126,28 @@ def test_all_faults_of_a_stage_come_at_once() -> None:
     with pytest.raises(InputError) as caught:
         case_of(text)
     assert len(caught.value.diagnostics) >= 3
+
+
+def test_a_call_whose_faults_nobody_watches_shows_none() -> None:
+    call = "  - {call: p2p.router, as: asked}\n  - checksum"
+    text = edited(("  - checksum", call), ("no_fault: dma", "no_fault: asked"))
+    with pytest.raises(InputError, match="nobody watches for faults of 'asked'"):
+        case_of(text)
+    assert case_of(text.replace("as: asked", "as: asked, watch: true"))
+
+
+def test_memory_of_a_device_that_is_not_open_is_read_by_pages() -> None:
+    text = (
+        edited(
+            ("[gpu0, gpu1]", "[gpu0]"),
+            ("  - map: gpu1.vram\n    raw: {{ raw }}\n    as: peer\n", ""),
+        )
+        .replace("peer.bus_address", "source.bus_address")
+        .replace("peer.", "source.")
+    )
+    with pytest.raises(InputError, match=r"'gpu1.vram' is not open"):
+        case_of(text)
+    assert case_of(text.replace("checksum: gpu1.vram\n    size: 64", "checksum: gpu1.vram"))
 
 
 def test_settings_change_its_variables() -> None:
