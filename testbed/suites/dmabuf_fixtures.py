@@ -35,7 +35,7 @@ ArrangeBuffers = Callable[..., Exchange]
 def arrange_buffers(rack: LiveRack, variant: Callable[[str], LiveRack]) -> Iterator[ArrangeBuffers]:
     """``arrange_buffers(...)``: a pair and its modules, or a SKIP that says what the rack lacks.
 
-    ``by_iova``   only a pair whose importer is given addresses that the IOMMU translates.
+    ``routes``    which pairs show it, in this order.
     ``allowed``   False: also a pair that the kernel allows no peer-to-peer DMA.
     ``variant``   the rack's variant to use, "" for the rack itself, whose IOMMU must translate.
     ``vfio``      the exporter is left to VFIO.
@@ -43,7 +43,11 @@ def arrange_buffers(rack: LiveRack, variant: Callable[[str], LiveRack]) -> Itera
     with ExitStack() as stack:
 
         def make(
-            *, by_iova: bool = False, allowed: bool = True, name: str = "", vfio: bool = False
+            routes: tuple[Route, ...] = ROUTES,
+            *,
+            allowed: bool = True,
+            name: str = "",
+            vfio: bool = False,
         ) -> Exchange:
             live = variant(name) if name else rack
             live.get()
@@ -53,7 +57,7 @@ def arrange_buffers(rack: LiveRack, variant: Callable[[str], LiveRack]) -> Itera
                 raise CapabilityMissing(
                     "this rack lacks two GPUs, one of which has an engine (edu or the GPU model)"
                 )
-            node, pair, through_host = _choose(live, pairs, by_iova=by_iova, allowed=allowed)
+            node, pair, through_host = _choose(live, pairs, routes, allowed=allowed)
             iommu = live.topology.nodes[pair.node].iommu
             if not name and (why := why_not_shown(iommu)):
                 raise CapabilityMissing(why)
@@ -80,19 +84,25 @@ def arrange_buffers(rack: LiveRack, variant: Callable[[str], LiveRack]) -> Itera
 
 
 def _choose(
-    live: LiveRack, pairs: list[BufferPair], *, by_iova: bool, allowed: bool
+    live: LiveRack, pairs: list[BufferPair], routes: tuple[Route, ...], *, allowed: bool
 ) -> tuple[RackNode, BufferPair, bool]:
-    """The first pair, by route, that the kernel lets do peer-to-peer DMA; is it by an IOVA?"""
-    for route in ROUTES:
+    """The first pair, by route, that the kernel lets do peer-to-peer DMA, unless any will do.
+
+    And whether the kernel sends it through the host bridge.
+    """
+    for route in routes:
         for pair in pairs:
             if pair.route is not route:
                 continue
             node = live.nodes[pair.node]
             through_host = route in THROUGH_HOST_BRIDGE and is_trusted_amd(node)
-            if through_host or not allowed or (route is Route.SWITCH and not by_iova):
+            if through_host or not allowed or route is Route.SWITCH:
                 return node, pair, through_host
-    if by_iova and not any(pair.route in THROUGH_HOST_BRIDGE for pair in pairs):
-        raise CapabilityMissing("this rack lacks two GPUs without a plain switch in common")
+    if not any(pair.route in routes for pair in pairs):
+        with_or_without = "with" if Route.SWITCH in routes else "without"
+        raise CapabilityMissing(
+            f"this rack lacks two GPUs {with_or_without} a plain switch in common"
+        )
     raise CapabilityMissing("an AMD processor of family 0x17 or later (machine: {cpu: EPYC})")
 
 

@@ -21,7 +21,7 @@ from testbed.suites.dmabuf import (
     Buffer,
     judge_errno,
 )
-from testbed.suites.dmabuf_fixtures import ArrangeBuffers
+from testbed.suites.dmabuf_fixtures import THROUGH_HOST_BRIDGE, ArrangeBuffers
 from testbed.suites.memory import sha256
 from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_dmabuf import both_ends, imported
@@ -30,7 +30,7 @@ pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
 
 STUBBORN = (*REVOCABLE, "stubborn")
 FENCE_MS, UNMAP_MS = 300, 500
-TIMEOUT_MS = 5000
+TIMEOUT_MS = 2000
 SHORT_MS = 300  # for what does not come
 
 
@@ -112,7 +112,7 @@ def test_a_revoke_waits_for_fences_and_unmapping(
 @pytest.mark.requirement("LIFE-04")
 def test_dma_after_a_revoke_faults(arrange_buffers: ArrangeBuffers, observe: Observer) -> None:
     """By the address that was mapped: refused at once, in strict mode."""
-    exchange = arrange_buffers(by_iova=True)
+    exchange = arrange_buffers(THROUGH_HOST_BRIDGE)
     if exchange.iommu.mode != "strict":
         raise CapabilityMissing(f"iommu: {{mode: strict}}, not {exchange.iommu.mode}")
     for mode in ("provider", "pages"):

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite about dma-bufs, on a kernel; and what breaks when an exporter or importer is wrong."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from testbed import deploy
+from testbed.host.prepare import Installation
+from testbed.results.verdicts import Verdict
+from testbed.suites import dmabuf
+from testbed.suites.runner import Choice, run_suites
+from testbed.suites.sources import TopologySource
+from testbed.topology import load
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
+
+# Both devices that the importer module can drive; importers of gpu0's memory come first.
+TOPOLOGY = """\
+rack: buffers
+vars: {cpu: EPYC, engine: model}
+nodes:
+  host0:
+    machine: {cpu: {{ cpu }}, memory: 512M}
+    pcie:
+      - root_port: rp0
+        below:
+          - {gpu: gpu0, vram: 16M, engine: model}
+      - root_port: rp1
+        below:
+          - {gpu: gpu1, vram: 16M, engine: {{ engine }}}
+"""
+# Of drivers/dma-buf/dma-buf-mapping.c in 7.2: a kernel that maps two ranges makes this a PASS.
+KERNEL_BUG = {"MAP-15"}
+ALL = {
+    *(f"MAP-{n}" for n in (11, 12, 13, 14, 15)),
+    *(f"LIFE-{n:02}" for n in (1, 2, 3, 4, 5, 7, 11)),
+    "MAP-03",
+    "NEG-10",
+}
+
+
+@pytest.fixture
+def run(installation: Installation, accelerator: str, tmp_path: Path) -> Any:
+    def act(keyword: str = "", **settings: str) -> tuple[dict[str, Verdict], str]:
+        options = deploy.StartOptions(accelerator=accelerator, installation=installation)
+        stream = io.StringIO()
+        result = run_suites(
+            Choice(["p2p-dmabuf"], keyword),
+            TopologySource(
+                load.load_text(TOPOLOGY, "buffers.yaml", settings), tmp_path, options=options
+            ),
+            tmp_path,
+            stream=stream,
+            console=Console(file=io.StringIO()),
+        )
+        verdicts = {r.requirement: r.verdict for r in result.record.requirements}
+        return verdicts, stream.getvalue()
+
+    return act
+
+
+def test_right_exporters_pass_and_wrong_ones_are_caught(run: Any) -> None:
+    verdicts, ktap = run()
+    assert set(verdicts) == ALL
+    rest = {name: verdict for name, verdict in verdicts.items() if name not in KERNEL_BUG}
+    assert rest == dict.fromkeys(ALL - KERNEL_BUG, Verdict.PASS), ktap
+    assert verdicts["MAP-15"] is Verdict.FAIL, "mended? then say so in ARCHITECTURE"
+    assert "EADDRINUSE" in ktap
+
+
+def test_edu_as_the_independent_check(run: Any) -> None:
+    verdicts, ktap = run("pages or bus_address or faults or vfio_closes", engine="edu")
+    names = {"MAP-11", "MAP-03", "LIFE-02", "LIFE-03", "LIFE-04"}
+    assert verdicts == dict.fromkeys(names, Verdict.PASS), ktap
+
+
+def test_a_processor_whose_host_bridge_linux_does_not_trust(run: Any) -> None:
+    verdicts, ktap = run("p2pdma or acceptance or pages", cpu="max")
+    assert verdicts == {"NEG-10": Verdict.PASS, "MAP-11": Verdict.SKIP}, ktap
+    assert "# SKIP an AMD processor of family 0x17 or later" in ktap
+
+
+@pytest.mark.parametrize(
+    ("wrong", "keyword", "failing"),
+    [
+        ("null-page", "no_cpu or acceptance or told", {"MAP-12", "NEG-10", "LIFE-01"}),
+        ("bus-address", "faults or wide_enough", {"LIFE-04", "MAP-13"}),
+    ],
+)
+def test_an_exporter_that_is_wrong_fails_its_requirements(
+    run: Any, monkeypatch: pytest.MonkeyPatch, wrong: str, keyword: str, failing: set[str]
+) -> None:
+    right = dmabuf.Exchange.export
+
+    def export(self: dmabuf.Exchange, mode: str, *ranges: dmabuf.Range, **options: Any) -> Any:
+        options["revocable"] = False
+        return right(self, wrong if mode == "provider" else mode, *ranges, **options)
+
+    monkeypatch.setattr(dmabuf.Exchange, "export", export)
+    verdicts, ktap = run(keyword)
+    assert {name for name, verdict in verdicts.items() if verdict is Verdict.FAIL} == failing, ktap
+
+
+def test_an_importer_that_does_not_let_go_fails_what_rests_on_it(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = dmabuf.Buffer.attach
+
+    def attach(self: dmabuf.Buffer, manners: Sequence[str], **options: int) -> Any:
+        return right(self, (*manners, "stubborn") if manners else manners, **options)
+
+    monkeypatch.setattr(dmabuf.Buffer, "attach", attach)
+    verdicts, ktap = run("after_a_revoke or fences or stays or move_does")
+    failing = {"LIFE-01", "LIFE-02", "LIFE-03", "LIFE-04", "LIFE-07"}
+    assert {name for name, verdict in verdicts.items() if verdict is Verdict.FAIL} == failing, ktap
