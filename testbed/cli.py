@@ -165,9 +165,10 @@ def _answer(error: BaseException) -> int:
         case KeyboardInterrupt() | click.Abort() | Interrupted():
             click.echo("testbed: interrupted", err=True)
             code = ExitCode.INTERRUPTED
-        case BrokenPipeError():
-            # The reader of our output went away; there is nobody to tell, and Python's own flush
-            # at exit must not complain either.
+        case BrokenPipeError() | SystemExit():
+            # The reader of our output went away (click makes a SystemExit of that, and no verb
+            # raises one); there is nobody to tell, and Python's own flush at exit must not
+            # complain either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = ExitCode.PASS
         case TestbedError():

@@ -162,10 +162,23 @@ def shipped_topologies() -> dict[str, Path]:
 
 
 def find_topology(word: str) -> str | Path:
-    """A file as given, ``-`` for stdin, or a shipped topology by its name."""
+    """A file as given, ``-`` for stdin, or a shipped topology by its name.
+
+    :raises InputError: neither a file nor such a name.
+    """
     if word == "-" or Path(word).exists() or "/" in word or word.endswith((".yaml", ".yml")):
         return word
-    return shipped_topologies().get(word, word)
+    shipped = shipped_topologies()
+    if word not in shipped:
+        from testbed.topology.problem import listing, nearest
+
+        expected = f"a file, or {listing(shipped)}"
+        raise InputError(
+            diagnostics=[
+                Diagnostic(word, 0, 0, "no such topology", expected, nearest(word, shipped))
+            ]
+        )
+    return shipped[word]
 
 
 def load_topology(

@@ -174,7 +174,14 @@ def ps(form: str) -> None:
         return
     lines = [("RACK", "STATE", "NODES", "AGE", "RUN FOLDER")]
     lines += [
-        (r["name"], r["state"], ",".join(r["nodes"]), f"{r['age_s']} s", r["run_dir"]) for r in rows
+        (
+            r["name"],
+            r["state"],
+            ",".join(r["nodes"]),
+            "" if r["age_s"] is None else f"{r['age_s']} s",  # it is only starting
+            r["run_dir"],
+        )
+        for r in rows
     ]
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
     for line in lines:

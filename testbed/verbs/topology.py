@@ -61,7 +61,11 @@ def _expand(files: tuple[str, ...]) -> list[str]:
     found: list[str] = []
     for file in files:
         folder = Path(file)
-        found += sorted(map(str, folder.glob("*.yaml"))) if folder.is_dir() else [file]
+        inside = sorted(map(str, folder.glob("*.yaml"))) if folder.is_dir() else [file]
+        if not inside:
+            # Silence and exit code 0 would read as "all of it is valid".
+            raise InputError(diagnostics=[Diagnostic(file, 0, 0, "no *.yaml is in this folder")])
+        found += inside
     return found
 
 

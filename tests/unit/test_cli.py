@@ -88,8 +88,10 @@ def test_an_option_can_come_from_the_environment() -> None:
     assert "gpu2" not in names
 
 
-def test_a_closed_pipe_is_no_error() -> None:
-    line = f"{sys.executable} -m testbed.cli schema | head -c 1"
+@pytest.mark.parametrize("reader", ["head -c 1", "true"])
+def test_a_closed_pipe_is_no_error(reader: str) -> None:
+    # Without a buffer the first line already meets the closed pipe, in the middle of the verb.
+    line = f"{sys.executable} -u -m testbed.cli schema | {reader}"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", line],
         capture_output=True,
@@ -147,3 +149,16 @@ def test_kernels_are_listed_without_a_mirror(tmp_path: Path) -> None:
     assert "7.2-generic" in done.stdout
     assert "not downloaded" in done.stdout
     assert command("kernel", "show").returncode == 2
+
+
+def test_an_unknown_topology_names_the_nearest_shipped_one() -> None:
+    for words in (["plan", "quad-gpo"], ["validate", "quad-gpo"], ["graph", "quad-gpo"]):
+        done = command(*words)
+        assert done.returncode == 2
+        assert "did you mean 'quad-gpu'?" in done.stdout + done.stderr, words
+
+
+def test_a_folder_without_a_topology_is_not_valid(tmp_path: Path) -> None:
+    done = command("validate", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no *.yaml is in this folder" in done.stderr
