@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from guest_agent.hw.region import Region
     from guest_agent.hw.vfio import VfioContainer, VfioDevice
     from guest_agent.observe.kmsg import KernelLog
+    from guest_agent.p2p_device.room import Room
 
 # ruff: noqa: PLC0415  modules are loaded by the first method that needs them: each costs 10 ms or
 # more on an emulated CPU, and a rack whose suite never copies need not load a driver.
@@ -48,6 +49,7 @@ registry.area("nvme", "guest_agent.storage_methods")
 registry.area("p2pmem", "guest_agent.storage_methods")
 registry.area("acs", "guest_agent.storage_methods")
 registry.area("dmabuf", "guest_agent.dmabuf_methods")
+registry.area("protocol", "guest_agent.protocol_methods")
 registry.area("driver", "guest_agent.driver_methods")
 
 
@@ -58,6 +60,7 @@ class Agent(KernelMethods):
         super().__init__()
         self._containers: dict[int, VfioContainer | RawContainer] = {}
         self.engines: dict[int, Engine] = {}
+        self.room: Room | None = None  # of the methods protocol.*
         self._next = 1
         self._buffers_made: Buffers | None = None
         self._log_made: KernelLog | None = None
@@ -86,6 +89,7 @@ class Agent(KernelMethods):
         if self._log_made is not None:
             attempt(self._log_made.close)
         self.engines.clear()
+        self.room = None  # what it held has been given back with containers and buffers
         self._containers.clear()
         self._buffers_made = self._log_made = None
         return problems
@@ -127,7 +131,8 @@ class Agent(KernelMethods):
             raise ParameterError(f"engine: there is no {number}")
         return self.engines[number]
 
-    def _vfio(self, number: int) -> VfioContainer:
+    def vfio(self, number: int) -> VfioContainer:
+        """A VFIO container. :raises ParameterError: there is none of that number."""
         from guest_agent.hw.vfio import VfioContainer
 
         container = self._containers.get(number)
@@ -139,7 +144,7 @@ class Agent(KernelMethods):
         """A function of a VFIO container. :raises ParameterError: there is none."""
         from guest_agent.hw.vfio import VfioDevice
 
-        device = self._vfio(number).devices.get(bdf)
+        device = self.vfio(number).devices.get(bdf)
         if not isinstance(device, VfioDevice):
             raise ParameterError(f"device: {bdf!r} is not in container {number}")
         return device
@@ -234,7 +239,7 @@ class Agent(KernelMethods):
         write: bool = True,
         page_bytes: int = 0,
     ) -> dict[str, Any]:
-        self._vfio(container).map(
+        self.vfio(container).map(
             self.region("source", source),
             source.get("offset", 0),
             iova,
@@ -247,7 +252,7 @@ class Agent(KernelMethods):
 
     @registry.method("vfio.unmap")
     def _vfio_unmap(self, *, container: int, iova: int, size_bytes: int) -> dict[str, int]:
-        return {"unmapped_bytes": self._vfio(container).unmap(iova, size_bytes)}
+        return {"unmapped_bytes": self.vfio(container).unmap(iova, size_bytes)}
 
     @registry.method("vfio.close")
     @registry.method("raw.close")

@@ -58,7 +58,7 @@ class Core:
         self.fence_timeout_ns = fence_timeout_ns
         self.buffers: dict[str, Buffer] = {}
         self._topology = topology
-        self._forwarder = forwarder
+        self.forwarder = forwarder
 
     def export(
         self,
@@ -109,7 +109,7 @@ class Core:
                     self.policy,
                     allowed=allowed,
                     check=check,
-                    forwarder=self._forwarder,
+                    forwarder=self.forwarder,
                 )
             except OSError as error:
                 report = getattr(error, "report", None)

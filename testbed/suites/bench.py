@@ -160,6 +160,11 @@ class Bench:
         )
 
     @property
+    def container(self) -> int:
+        """The agent's number of the container."""
+        return self._container
+
+    @property
     def mapper(self) -> Mapper:
         """The container's mappings."""
         if self._mapper is None:

@@ -27,6 +27,18 @@ class Mutation(StrEnum):
     SWAP_CHUNKS = "swap-chunks"
     MAP_HOLES = "map-holes"
     TRUST_STATUS = "trust-status"
+    # Of the protocol core in the agent (guest_agent/p2p_device/breaks.py).
+    NEGO_FIRST_OFFER = "nego-first-offer"
+    NEGO_SWALLOW_ERRNO = "nego-swallow-errno"
+    NEGO_SKIP_FENCE = "nego-skip-fence"
+    NEGO_STRAND_IMPORTER = "nego-strand-importer"
+    NEGO_IGNORE_PIN = "nego-ignore-pin"
+    NEGO_HALF_MOVE = "nego-half-move"
+    NEGO_KEEP_MAPPING = "nego-keep-mapping"
+    NEGO_NO_KEEP_ALIVE = "nego-no-keep-alive"
+    NEGO_ANY_OWNER = "nego-any-owner"
+    NEGO_ONE_ADDRESS = "nego-one-address"
+    NEGO_ALLOW_CYCLE = "nego-allow-cycle"
 
 
 DESCRIPTIONS = {
@@ -38,6 +50,17 @@ DESCRIPTIONS = {
     Mutation.SWAP_CHUNKS: "two pages of a scatter list are exchanged",
     Mutation.MAP_HOLES: "addresses that must be unmapped are mapped",
     Mutation.TRUST_STATUS: "a device's completion status is taken for the arrival of bytes",
+    Mutation.NEGO_FIRST_OFFER: "the importer's first offer wins, whatever the facts say",
+    Mutation.NEGO_SWALLOW_ERRNO: "any errno of a candidate is taken for EOPNOTSUPP",
+    Mutation.NEGO_SKIP_FENCE: "nobody waits for fences of memory management",
+    Mutation.NEGO_STRAND_IMPORTER: "a buffer moves to where an active importer does not reach it",
+    Mutation.NEGO_IGNORE_PIN: "a pin keeps nothing in place",
+    Mutation.NEGO_HALF_MOVE: "a list of buffers is moved as far as it goes",
+    Mutation.NEGO_KEEP_MAPPING: "what the core unmaps stays in the tables of IOMMU and link",
+    Mutation.NEGO_NO_KEEP_ALIVE: "page faults install no keep-alive fence",
+    Mutation.NEGO_ANY_OWNER: "a device joins an owner group that it is not wholly linked to",
+    Mutation.NEGO_ONE_ADDRESS: "all who mirror a page get the address of the first",
+    Mutation.NEGO_ALLOW_CYCLE: "operations may wait for one another in a circle",
 }
 
 

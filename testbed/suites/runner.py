@@ -43,6 +43,11 @@ if TYPE_CHECKING:
 SUITES = {
     "p2p-iommu": ("p2p_iommu.py", "p2p_routes.py"),
     "p2p-kernel": ("p2p_kernel.py", "p2p_oracle.py"),
+    "p2p-negotiation": (
+        "p2p_negotiation.py",
+        "p2p_negotiation_life.py",
+        "p2p_negotiation_sharing.py",
+    ),
     "p2p-dmabuf": ("p2p_dmabuf.py", "p2p_dmabuf_life.py", "p2p_dmabuf_vfio.py"),
 }
 # Suites that run what the user brings; `all` does not mean them.

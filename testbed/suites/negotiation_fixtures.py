@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixture ``board`` of the suite ``p2p-negotiation``: a room of the protocol core, empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from testbed.errors import CapabilityMissing
+from testbed.suites.interface import Rack
+from testbed.suites.mutations import Mutation
+from testbed.suites.negotiation_board import NegotiationBoard
+from testbed.suites.observer import Refuted
+from testbed.suites.racks import LiveRack
+from testbed.topology.plan import Role
+
+
+def _node(rack: LiveRack) -> str:
+    """The first node with two GPU models that are translated for."""
+    for name, plan in rack.plan.nodes.items():
+        iommu = rack.topology.nodes[name].iommu
+        models = [f for f in plan.by_role(Role.ENGINE) if f.kind == "model"]
+        if len(models) > 1 and iommu.kind != "none" and iommu.mode not in ("off", "passthrough"):
+            return name
+    raise CapabilityMissing("a node with two GPU models behind an IOMMU that translates")
+
+
+@pytest.fixture
+def board(rack: LiveRack, mutation: Mutation) -> Iterator[NegotiationBoard]:
+    """The board that all tests share, cleaned before it is given back.
+
+    What a test leaves in use, with everything ended, is a leak and a FAIL.
+    """
+
+    def make(booted: Rack) -> NegotiationBoard:
+        return NegotiationBoard(booted, _node(rack), mutation)
+
+    made = rack.once(("negotiation", _node(rack)), make, NegotiationBoard.close)
+    yield made
+    if rack.is_running:
+        left = made.clean()
+        if mutation is Mutation.NONE and (left["problems"] or left["left"] != made.unused):
+            raise Refuted(f"left in use: {left}; {made.unused} at the start")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def give_back(rack: LiveRack) -> Iterator[None]:
+    """At the end the devices go back to their drivers, in a rack that lives on."""
+    yield
+    if rack.is_running and not rack.ours:
+        rack.drop_all()

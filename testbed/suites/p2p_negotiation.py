@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suite ``p2p-negotiation``: which interconnect an attachment uses (NEG).
+
+The protocol core runs in the guest's agent (guest_agent/p2p) on the rack's model devices. No kernel
+has merged these protocols; what is shown is that each decision ends in bytes that a device moved by
+that path, as the model's own count of its paths says, or in a refusal by a device.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import pytest
+
+from testbed.errors import CapabilityMissing
+from testbed.suites.negotiation_board import NegotiationBoard, Offer, do, require_mesh
+from testbed.suites.negotiation_steps import (
+    FRESH,
+    MINE,
+    SIZE,
+    THEIRS,
+    attach,
+    deliver,
+    ensure,
+    export,
+)
+from testbed.suites.observer import Observer
+
+pytest_plugins = ["testbed.suites.negotiation_fixtures"]
+
+
+@pytest.mark.requirement("NEG-01")
+def test_the_core_matches_and_the_exporter_decides_among_equals(
+    board: NegotiationBoard, observe: Observer
+) -> None:
+    """Both offer two ways of equal quality; the order of the exporter's list is what counts."""
+    exporter, importer = board.gpus[:2]
+    for first, second in (("pcie", "scatter-list"), ("scatter-list", "pcie")):
+        buffer = f"by-{first}"
+        _, path, _ = board.run(
+            export(board, buffer, exporter, first, second),
+            attach(board, buffer, importer, "scatter-list", "pcie", name=buffer),
+            do("map", attachment=buffer),
+        )
+        ensure(path["kind"] == first, f"the exporter lists {first} first, chosen: {path['kind']}")
+        deliver(board, observe, buffer, path, seed=MINE + len(first))
+    observe.conclude("of equals the exporter's first was taken, and carried the bytes")
+
+
+@pytest.mark.requirement("NEG-02")
+@pytest.mark.parametrize("policy", ["best-quality", "mailing-list"])
+def test_of_several_ways_the_best_is_taken_every_time(
+    board: NegotiationBoard, observe: Observer, policy: str
+) -> None:
+    """Two NICs on different paths stand for one with two functions: the models have one each."""
+    if len(board.nics) < 2:
+        raise CapabilityMissing("two NIC models on different paths, as in partial-mesh")
+    exporter = board.gpus[0]
+    ways: list[Offer] = [{"kind": "pcie", "device": nic} for nic in board.nics[:2]]
+    board.call("rules", policy=policy)
+    chosen = set()
+    for round_, offers in enumerate((ways, ways[::-1], ways)):
+        name = f"nic{round_}"
+        _, path, _ = board.run(
+            export(board, name, exporter, "pcie"),
+            do("attach", buffer=name, importer=name, offers=offers),
+            do("map", attachment=name),
+        )
+        chosen.add(path["device"])
+        deliver(board, observe, name, path, seed=MINE + round_)
+    (lost,) = {
+        line
+        for event in board.events()
+        if event["kind"] == "negotiate"
+        for line in event["details"]["lost"]
+        if line.startswith("pcie")
+    } or {""}
+    ensure(len(chosen) == 1, f"equal offers, different choices: {sorted(chosen)}")
+    ensure("better one redirects" in lost or "redirect" in lost, f"the other lost by: {lost}")
+    observe.note(f"two NICs stand for one NIC with two functions; lost: {lost}")
+    observe.conclude(f"{chosen.pop()} was taken three times: {lost}")
+
+
+@pytest.mark.requirement("NEG-03")
+def test_one_interconnect_and_one_address_until_it_moves(
+    board: NegotiationBoard, observe: Observer
+) -> None:
+    """Map, unmap and map again: the same address, which in between leads nowhere."""
+    exporter, importer = board.gpus[:2]
+    _, path, first = board.run(
+        export(board, "b", exporter, "pcie", "system"),
+        attach(board, "b", importer, "pcie", "system"),
+        do("map", attachment=importer),
+    )
+    deliver(board, observe, importer, path)
+    for round_ in range(3):
+        _, other, again = board.run(
+            do("unmap", attachment=importer),
+            # Someone else's mapping does not take the place.
+            attach(board, "b", importer, "pcie", "system", name=f"other{round_}"),
+            do("map", attachment=importer),
+        )
+        ensure(other["kind"] == path["kind"], f"now it is {other['kind']}")
+        ensure(again["value"] == first["value"], f"{first['value']:#x}, then {again['value']:#x}")
+        deliver(board, observe, importer, path, seed=FRESH + round_)
+    moved, _, _, after = board.run(
+        do("move", buffer="b", to="system"),
+        do("settle"),
+        do("path", attachment=importer),
+        do("map", attachment=importer),
+    )
+    ensure(moved["placement"] == "system", "it did not move")
+    ensure(after["value"] != first["value"], "a new place at the old address")
+    refused = board.refused(do("touch", user=importer, address=first, size_bytes=4096))
+    observe.note(refused["message"])
+    deliver(board, observe, importer, after["path"], seed=THEIRS)
+    observe.conclude("one address until it moved; then another, and the old one is refused")
+
+
+@pytest.mark.requirement("NEG-04")
+def test_what_each_errno_means(board: NegotiationBoard, observe: Observer) -> None:
+    """Nothing in common: EINVAL. EOPNOTSUPP: the next. Anything else: the end."""
+    exporter, importer = board.gpus[:2]
+    none = board.refused(
+        export(board, "b", exporter, "pcie"), attach(board, "b", importer, "scatter-list")
+    )
+    ensure(none["errno"] == errno.EINVAL, f"no common type: {none}")
+    _, _, path, _ = board.run(
+        do("say", kind="pcie", device=importer, errno=errno.EOPNOTSUPP),
+        export(board, "c", exporter, "pcie", "scatter-list"),
+        attach(board, "c", importer, "pcie", "scatter-list"),
+        do("map", attachment=importer),
+    )
+    ensure(path["kind"] == "scatter-list", f"after EOPNOTSUPP it is {path['kind']}")
+    deliver(board, observe, importer, path)
+    ended = board.refused(
+        do("say", kind="pcie", device=importer, errno=errno.ENOMEM),
+        export(board, "d", exporter, "pcie", "scatter-list"),
+        attach(board, "d", importer, "pcie", "scatter-list", name="third"),
+    )
+    ensure(ended["errno"] == errno.ENOMEM, f"ENOMEM of a candidate: {ended}")
+    observe.conclude("EINVAL, the next candidate with its bytes, and ENOMEM ended it")
+
+
+@pytest.mark.requirement("NEG-05")
+def test_a_link_and_pcie_on_one_buffer_at_once(board: NegotiationBoard, observe: Observer) -> None:
+    """b is linked to a, c is not: both use a's buffer, in turn and again, neither disturbs the
+    other.
+    """
+    a, b, c = require_mesh(board)
+    offers = board.gpu_offers(a)
+    paths: dict[str, Any] = {}
+    board.run(do("export", buffer="b", device=a, size_bytes=SIZE, offers=offers))
+    for device in (b, c):
+        paths[device], _ = board.run(
+            attach(board, "b", device, name=device), do("map", attachment=device)
+        )
+    kinds = {device: path["kind"] for device, path in paths.items()}
+    ensure(kinds[b] != "pcie" and kinds[c] == "pcie", f"chosen: {kinds}")
+    for round_, device in enumerate((b, c, b, c)):
+        deliver(board, observe, device, paths[device], seed=MINE + round_)
+    # What one wrote the other reads.
+    _, staged = board.run(
+        do("write", attachment=b, seed=FRESH, size_bytes=SIZE),
+        do("read", attachment=c, size_bytes=SIZE),
+    )
+    observe.require(board.holds(staged, FRESH, SIZE))
+    _, where, _ = board.run(
+        do("unmap", attachment=b),
+        do("write", attachment=c, seed=THEIRS, size_bytes=SIZE),
+        do("state", buffer="b"),
+    )
+    observe.require(board.holds(where, THEIRS, SIZE))
+    observe.conclude(f"{b} by {kinds[b]} and {c} by pcie, on one buffer")
+
+
+@pytest.mark.requirement("NEG-06")
+def test_a_move_leaves_no_active_importer_behind(
+    board: NegotiationBoard, observe: Observer
+) -> None:
+    """An importer that reaches only RAM moves the buffer for all; or, if one of the others does
+    not reach RAM, it is refused and nothing moves.
+    """
+    exporter, importer = board.gpus[:2]
+    device_only, system_only = ["pcie"], ["system"]
+    _, path, before = board.run(
+        export(board, "b", exporter, "pcie", "system"),
+        attach(board, "b", importer, *device_only),
+        do("map", attachment=importer),
+    )
+    late = {
+        "importer": "late",
+        "offers": board.gpu_offers(importer, *system_only),
+        "name": "late",
+    }
+    answers = board.attempt(do("attach", buffer="b", **late))
+    (state,) = board.run(do("state", buffer="b"))
+    ensure("refused" in answers[-1], f"it was let in, and the bytes are in {state['placement']}")
+    ensure(answers[-1]["refused"]["errno"] == errno.EINVAL, f"refused by {answers[-1]}")
+    ensure(state["placement"] == "device" and state["moves"] == 0, f"it moved: {state}")
+    moving = board.refused(do("move", buffer="b", to="system"))
+    ensure(moving["errno"] == errno.EOPNOTSUPP, f"the exporter's own move: {moving}")
+    deliver(board, observe, importer, path)
+    # The same with one that reaches both: now it moves, for all.
+    board.run(do("fill", buffer="b", seed=FRESH), do("unmap", attachment=importer))
+    _, both, _ = board.run(
+        do("detach", attachment=importer),
+        attach(board, "b", importer, "pcie", "system"),
+        do("map", attachment=importer),
+    )
+    ensure(both["placement"] == "device", f"before: {both}")
+    theirs, _, state, _, ours = board.run(
+        do("attach", buffer="b", **late),
+        do("settle"),
+        do("state", buffer="b"),
+        do("map", attachment="late"),
+        do("map", attachment=importer),
+    )
+    ensure(state["placement"] == "system", f"after: {state}")
+    observe.require(board.holds(state, FRESH, SIZE))
+    deliver(board, observe, "late", theirs, seed=MINE)
+    deliver(board, observe, importer, ours["path"], seed=THEIRS)
+    del before
+    observe.conclude("refused while one could not follow; moved for all when all could")
+
+
+@pytest.mark.requirement("NEG-07")
+def test_from_the_link_to_pcie_to_system_memory(board: NegotiationBoard, observe: Observer) -> None:
+    """The link is taken down; then VFIO refuses the importer's address; bytes move at each step."""
+    if not board.links:
+        raise CapabilityMissing("two GPU models with a private link")
+    (exporter, port), (importer, _) = board.links[0]["ends"]
+    _, _, mapped = board.run(
+        export(board, "b", exporter), attach(board, "b", importer), do("map", attachment=importer)
+    )
+    ensure(mapped["path"]["kind"] == board.links[0]["kind"], f"first: {mapped['path']}")
+    deliver(board, observe, importer, mapped["path"], seed=1)
+    down, mapped = board.run(
+        do("link", device=exporter, port=port, up=False),
+        do("map", attachment=importer, fall_back=True),
+    )
+    ensure(down["reached"], "the link did not go down")
+    ensure(mapped["path"]["kind"] == "pcie", f"without the link: {mapped['path']}")
+    deliver(board, observe, importer, mapped["path"], seed=2)
+    board.run(do("unmap", attachment=importer))
+    refused = board.refused(
+        do("detach", attachment=importer),
+        attach(board, "b", importer),
+        do("lie", device=importer),
+        do("map", attachment=importer, fall_back=True),
+    )
+    observe.note(f"PCIe was refused: {refused['message']}")
+    _, moved, _, mapped = board.run(
+        do("lie", device=importer, on=False),
+        do("move", buffer="b", to="system"),
+        do("settle"),
+        do("map", attachment=importer),
+    )
+    observe.require(board.holds(moved, 2, SIZE))
+    ensure(mapped["path"]["kind"] == "system", f"last: {mapped['path']}")
+    deliver(board, observe, importer, mapped["path"], seed=3)
+    observe.conclude("link, PCIe, system memory: each moved its bytes")
+
+
+@pytest.mark.requirement("NEG-08")
+def test_a_virtual_interconnect_needs_the_host_s_word(
+    board: NegotiationBoard, observe: Observer
+) -> None:
+    """Nobody forwards: not supported; the host says no: refused; it says yes: it works."""
+    if not board.links:
+        raise CapabilityMissing("two GPU models with a private link")
+    (exporter, port), (importer, _) = board.links[0]["ends"]
+    ours: list[Offer] = [{"kind": "virtual", "device": exporter, "port": "v0"}]
+    theirs: list[Offer] = [{"kind": "virtual", "device": importer, "port": "v0"}]
+    wish = do("attach", buffer="b", importer=importer, offers=theirs)
+    board.run(do("export", buffer="b", device=exporter, size_bytes=SIZE, offers=ours))
+    board.call("rules", forwards=False)
+    refused = board.refused(wish)
+    ensure(refused["errno"] == errno.EINVAL, f"nobody forwards: {refused}")
+    for says in (errno.EHOSTUNREACH, 0):
+        board.call("rules", forwards=True)
+        asked = board.refused(wish)
+        ensure(asked["errno"] == errno.EAGAIN, f"while the host is asked: {asked}")
+        ((question),) = board.run(do("questions"))[0]
+        if says:
+            answer = {"errno": says, "why": "the host knows of no such fabric"}
+        else:
+            # The fabric manager on the host: it knows which real link the port stands for.
+            numbers = {
+                f"{device}:v0": number
+                for (device, name), number in board.link_numbers
+                if name == port
+            }
+            answer = {"links": numbers}
+        board.run(do("answer", question=question, **answer))
+        if says:
+            denied = board.refused(wish)
+            ensure(denied["errno"] == says, f"the host says no: {denied}")
+    path, _ = board.run(wish, do("map", attachment=importer))
+    deliver(board, observe, importer, path)
+    observe.conclude("nobody asked: EINVAL; the host's no: its errno; its yes: bytes by the link")
+
+
+@pytest.mark.requirement("NEG-09")
+def test_what_cannot_be_mapped_becomes_a_scatter_list(
+    board: NegotiationBoard, observe: Observer
+) -> None:
+    """The link's mapping fails when it is made; the legacy pair's scatter list is mapped."""
+    if not board.links:
+        raise CapabilityMissing("two GPU models with a private link")
+    (exporter, port), (importer, _) = board.links[0]["ends"]
+    _, path = board.run(
+        export(board, "b", exporter, "link", "scatter-list"),
+        attach(board, "b", importer, "link", "scatter-list"),
+    )
+    ensure(path["kind"] == board.links[0]["kind"], f"attached by {path}")
+    _, mapped = board.run(
+        do("link", device=exporter, port=port, up=False),
+        do("map", attachment=importer, fall_back=True),
+    )
+    ensure(mapped["path"]["kind"] == "scatter-list", f"mapped by {mapped['path']}")
+    deliver(board, observe, importer, mapped["path"])
+    observe.conclude("map_interconnect failed; the scatter list carried the bytes")
+
+
+@pytest.mark.requirement("NEG-10")
+def test_a_peer_s_scatter_list_needs_acceptance_and_a_distance(
+    board: NegotiationBoard, observe: Observer
+) -> None:
+    """The RFC of 2026-02: an importer that does not accept peer-to-peer is refused; one that does
+    moves bytes.
+    """
+    exporter, importer = board.gpus[:2]
+    needs = {"kind": "scatter-list", "device": exporter, "requires_p2p": True}
+    takes = {"kind": "scatter-list", "device": importer}
+    board.run(do("export", buffer="b", device=exporter, size_bytes=SIZE, offers=[needs]))
+    refused = board.refused(
+        do("attach", buffer="b", importer="no", offers=[{**takes, "accepts_p2p": False}])
+    )
+    ensure(refused["errno"] == errno.EINVAL, f"not accepted: {refused}")
+    path, _ = board.run(
+        do("attach", buffer="b", importer=importer, offers=[takes]), do("map", attachment=importer)
+    )
+    deliver(board, observe, importer, path)
+    reasons = [
+        line
+        for event in board.events()
+        if event["kind"] == "negotiate" and event["error"]
+        for line in event["details"]["lost"]
+    ]
+    ensure(any("accepts no peer-to-peer" in line for line in reasons), f"reasons: {reasons}")
+    observe.conclude(f"{reasons[0]}; accepted, it carried the bytes")
+
+
+@pytest.mark.requirement("NEG-11")
+def test_every_candidate_has_the_reason_why_it_lost(
+    board: NegotiationBoard, observe: Observer
+) -> None:
+    """Link before PCIe before RAM by facts alone, though listed the other way round."""
+    if not board.links:
+        raise CapabilityMissing("two GPU models with a private link")
+    (exporter, _), (importer, _) = board.links[0]["ends"]
+    backwards = ("system", "pcie", "link")
+    _, path, _ = board.run(
+        export(board, "b", exporter, *backwards),
+        attach(board, "b", importer, *backwards),
+        do("map", attachment=importer),
+    )
+    ensure(path["kind"] == board.links[0]["kind"], f"chosen: {path}")
+    deliver(board, observe, importer, path)
+    (event,) = [event for event in board.events() if event["kind"] == "negotiate"]
+    lost = event["details"]["lost"]
+    for kind in ("system", "pcie"):
+        own = [line for line in lost if line.startswith(f"{kind} ") and ": " in line]
+        ensure(bool(own), f"{kind} lost without a reason: {lost}")
+        observe.note(own[0])
+    observe.conclude(f"{event['details']['chosen']}; the others: {'; '.join(lost)}")
