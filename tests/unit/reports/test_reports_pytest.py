@@ -133,5 +133,11 @@ def test_the_schema_is_generated_and_describes_every_key() -> None:
             assert value.get("description"), f"{name}: {key}"
 
 
+def test_the_example_of_the_manual_is_a_report() -> None:
+    manual = (ROOT / "docs" / "reports.md").read_text()
+    example = manual.split("```yaml\n", 1)[1].split("```", 1)[0]
+    assert len(case_of(example).report.steps) == 7
+
+
 def test_the_field_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "report-fields.md").read_text() == markdown()
