@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 @registry.method("nvme.namespaces")
 def _nvme_namespaces(_agent: Agent) -> dict[str, dict[str, Any]]:
+    storage.start()
     return storage.namespaces()
 
 
@@ -42,6 +43,7 @@ def _acs_set(_agent: Agent, *, device: str, control: int) -> dict[str, int]:
 
 @registry.method("p2pmem.providers")
 def _p2pmem_providers(_agent: Agent) -> dict[str, dict[str, Any]]:
+    storage.start()
     return storage.providers()
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import time
 
-from guest_agent import sysfs
+from guest_agent import modules, sysfs
 from guest_agent.hw.region import Region
 from guest_agent.rpc import ParameterError
 
@@ -23,6 +24,38 @@ if TYPE_CHECKING:
 
 DEVICES = f"{sysfs.ROOT}/bus/pci/devices"
 SECTOR_BYTES = 512
+DRIVER = "nvme"
+
+_CLASS = "0x010802"  # NVM Express
+_READY_S = 15.0
+_POLL_S = 0.02
+
+
+def start() -> None:
+    """Load the kernel's driver, if it is a module, and wait until it has looked at all disks.
+
+    It does that on threads of its own (drivers/nvme/host/pci.c, PROBE_PREFER_ASYNCHRONOUS). A disk
+    that never answers is waited for no longer than :data:`_READY_S`.
+    """
+    if modules.is_loaded(DRIVER):
+        return
+    try:
+        modules.load(DRIVER)
+    except FileNotFoundError:
+        return  # this kernel has none, and so no disks
+    deadline_s = time.monotonic() + _READY_S
+    while _unready() and time.monotonic() < deadline_s:
+        time.sleep(_POLL_S)
+
+
+def _unready() -> bool:
+    disks = namespaces()
+    return any(
+        sysfs.read_or(f"{DEVICES}/{bdf}/class", "") == _CLASS
+        and bdf not in disks
+        and sysfs.link_name(f"{DEVICES}/{bdf}/driver") in ("", DRIVER)
+        for bdf in sysfs.names(DEVICES)
+    )
 
 
 def namespaces() -> dict[str, dict[str, Any]]:

@@ -36,6 +36,27 @@ def test_a_controller_s_namespace_is_found_by_its_address(device: Path, tmp_path
     assert storage.namespaces() == {BDF: {"disk": "/dev/nvme3n1", "size_bytes": 1 << 20}}
 
 
+def test_a_driver_that_is_a_module_is_loaded_and_its_disks_are_waited_for(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (device / "class").write_text("0x010802\n")
+    loaded: list[str] = []
+
+    def probe(_: float) -> None:
+        (device / "nvme" / "nvme0").mkdir(parents=True)
+        (tmp_path / "block/nvme0n1").mkdir(parents=True)
+        (tmp_path / "block/nvme0n1/size").write_text("8\n")
+
+    monkeypatch.setattr("guest_agent.modules.is_loaded", lambda name: name in loaded)
+    monkeypatch.setattr("guest_agent.modules.load", loaded.append)
+    monkeypatch.setattr("time.sleep", probe)
+    storage.start()
+    assert loaded == ["nvme"]
+    assert BDF in storage.namespaces()
+    storage.start()
+    assert loaded == ["nvme"]
+
+
 def test_providers_and_their_memory(device: Path) -> None:
     assert storage.providers() == {}
     with pytest.raises(OSError, match="has no peer-to-peer memory"):
