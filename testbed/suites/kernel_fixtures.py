@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from testbed.errors import CapabilityMissing
-from testbed.guest import modules
+from testbed.guest import modules, switch_router
 from testbed.rack import RackNode as RealNode
 from testbed.suites.interface import RackNode
+from testbed.suites.mutations import Mutation
 from testbed.suites.racks import LiveRack
 from testbed.suites.reasons import why_not_shown
 from testbed.suites.storage import DiskPair, Disks, Provided, disk_pairs
@@ -68,7 +69,7 @@ Arrange = Callable[[Needs], Machine]
 
 
 @pytest.fixture
-def arrange(rack: LiveRack, variant: Variant) -> Iterator[Arrange]:
+def arrange(rack: LiveRack, variant: Variant, mutation: Mutation) -> Iterator[Arrange]:
     """``arrange(Needs(...))``: the machine that a requirement needs, or a SKIP that says what the
     rack lacks."""
     made: list[tuple[LiveRack, Machine]] = []
@@ -76,7 +77,7 @@ def arrange(rack: LiveRack, variant: Variant) -> Iterator[Arrange]:
     def make(needs: Needs) -> Machine:
         live = variant(needs.variant) if needs.variant else rack
         # Which pairs there are is a matter of the rack as the user wrote it.
-        pair = _pair(rack, needs)
+        pair = _pair(rack, needs, mutation)
         if not needs.variant and (why := why_not_shown(rack.topology.nodes[pair.node].iommu)):
             raise CapabilityMissing(why)
         node = live.nodes[pair.node]
@@ -84,7 +85,7 @@ def arrange(rack: LiveRack, variant: Variant) -> Iterator[Arrange]:
         spec = live.topology.nodes[pair.node]
         translates = not why_not_shown(spec.iommu)
         provided = Provided.of(node, pair.provider)
-        machine = Machine(node, pair, Disks(node), provided, spec, translates)
+        machine = Machine(node, pair, Disks(node, mutation), provided, spec, translates)
         made.append((live, machine))
         return machine
 
@@ -131,9 +132,18 @@ def _real(node: RackNode, name: str) -> RealNode:
     return node
 
 
-def _pair(rack: LiveRack, needs: Needs) -> DiskPair:
+@contextmanager
+def routing(node: RackNode, mutation: Mutation) -> Iterator[None]:
+    """Inside the block plain switches route what disks send, unless that is broken on purpose."""
+    change = without_kernel_module if mutation is Mutation.NO_ROUTER else kernel_module
+    with change(node, switch_router.MODULE):
+        yield
+
+
+def _pair(rack: LiveRack, needs: Needs, mutation: Mutation) -> DiskPair:
     pairs = list(disk_pairs(place(rack.topology)))
-    for route in needs.routes:
+    routes = (Route.SWITCH,) if mutation is Mutation.NEAR_PAIR else needs.routes
+    for route in routes:
         for pair in pairs:
             if pair.route is route:
                 return pair

@@ -27,6 +27,12 @@ class Mutation(StrEnum):
     SWAP_CHUNKS = "swap-chunks"
     MAP_HOLES = "map-holes"
     TRUST_STATUS = "trust-status"
+    # Of suite p2p-kernel.
+    ELSEWHERE = "elsewhere"
+    NO_ROUTER = "no-router"
+    NEAR_PAIR = "near-pair"
+    WRONG_CPU = "wrong-cpu"
+    HIDE_NEAREST = "hide-nearest"
     # Of the protocol core in the agent (guest_agent/p2p_device/breaks.py).
     NEGO_FIRST_OFFER = "nego-first-offer"
     NEGO_SWALLOW_ERRNO = "nego-swallow-errno"
@@ -50,6 +56,11 @@ DESCRIPTIONS = {
     Mutation.SWAP_CHUNKS: "two pages of a scatter list are exchanged",
     Mutation.MAP_HOLES: "addresses that must be unmapped are mapped",
     Mutation.TRUST_STATUS: "a device's completion status is taken for the arrival of bytes",
+    Mutation.ELSEWHERE: "disks read and write other memory of their peer than is judged",
+    Mutation.NO_ROUTER: "switches do not route what QEMU's own devices send",
+    Mutation.NEAR_PAIR: "a pair of disks below one switch is taken whatever pair was asked for",
+    Mutation.WRONG_CPU: "the prediction is made for another processor's host bridge",
+    Mutation.HIDE_NEAREST: "the provider that is nearest is not on offer",
     Mutation.NEGO_FIRST_OFFER: "the importer's first offer wins, whatever the facts say",
     Mutation.NEGO_SWALLOW_ERRNO: "any errno of a candidate is taken for EOPNOTSUPP",
     Mutation.NEGO_SKIP_FENCE: "nobody waits for fences of memory management",

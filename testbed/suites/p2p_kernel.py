@@ -22,8 +22,10 @@ from testbed.suites.kernel_fixtures import (
     Machine,
     Needs,
     kernel_module,
+    routing,
     without_kernel_module,
 )
+from testbed.suites.mutations import Mutation
 from testbed.suites.observer import Observer, Refuted
 from testbed.suites.reasons import reasons_of
 from testbed.suites.storage import TRANSFER_BYTES, Transfer, judge_read
@@ -142,13 +144,15 @@ def test_one_switch_and_passthrough(arrange: Arrange, observe: Observer) -> None
 
 
 @pytest.mark.requirement("TOPO-03")
-def test_a_plain_switch_and_a_translating_iommu(arrange: Arrange, observe: Observer) -> None:
+def test_a_plain_switch_and_a_translating_iommu(
+    arrange: Arrange, mutation: Mutation, observe: Observer
+) -> None:
     """Bus addresses, which the switch routes. Without a router the kernel reports success over
     stale bytes, and that is judged a failure."""
     machine = arrange(Needs((Route.SWITCH,)))
     with without_kernel_module(machine.node, ROUTER):
         unrouted(machine, observe)
-    with kernel_module(machine.node, ROUTER):
+    with routing(machine.node, mutation):
         both_ways(machine, observe, identity=True)
     observe.conclude(
         "routed, the data is right; not routed, the kernel's success over stale bytes is refuted"
@@ -189,14 +193,16 @@ def test_a_redirecting_switch_of_an_amd(arrange: Arrange, observe: Observer) -> 
 
 @pytest.mark.boots("no-redirect")
 @pytest.mark.requirement("TOPO-09")
-def test_redirection_turned_off_on_the_command_line(arrange: Arrange, observe: Observer) -> None:
+def test_redirection_turned_off_on_the_command_line(
+    arrange: Arrange, mutation: Mutation, observe: Observer
+) -> None:
     """``pci=disable_acs_redir=``: what TOPO-07 refuses goes by bus address."""
     machine = arrange(Needs((Route.REDIRECTED,), variant="no-redirect"))
     words = machine.node.agent.call("system.info")["cmdline"]
     observe.note(next(word for word in words.split() if "disable_acs_redir" in word))
     with without_kernel_module(machine.node, ROUTER):
         unrouted(machine, observe)
-    with kernel_module(machine.node, ROUTER):
+    with routing(machine.node, mutation):
         both_ways(machine, observe, identity=True)
 
 

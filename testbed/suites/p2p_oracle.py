@@ -10,19 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
 from testbed.errors import CapabilityMissing
 from testbed.results.evidence import Counter, Note
 from testbed.suites.interface import RackNode
-from testbed.suites.kernel_fixtures import kernel_module
+from testbed.suites.kernel_fixtures import is_trusted_amd, kernel_module
 from testbed.suites.kernel_p2p import decisions, platform_of, providing
+from testbed.suites.mutations import Mutation
 from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_kernel import PROBE
 from testbed.suites.racks import LiveRack
 from testbed.topology.machine import Iommu
 from testbed.topology.matrix import Decision, decide
+from testbed.topology.oracle import FIRST_ZEN_FAMILY, Cpu
 from testbed.topology.plan import Function, Role
 
 pytest_plugins = ["testbed.suites.kernel_fixtures", "testbed.suites.p2p_fixtures"]
@@ -33,14 +36,14 @@ _SHOWN = 5
 
 @pytest.mark.requirement("TOPO-12")
 def test_the_prediction_is_what_the_kernel_does(
-    rack: LiveRack, node_name: str, observe: Observer
+    rack: LiveRack, node_name: str, mutation: Mutation, observe: Observer
 ) -> None:
     """Map type and distance of every pair, predicted from the topology and asked of the kernel."""
     node = rack.nodes[node_name]
     if not node.plan.by_role(Role.VRAM, Role.NVME):
         raise CapabilityMissing("this rack lacks a device with memory for its peers")
     rack.drop_all()  # a function that VFIO has cannot be asked about
-    facts = _Facts(node, rack.topology.nodes[node_name].iommu)
+    facts = _Facts(node, rack.topology.nodes[node_name].iommu, mutation)
     clients = list(node.plan.by_role(*CLIENT_ROLES))
     wrong: list[str] = []
     pairs = 0
@@ -63,17 +66,21 @@ def test_the_prediction_is_what_the_kernel_does(
 
 
 @pytest.mark.requirement("TOPO-11")
-def test_the_nearest_provider_is_chosen(rack: LiveRack, node_name: str, observe: Observer) -> None:
+def test_the_nearest_provider_is_chosen(
+    rack: LiveRack, node_name: str, mutation: Mutation, observe: Observer
+) -> None:
     """Of several providers the kernel takes the one that is nearest to the client."""
     node = rack.nodes[node_name]
     rack.drop_all()
     facts = _Facts(node, rack.topology.nodes[node_name].iommu)
+    hides = mutation is Mutation.HIDE_NEAREST
     shown: list[str] = []
     with kernel_module(node, PROBE), ExitStack() as stack:
         providers = list(_providers(node))
         for provider in providers:
             stack.enter_context(providing(node, provider))
-            node.agent.call("p2p.publish", provider=provider.bdf)
+            is_offered = not (hides and provider is providers[0])
+            node.agent.call("p2p.publish", provider=provider.bdf, publish=is_offered)
         names = {provider.bdf: provider.name for provider in providers}
         for client in node.plan.by_role(*CLIENT_ROLES):
             distances = {p.bdf: facts.predict(p, client).distance for p in providers}
@@ -94,10 +101,14 @@ def test_the_nearest_provider_is_chosen(rack: LiveRack, node_name: str, observe:
 class _Facts:
     """The prediction, by what the running machine says of itself, and the kernel's own answers."""
 
-    def __init__(self, node: RackNode, iommu: Iommu) -> None:
+    def __init__(self, node: RackNode, iommu: Iommu, mutation: Mutation = Mutation.NONE) -> None:
         self._node = node
         self._iommu = iommu
         self._platform = platform_of(node)
+        if mutation is Mutation.WRONG_CPU:
+            trusted, other = Cpu("AuthenticAMD", FIRST_ZEN_FAMILY), Cpu("GenuineIntel", 6)
+            wrong = other if is_trusted_amd(node) else trusted
+            self._platform = replace(self._platform, cpu=wrong)
 
     def predict(self, provider: Function, client: Function) -> Decision:
         """Map type and distance."""

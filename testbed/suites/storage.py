@@ -20,6 +20,7 @@ from testbed.results.judging import FaultWindow, Judgement, all_of, judge_bytes,
 from testbed.suites.cases import path_between, route_between
 from testbed.suites.faults import FaultWatch, watch_machine
 from testbed.suites.interface import RackNode
+from testbed.suites.mutations import Mutation
 from testbed.suites.translations import Translation, TranslationWatch
 from testbed.topology.oracle import Route
 from testbed.topology.plan import Function, RackPlan, Role
@@ -111,7 +112,8 @@ class Provided:
                 " memory (CONFIG_PCI_P2PDMA, CONFIG_NVME_CORE)"
             )
         name = f"p2p-{provider.name}"
-        params: dict[str, Any] = {"provider": provider.bdf, "size_bytes": TRANSFER_BYTES}
+        # The second half is for what goes wrong.
+        params: dict[str, Any] = {"provider": provider.bdf, "size_bytes": 2 * TRANSFER_BYTES}
         answer = node.agent.call("p2pmem.alloc", name=name, **params)
         return cls(node, provider, name, answer["physical"])
 
@@ -158,8 +160,9 @@ class Provided:
 class Disks:
     """One node's disks, driven through its agent."""
 
-    def __init__(self, node: RackNode) -> None:
+    def __init__(self, node: RackNode, mutation: Mutation = Mutation.NONE) -> None:
         self.node = node
+        self._mutation = mutation
         self._machine_watched = watch_machine(node)
         self._ram = "disk-buffer"
         node.agent.call("memory.alloc", name=self._ram, size_bytes=TRANSFER_BYTES)
@@ -188,6 +191,7 @@ class Disks:
         """Direct I/O between the client's disk and the provider's memory, watched."""
         agent = self.node.agent
         mark = agent.call("kmsg.mark")["sequence"]
+        offset = TRANSFER_BYTES if self._mutation is Mutation.ELSEWHERE else 0
         with (
             TranslationWatch(self.node) as translations,
             FaultWatch(self.node, machine_watched=self._machine_watched) as faults,
@@ -195,7 +199,7 @@ class Disks:
             answer = agent.call(
                 "nvme.transfer",
                 device=client.bdf,
-                target=provided.target,
+                target={**provided.target, "offset": offset},
                 size_bytes=TRANSFER_BYTES,
                 write=write,
             )
