@@ -9,17 +9,17 @@ import select
 import shutil
 import signal
 import sys
-import termios
-import tty
 from collections.abc import Iterator
 
 import paramiko
+
+from testbed.terminal import raw
 
 
 def interact(channel: paramiko.Channel, stdin: int = 0, stdout: int = 1) -> int:
     """Join the terminal and ``channel`` until either ends; the shell's exit status."""
     channel.settimeout(0.0)
-    with contextlib.closing(channel), _raw(stdin), _follow_size(channel):
+    with contextlib.closing(channel), raw(stdin), _follow_size(channel):
         sources: list[paramiko.Channel | int] = [channel, stdin]
         while True:
             ready, _, _ = select.select(sources, [], [], 1.0)
@@ -43,20 +43,6 @@ def interact(channel: paramiko.Channel, stdin: int = 0, stdout: int = 1) -> int:
 def _write(fd: int, data: bytes) -> None:
     while data:
         data = data[os.write(fd, data) :]
-
-
-@contextlib.contextmanager
-def _raw(fd: int) -> Iterator[None]:
-    """A terminal passes every key on (Ctrl-C is the guest's), and is restored at the end."""
-    if not os.isatty(fd):
-        yield
-        return
-    before = termios.tcgetattr(fd)
-    try:
-        tty.setraw(fd)
-        yield
-    finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
 @contextlib.contextmanager

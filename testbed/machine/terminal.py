@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import selectors
 import socket
-import termios
-import tty
-from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 
 from testbed.errors import LinkLost
 from testbed.machine.sockets import connect_unix
+from testbed.terminal import raw
 
 ESCAPE = b"\x1d"  # Ctrl-]
 CONNECT_TIMEOUT_S = 5.0
@@ -39,21 +36,8 @@ def attach_console(path: Path, *, node: str, stdin: int = 0, stdout: int = 1) ->
         wire = connect_unix(path, CONNECT_TIMEOUT_S)
     except OSError as error:
         raise LinkLost(f"{node}: no console ({error.strerror or error})", node=node) from error
-    with wire, _raw(stdin):
+    with wire, raw(stdin):
         return _copy(wire, stdin, stdout)
-
-
-@contextlib.contextmanager
-def _raw(fd: int) -> Iterator[None]:
-    if not os.isatty(fd):
-        yield
-        return
-    before = termios.tcgetattr(fd)
-    tty.setraw(fd)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
 def _copy(wire: socket.socket, stdin: int, stdout: int) -> ConsoleEnd:
