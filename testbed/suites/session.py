@@ -11,6 +11,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -278,7 +279,7 @@ def _ending_of(report: pytest.TestReport, call: pytest.CallInfo[None]) -> _Endin
         return _Ending(Verdict.FAIL, _first_line(report.longreprtext)) if report.failed else None
     error = call.excinfo.value
     reason = _first_line(str(error)) or type(error).__name__
-    details = "".join(traceback.format_exception(error, limit=-_DETAIL_FRAMES))
+    details = _details(error)
     verdict = Verdict.ERROR
     match error:
         case LostError():
@@ -294,6 +295,19 @@ def _ending_of(report: pytest.TestReport, call: pytest.CallInfo[None]) -> _Endin
         case _:
             reason = f"{type(error).__name__}: {reason}"
     return _Ending(verdict, reason, details)
+
+
+def _details(error: BaseException) -> str:
+    """Its traceback from the first frame that is not pytest's: what a person can act upon."""
+    first = error.__traceback__
+    while first and first.tb_next and _is_pytests(first.tb_frame.f_code.co_filename):
+        first = first.tb_next
+    lines = traceback.format_exception(type(error), error, first, limit=-_DETAIL_FRAMES)
+    return "".join(lines)
+
+
+def _is_pytests(file: str) -> bool:
+    return Path(file).parent.name in ("_pytest", "pluggy")
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

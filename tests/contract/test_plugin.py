@@ -97,6 +97,7 @@ def test_each_end_has_its_word(tmp_path: Path) -> None:
     assert [str(e) for e in passed.evidence] == ["seen"]
     assert run.outcomes["fail"].reason == "one is not two"
     assert "_own.py" in run.outcomes["fail"].details
+    assert "pluggy" not in run.outcomes["fail"].details
     assert run.outcomes["judged"].reason == "it does not hold"
     assert run.outcomes["skip"].reason == "a device that is not there"
     assert run.outcomes["error"].reason == "KeyError: 'x'"
