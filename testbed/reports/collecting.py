@@ -95,7 +95,7 @@ class ReportItem(pytest.Item):
                     finding.reason, node=self.case.name, console_tail=finding.console_tail
                 )
             case Verdict.ERROR:
-                raise TestbedError(finding.details or finding.reason)
+                raise TestbedError(finding.reason)
             case Verdict.FAIL:
                 raise Refuted(f"{finding.word}: {finding.reason}")
 
