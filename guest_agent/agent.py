@@ -51,6 +51,7 @@ registry.area("acs", "guest_agent.storage_methods")
 registry.area("dmabuf", "guest_agent.dmabuf_methods")
 registry.area("protocol", "guest_agent.protocol_methods")
 registry.area("driver", "guest_agent.driver_methods")
+registry.area("fabric", "guest_agent.fabric_methods")
 
 
 class Agent(KernelMethods):

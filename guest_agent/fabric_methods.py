@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods ``fabric.*``: GPU models on a scale-up fabric, through the core's UAL calls.
+
+The owner of memory gives fabric addresses out (``alloc`` to ``destroy``), the initiator puts them
+into its page tables (``map``). A fabric is made of the models' links: what the owner exports over
+one is either all of its video memory, by offset, or what a set of page tables translates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+
+from guest_agent import rpc
+from guest_agent.agent import check_timeout
+from guest_agent.hw import model_registers as hw
+from guest_agent.hw.gpu import Gpu
+from guest_agent.kernel_methods import registry
+from guest_agent.p2p import ual
+from guest_agent.p2p.addresses import DmaAddress, FabricAddress, on_fabric, on_pcie
+from guest_agent.p2p.iova import IovaState
+from guest_agent.p2p.resv import Reservation, locked
+from guest_agent.p2p.rules import Task
+from guest_agent.p2p_device.ranges import PAGE_BYTES, Ranges
+from guest_agent.rpc import ParameterError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from guest_agent.agent import Agent
+    from guest_agent.hw.region import Region
+    from guest_agent.hw.vfio import VfioContainer
+    from guest_agent.p2p.addresses import Address
+
+# A fabric physical address: whose memory, and which byte of it. In a page table entry the bit above
+# says that it is one; the model's driver makes a link's aperture of the two.
+IDENTITY_SHIFT = 40
+ROUTE_BIT = 51
+# Far above any offset in video memory and any IOVA in use, so that none is taken for another.
+VIRTUAL_START = 3 << 42
+VIRTUAL_BYTES = 1 << 36
+SYNC_TIMEOUT_S = 5.0
+CONTEXTS = ("reclaim", "notifier lock", "reservation")
+_PEER = {"name": "str", "identity": "int", "link": "int", "same_os": "bool"}
+_ADDRESS = {"kind": "str", "value": "int", "user": "str"}
+_ADDRESS_MAY = {"fabric": "str", "physical": "bool"}
+
+
+class Spaces:
+    """The translations of one initiator: page tables in the owner's memory. An ``IovaBackend``."""
+
+    granule_bytes = PAGE_BYTES
+    translates = True
+    untrusted = False
+
+    def __init__(self, gpu: Gpu, link: int) -> None:
+        self._gpu = gpu
+        self._link = link
+        self._addresses = Ranges(VIRTUAL_START, VIRTUAL_BYTES, guard_bytes=PAGE_BYTES, rotate=True)
+        self.space = gpu.add_space()
+
+    @property
+    def allocated(self) -> int:
+        """How many ranges are."""
+        return len(self._addresses)
+
+    def reserve(self, size_bytes: int, limit: int) -> int | None:
+        """See ``IovaBackend``."""
+        if limit < VIRTUAL_START + VIRTUAL_BYTES - 1:
+            return None
+        return self._addresses.take(size_bytes)
+
+    def release(self, iova: int, size_bytes: int) -> None:
+        """See ``IovaBackend``."""
+        del size_bytes  # it knows
+        self._addresses.give_back(iova)
+
+    def map(self, iova: int, physical: int, size_bytes: int, *, writable: bool) -> None:
+        """See ``IovaBackend``: the initiator looks at the tables with its next access."""
+        tables = self._gpu.space(self.space)
+        tables.map(iova, size_bytes, physical, hw.APERTURE_VRAM, writable=writable)
+
+    def unmap(self, iova: int, size_bytes: int) -> int:
+        """See ``IovaBackend``: the initiator has forgotten them when this returns."""
+        done = self._gpu.space(self.space).unmap(iova, size_bytes)
+        self.export()
+        return done
+
+    def export(self) -> None:
+        """Let the initiator see what is linked, and have it forget the rest."""
+        end = VIRTUAL_START + VIRTUAL_BYTES
+        _export(self._gpu, self._link, "virtual", self.space, end)
+
+
+class Peering:
+    """One owner's memory for one initiator. A ``FabricBackend``."""
+
+    def __init__(self, port: Port, peer: str, link: int) -> None:
+        self.name = port.fabric
+        self.link = link
+        self._port = port
+        self._peer = peer
+        self._spaces: Spaces | None = None
+        self.mode = "closed"
+        self.states: set[int] = set()
+
+    @property
+    def spaces(self) -> Spaces:
+        """See ``FabricBackend``; made when first wanted."""
+        if self._spaces is None:
+            self._spaces = Spaces(self._port.gpu, self.link)
+        return self._spaces
+
+    @property
+    def allocated(self) -> int:
+        """How many ranges of translated addresses are; no space is made to find out."""
+        return self._spaces.allocated if self._spaces is not None else 0
+
+    def physical_address(self, owner: str, physical: int) -> int:
+        """See ``FabricBackend``."""
+        if owner != self._port.device or not 0 <= physical < self._port.video_bytes:
+            raise OSError(errno.ENXIO, f"{owner} has nothing at {physical:#x} on {self.name}")
+        return self._port.identity << IDENTITY_SHIFT | physical
+
+    def use(self, mode: str) -> None:
+        """Export in that mode from now on. :raises OSError: EBUSY: another is in use."""
+        if mode != self.mode and self.states:
+            raise OSError(errno.EBUSY, f"{self._peer} has addresses of mode {self.mode}")
+        if mode == "virtual":
+            self.spaces.export()
+        else:
+            size = self._port.video_bytes if mode == "physical" else 0
+            _export(self._port.gpu, self.link, mode, 0, size)
+        self.mode = mode
+
+
+class Port:
+    """A GPU on a fabric.
+
+    :param identity: which device it is in a fabric physical address.
+    :param video_bytes: how much memory it has there.
+    """
+
+    def __init__(self, gpu: Gpu, fabric: str, device: str, identity: int, video_bytes: int) -> None:
+        self.gpu = gpu
+        self.fabric = fabric
+        self.device = device
+        self.identity = identity
+        self.video_bytes = video_bytes
+        self.peers: dict[str, Peering] = {}
+        self.links: dict[int, int] = {}  # identity of a peer → link
+        self.same_os: set[str] = set()
+
+    def peer(self, name: str) -> Peering:
+        """:raises ParameterError: it is not on the fabric, or no link leads to it."""
+        if name not in self.peers:
+            known = ", ".join(self.peers)
+            raise ParameterError(f"{name!r} is no peer of {self.device} on {self.fabric} ({known})")
+        return self.peers[name]
+
+
+class Vfio:
+    """One device's IOMMU address space, and what part of it is given out. An ``IovaBackend``."""
+
+    granule_bytes = PAGE_BYTES
+    translates = True
+    untrusted = False
+
+    def __init__(self, container: VfioContainer, region: Region, iova: int) -> None:
+        self._container = container
+        self._region = region
+        self._iova = iova
+
+    def reserve(self, size_bytes: int, limit: int) -> int | None:
+        """See ``IovaBackend``: the one range that it was given."""
+        return self._iova if self._iova + size_bytes - 1 <= limit else None
+
+    def release(self, iova: int, size_bytes: int) -> None:
+        """See ``IovaBackend``."""
+
+    def map(self, iova: int, physical: int, size_bytes: int, *, writable: bool) -> None:
+        """See ``IovaBackend``; ``physical`` is the offset in the memory."""
+        self._container.map(
+            self._region, physical, iova, size_bytes, read=True, write=writable, page_bytes=0
+        )
+
+    def unmap(self, iova: int, size_bytes: int) -> int:
+        """See ``IovaBackend``."""
+        return self._container.unmap(iova, size_bytes)
+
+
+class Fabrics:
+    """All that the agent has on fabrics."""
+
+    def __init__(self) -> None:
+        self.ports: dict[int, Port] = {}
+        self.states: dict[int, tuple[ual.UalState, Peering]] = {}
+        self._next = 1
+
+    def add(self, state: ual.UalState, peering: Peering) -> int:
+        """Its number."""
+        number = self._next
+        self._next += 1
+        self.states[number] = state, peering
+        peering.states.add(number)
+        return number
+
+    def drop(self, number: int) -> None:
+        """It was given back."""
+        _, peering = self.states.pop(number)
+        peering.states.discard(number)
+
+    def close(self) -> None:
+        """Nothing of it outlives the GPUs, which the agent gives back."""
+        self.ports.clear()
+        self.states.clear()
+
+
+def _fabrics(agent: Agent) -> Fabrics:
+    found = agent.area_state.setdefault("fabric", Fabrics())
+    if not isinstance(found, Fabrics):
+        raise TypeError("area_state: fabric")
+    return found
+
+
+def _port(agent: Agent, engine: int) -> Port:
+    port = _fabrics(agent).ports.get(engine)
+    if port is None or agent.engine(engine) is not port.gpu:
+        raise ParameterError(f"engine: {engine} has not joined a fabric (fabric.join)")
+    return port
+
+
+def _state(agent: Agent, number: int) -> ual.UalState:
+    states = _fabrics(agent).states
+    if number not in states:
+        raise ParameterError(f"state: there is no {number}")
+    return states[number][0]
+
+
+def _export(gpu: Gpu, link: int, mode: str, start: int, size_bytes: int) -> None:
+    if not gpu.export(link, mode, start, size_bytes, SYNC_TIMEOUT_S):
+        raise OSError(errno.ETIMEDOUT, f"link {link}: the peer takes no note of what is exported")
+
+
+@contextlib.contextmanager
+def _task(name: str, context: list[str]) -> Iterator[Task]:
+    task = Task(name)
+    with contextlib.ExitStack() as stack:
+        for word in context:
+            if word == "reclaim":
+                stack.enter_context(task.reclaiming())
+            elif word == "notifier lock":
+                stack.enter_context(task.notifier_lock())
+            elif word == "reservation":
+                stack.enter_context(locked(task, Reservation(f"a buffer of {name}")))
+            else:
+                raise ParameterError(f"context: {word!r} is none of {', '.join(CONTEXTS)}")
+        yield task
+
+
+def _address(value: dict[str, Any]) -> Address:
+    rpc.check_parts("address", value, _ADDRESS, _ADDRESS_MAY)
+    if value["kind"] == "dma":
+        return DmaAddress(value["value"], value["user"])
+    if value["kind"] == "fabric" and {"fabric", "physical"} <= value.keys():
+        return FabricAddress(value["value"], value["user"], value["fabric"], value["physical"])
+    raise ParameterError("address: of kind 'dma', or 'fabric' with 'fabric' and 'physical'")
+
+
+def _place(port: Port, owner: str, address: Address) -> tuple[int, int]:
+    """The aperture and the address in it that a page table entry of the model has."""
+    number = on_fabric(address, port.device, port.fabric)
+    if not isinstance(address, FabricAddress) or not address.physical:
+        return hw.APERTURE_LINK | port.peer(owner).link << 4, number
+    entry = address.page_table_entry(ROUTE_BIT)
+    identity = (entry & (1 << ROUTE_BIT) - 1) >> IDENTITY_SHIFT
+    if identity not in port.links:
+        raise OSError(errno.ENXIO, f"{address}: no link of {port.device} leads to {identity}")
+    offset = entry & (1 << IDENTITY_SHIFT) - 1
+    return hw.APERTURE_LINK | port.links[identity] << 4, offset
+
+
+@registry.method("fabric.join")
+def fabric_join(
+    agent: Agent,
+    *,
+    engine: int,
+    fabric: str,
+    device: str,
+    identity: int,
+    video_bytes: int,
+    peers: list[dict[str, Any]],
+) -> dict[str, int]:
+    """Put a GPU on a fabric. Each peer: ``{name, identity, link, same_os}``."""
+    gpu = agent.engine(engine)
+    if not isinstance(gpu, Gpu):
+        raise ParameterError(f"engine: {engine} is no GPU opened by gpu.open")
+    if identity >> ROUTE_BIT - IDENTITY_SHIFT:
+        raise ParameterError(f"identity: {identity} does not fit below the route bit")
+    port = Port(gpu, fabric, device, identity, video_bytes)
+    for index, each in enumerate(peers):
+        rpc.check_parts(f"peers[{index}]", each, _PEER, {})
+        if each["link"] >= gpu.links:
+            raise ParameterError(f"peers[{index}].link: {device} has {gpu.links}, from 0")
+        port.peers[each["name"]] = Peering(port, each["name"], each["link"])
+        port.links[each["identity"]] = each["link"]
+        if each["same_os"]:
+            port.same_os.add(each["name"])
+    _fabrics(agent).ports[engine] = port
+    return {"peers": len(port.peers)}
+
+
+@registry.method("fabric.alloc")
+def fabric_alloc(
+    agent: Agent,
+    *,
+    engine: int,
+    peer: str,
+    size_bytes: int,
+    virtual: bool | None = None,
+    context: list[str] | None = None,
+) -> dict[str, Any]:
+    """``ual_iova_alloc`` for the initiator ``peer``; in ``context``, words of ``CONTEXTS``.
+
+    Without ``virtual`` the mode is the default: physical within one operating system.
+    """
+    port = _port(agent, engine)
+    peering = port.peer(peer)
+    chosen = peer not in port.same_os if virtual is None else virtual
+    mode = "virtual" if chosen else "physical"
+    state = ual.UalState(peering, peer, port.device, virtual=chosen)
+    with _task(port.device, context or []) as task:
+        allocated = state.try_alloc(task, size_bytes)
+    if not allocated:
+        raise OSError(errno.ENOSPC, f"no {size_bytes:#x} bytes of addresses are free for {peer}")
+    try:
+        peering.use(mode)
+    except OSError:
+        state.free()
+        raise
+    number = _fabrics(agent).add(state, peering)
+    return {"state": number, "mode": mode, "iova_ranges": peering.allocated}
+
+
+@registry.method("fabric.link")
+def fabric_link(
+    agent: Agent,
+    *,
+    state: int,
+    physical: int,
+    size_bytes: int,
+    offset: int = 0,
+    writable: bool = True,
+) -> dict[str, Any]:
+    """``ual_iova_link``: ``physical`` is an offset in the owner's video memory."""
+    _state(agent, state).link(physical, offset, size_bytes, writable=writable)
+    return {}
+
+
+@registry.method("fabric.sync")
+def fabric_sync(agent: Agent, *, state: int, size_bytes: int, offset: int = 0) -> dict[str, Any]:
+    """``ual_iova_sync``."""
+    _state(agent, state).sync(offset, size_bytes)
+    return {}
+
+
+@registry.method("fabric.unlink")
+def fabric_unlink(agent: Agent, *, state: int, size_bytes: int, offset: int = 0) -> dict[str, Any]:
+    """``ual_iova_unlink``; from the answer on the initiator faults there."""
+    _state(agent, state).unlink(offset, size_bytes)
+    return {}
+
+
+@registry.method("fabric.address")
+def fabric_address(agent: Agent, *, state: int, offset: int = 0) -> dict[str, Any]:
+    """The address for the initiator, and what its page tables have if it is a physical one."""
+    found = _state(agent, state).address(offset)
+    answer = {"kind": "fabric", **vars(found)}
+    entry = found.page_table_entry(ROUTE_BIT) if found.physical else None
+    return {"address": answer, "entry": entry, "route_bit": ROUTE_BIT}
+
+
+@registry.method("fabric.free")
+def fabric_free(agent: Agent, *, state: int) -> dict[str, Any]:
+    """``ual_iova_free``."""
+    _state(agent, state).free()
+    _fabrics(agent).drop(state)
+    return {}
+
+
+@registry.method("fabric.destroy")
+def fabric_destroy(agent: Agent, *, state: int, mapped_bytes: int) -> dict[str, Any]:
+    """``ual_iova_destroy``."""
+    _state(agent, state).destroy(mapped_bytes)
+    _fabrics(agent).drop(state)
+    return {}
+
+
+@registry.method("fabric.close")
+def fabric_close(agent: Agent, *, engine: int, peer: str) -> dict[str, Any]:
+    """Export nothing to the peer any more. :raises OSError: EBUSY: it has addresses."""
+    _port(agent, engine).peer(peer).use("closed")
+    return {}
+
+
+@registry.method("fabric.map")
+def fabric_map(
+    agent: Agent,
+    *,
+    engine: int,
+    owner: str,
+    address: dict[str, Any],
+    virtual: int,
+    size_bytes: int,
+) -> dict[str, int]:
+    """The initiator's part: its page tables lead from ``virtual`` to the owner's memory."""
+    port = _port(agent, engine)
+    aperture, number = _place(port, owner, _address(address))
+    port.gpu.space(0).map(virtual, size_bytes, number, aperture)
+    return {"link": aperture >> 4}
+
+
+@registry.method("fabric.unmap")
+def fabric_unmap(agent: Agent, *, engine: int, virtual: int, size_bytes: int) -> dict[str, int]:
+    """Undo :func:`fabric_map`, and have the GPU forget it."""
+    gpu = _port(agent, engine).gpu
+    done = gpu.space(0).unmap(virtual, size_bytes)
+    gpu.invalidate(None)
+    return {"unmapped_bytes": done}
+
+
+@registry.method("fabric.on_pcie")
+def fabric_on_pcie(
+    agent: Agent, *, engine: int, address: dict[str, Any], bits: int = 64
+) -> dict[str, int]:
+    """The number that the GPU may put on PCIe. :raises AddressError: of another kind or user."""
+    return {"value": on_pcie(_address(address), _port(agent, engine).device, bits)}
+
+
+@registry.method("fabric.dma_copy")
+def fabric_dma_copy(
+    agent: Agent,
+    *,
+    engine: int,
+    container: int,
+    source: dict[str, Any],
+    iova: int,
+    target_iova: int,
+    size_bytes: int,
+    context: list[str] | None = None,
+    timeout_s: float = 10.0,
+) -> dict[str, Any]:
+    """``dma_iova_try_alloc``, link and sync in ``context``, at ``iova``; then the GPU copies from
+    there to ``target_iova``, and all is undone.
+    """
+    check_timeout(timeout_s)
+    gpu = agent.engine(engine)
+    table = Vfio(agent.vfio(container), agent.region("source", source), iova)
+    state = IovaState(table, _port(agent, engine).device)
+    with _task("dma", context or []):  # the kernel allows all of it anywhere
+        allocated = state.try_alloc(0, size_bytes)
+        if not allocated:
+            raise OSError(errno.ENOSPC, f"{size_bytes:#x} bytes at {iova:#x}")
+        state.link(source.get("offset", 0), 0, size_bytes)
+        state.sync(0, size_bytes)
+    try:
+        return gpu.copy(iova, target_iova, size_bytes, timeout_s)
+    finally:
+        state.destroy(size_bytes)
