@@ -53,11 +53,15 @@ def _export(
     mode: str,
     ranges: list[dict[str, Any]],
     revocable: bool = False,
+    chunk_bytes: int = 0,
     by_child: bool = False,
 ) -> dict[str, Any]:
-    """``ranges``: ``{offset, size_bytes}`` in the BAR, one after the other in the buffer."""
+    """``ranges``: ``{offset, size_bytes}`` in the BAR, one after the other in the buffer.
+
+    ``chunk_bytes``: of mode ``no-check``, how much is mapped at once; 0: each range.
+    """
     pieces = " ".join(f"{each['offset']}:{each['size_bytes']}" for each in ranges)
-    words = f"{device} {bar} {mode} {revocable:d} {pieces}"
+    words = f"{device} {bar} {mode} {revocable:d} {chunk_bytes} {pieces}"
     return _bufs(agent).export(name, words, by_child=by_child)
 
 

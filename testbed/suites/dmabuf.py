@@ -168,9 +168,13 @@ class Exchange:
         mode: str,
         *ranges: Range,
         revocable: bool = False,
+        chunk_bytes: int = 0,
         by_child: bool = False,
     ) -> Buffer:
-        """A dma-buf of parts of the exporter's memory; the step's errno is in it."""
+        """A dma-buf of parts of the exporter's memory; the step's errno is in it.
+
+        ``chunk_bytes``: of mode ``no-check``, how much is mapped at once; 0: each range.
+        """
         wanted = ranges or (Range(BUFFER_OFFSET, BUFFER_BYTES),)
         name = self.name("buffer")
         answer = self.call(
@@ -181,6 +185,7 @@ class Exchange:
             mode=mode,
             ranges=[{"offset": r.offset, "size_bytes": r.size_bytes} for r in wanted],
             revocable=revocable,
+            chunk_bytes=chunk_bytes,
             by_child=by_child,
         )
         if mode == "pages" and not answer["errno"]:

@@ -26,6 +26,7 @@ enum mode { PAGES, PROVIDER, MOVABLE, NULL_PAGE, BUS_ADDRESS, NO_CHECK };
  * One exported buffer. Below "mappings", everything is guarded by the reservation lock.
  *
  * @node	in the list of all; guarded by buffers_lock
+ * @chunk	NO_CHECK: maps pieces of that size one by one; 0: each range at once
  * @live	its function is still ours
  * @memory	PAGES: where p2pmem was allocated
  * @system	MOVABLE: the same number of pages of system memory
@@ -38,6 +39,7 @@ struct buffer {
 	struct p2pdma_provider *provider;
 	enum mode mode;
 	bool revocable;
+	size_t chunk;
 	void *memory;
 	struct page **system;
 	size_t size;

@@ -4,14 +4,14 @@
  *
  * Interface: open /dev/dmabuf_exporter, write one command, read its answer.
  *
- *   export FUNCTION BAR MODE REVOCABLE OFFSET:LENGTH...	→ fd size offset
+ *   export FUNCTION BAR MODE REVOCABLE CHUNK OFFSET:LENGTH...	→ fd size offset
  *   revoke FD MS		no more mappings; wait for fences and unmapping
  *   restore FD			mappings again
  *   move FD vram|system MS	a movable buffer
  *   state FD			who has it mapped, and where it is
  *
  * MODE is pages, provider, movable, or one of the wrong ones: null-page, bus-address, no-check
- * (buffer.h). With REVOCABLE 1 only importers that can be told of a revoke may attach. Of pages the
+ * (buffer.h); CHUNK is for no-check: how much it maps at once, 0 for all. With REVOCABLE 1 only importers that can be told of a revoke may attach. Of pages the
  * kernel chooses the offset. A function is driven by this module through driver_override;
  * unbinding it revokes all its buffers, for good.
  */
@@ -132,12 +132,13 @@ static int do_export(void *context, struct answer *answer, int count, char **wor
 {
 	struct buffer *buffer;
 	struct pci_dev *pdev;
-	unsigned int bar;
+	unsigned int bar, chunk;
 	int mode, fd;
 	bool revocable;
 
-	if (count < 5 || count - 4 > MAX_RANGES || kstrtouint(words[1], 0, &bar) ||
-	    bar >= PCI_STD_NUM_BARS || kstrtobool(words[3], &revocable))
+	if (count < 6 || count - 5 > MAX_RANGES || kstrtouint(words[1], 0, &bar) ||
+	    bar >= PCI_STD_NUM_BARS || kstrtobool(words[3], &revocable) ||
+	    kstrtouint(words[4], 0, &chunk) || !PAGE_ALIGNED(chunk))
 		return -EINVAL;
 	mode = match_string(mode_names, ARRAY_SIZE(mode_names), words[2]);
 	if (mode < 0)
@@ -145,12 +146,13 @@ static int do_export(void *context, struct answer *answer, int count, char **wor
 	pdev = named_function(words[0]);
 	if (IS_ERR(pdev))
 		return PTR_ERR(pdev);
-	buffer = kzalloc(struct_size(buffer, ranges, count - 4), GFP_KERNEL);
+	buffer = kzalloc(struct_size(buffer, ranges, count - 5), GFP_KERNEL);
 	if (!buffer) {
 		pci_dev_put(pdev);
 		return -ENOMEM;
 	}
-	buffer->count = count - 4;
+	buffer->count = count - 5;
+	buffer->chunk = chunk;
 	buffer->pdev = pdev;
 	buffer->mode = mode;
 	buffer->revocable = revocable;
@@ -159,7 +161,7 @@ static int do_export(void *context, struct answer *answer, int count, char **wor
 	init_waitqueue_head(&buffer->unmapped);
 
 	device_lock(&pdev->dev);
-	fd = pdev->dev.driver == &driver.driver ? prepare(buffer, bar, words + 4) : -EPERM;
+	fd = pdev->dev.driver == &driver.driver ? prepare(buffer, bar, words + 5) : -EPERM;
 	if (fd)
 		buffer_free(buffer);
 	else

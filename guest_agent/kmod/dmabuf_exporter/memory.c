@@ -159,35 +159,47 @@ struct sg_table *memory_map_pages(struct buffer *buffer, struct device *device,
 	return table;
 }
 
+static unsigned int pieces_of(const struct buffer *buffer)
+{
+	unsigned int i, pieces = 0;
+
+	for (i = 0; i < buffer->count; i++)
+		pieces += buffer->chunk ? DIV_ROUND_UP(buffer->ranges[i].len, buffer->chunk) : 1;
+	return pieces;
+}
+
 /*
- * What the two careless exporters hand out: an entry without a page for each range, at an address
- * that is either the BAR's own or mapped without a question.
+ * What the two careless exporters hand out: an entry without a page for each range or piece of one,
+ * at an address that is either the BAR's own or mapped without a question.
  */
 struct sg_table *memory_map_addresses(struct buffer *buffer, struct device *device,
 				      enum dma_data_direction direction)
 {
-	struct sg_table *table = new_table(buffer->count);
+	unsigned int pieces = pieces_of(buffer), range = 0, i;
+	struct sg_table *table = new_table(pieces);
 	struct scatterlist *entry;
-	unsigned int i;
+	size_t done = 0;
 
 	if (IS_ERR(table))
 		return table;
 	for_each_sgtable_sg(table, entry, i) {
-		struct phys_vec range = buffer->ranges[i];
-		dma_addr_t address = range.paddr;
+		size_t left = buffer->ranges[range].len - done;
+		size_t size = buffer->chunk ? min(left, buffer->chunk) : left;
+		dma_addr_t address = buffer->ranges[range].paddr + done;
 
 		if (buffer->mode == NO_CHECK) {
-			address = dma_map_phys(device, range.paddr, range.len, direction,
-					       DMA_ATTR_MMIO);
+			address = dma_map_phys(device, address, size, direction, DMA_ATTR_MMIO);
 			if (dma_mapping_error(device, address))
 				break;
 		}
 		sg_set_page(entry, NULL, 0, 0);
 		sg_dma_address(entry) = address;
-		sg_dma_len(entry) = range.len;
+		sg_dma_len(entry) = size;
+		done = size < left ? done + size : 0;
+		range += !done;
 	}
 	table->nents = i;
-	if (i < buffer->count) {
+	if (i < pieces) {
 		memory_unmap(buffer, device, table, direction);
 		return ERR_PTR(-EIO);
 	}

@@ -5,6 +5,7 @@
 #include <linux/dma-resv.h>
 #include <linux/iosys-map.h>
 #include <linux/jiffies.h>
+#include <linux/ktime.h>
 #include <linux/module.h>
 #include <linux/scatterlist.h>
 #include <linux/slab.h>
@@ -17,10 +18,13 @@
 /* The reservation lock is held. */
 static void unmap_now(struct import *import)
 {
+	u64 began = ktime_get_ns();
+
 	if (!import->table)
 		return;
 	dma_buf_unmap_attachment(import->attach, import->table, DMA_BIDIRECTIONAL);
 	import->table = NULL;
+	import->unmap_ns = ktime_get_ns() - began;
 }
 
 static void unmap_later(struct work_struct *work)
@@ -173,6 +177,7 @@ int import_map(struct import *import)
 {
 	struct sg_table *table;
 	int error = 0;
+	u64 began;
 	long left;
 
 	if (!import->attach)
@@ -182,7 +187,9 @@ int import_map(struct import *import)
 		error = -EBUSY;
 		goto unlock;
 	}
+	began = ktime_get_ns();
 	table = dma_buf_map_attachment(import->attach, DMA_BIDIRECTIONAL);
+	import->map_ns = ktime_get_ns() - began;
 	if (IS_ERR(table)) {
 		error = PTR_ERR(table);
 		goto unlock;

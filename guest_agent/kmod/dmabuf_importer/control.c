@@ -162,8 +162,9 @@ static int do_state(void *context, struct answer *answer, int count, char **word
 {
 	struct import *import = context;
 
-	say(answer, "attached=%d mapped=%d invalidated=%u\n", !!import->attach,
-	    !!READ_ONCE(import->table), import->invalidated);
+	say(answer, "attached=%d mapped=%d invalidated=%u map_ns=%llu unmap_ns=%llu\n",
+	    !!import->attach, !!READ_ONCE(import->table), import->invalidated, import->map_ns,
+	    import->unmap_ns);
 	return 0;
 }
 

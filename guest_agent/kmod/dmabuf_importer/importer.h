@@ -69,6 +69,7 @@ struct import {
 	struct dma_buf_attachment *attach;
 	struct sg_table *table;
 	unsigned int invalidated;
+	u64 map_ns, unmap_ns;		/* how long the last ones took */
 	struct delayed_work unmap;
 	unsigned int pieces_count;
 	struct piece *pieces;
