@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import secrets
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from testbed.errors import HostError
+from testbed.errors import HostError, QmpError, SetupError
 from testbed.guest import switch_router
 from testbed.host import paths, prepare, probe
 from testbed.host.keys import RackKeys
@@ -27,6 +28,8 @@ from testbed.rack import KEYS_FILE, AccessKeys, Rack, RackNode, on_all, record_o
 from testbed.topology import model, placement
 from testbed.topology.model import Topology
 from testbed.topology.plan import RackPlan
+from testbed.warm import restore
+from testbed.warm.restore import SnapshotUnfit
 
 INITRD = "initrd.img"
 TOPOLOGY_JSON = "topology.json"
@@ -48,6 +51,7 @@ class StartOptions:
     ``installation``  None: made or found now.
     ``trust``         run the Python files that the topology names as devices.
     ``verbose_console``  the guest kernel prints its whole log while it boots.
+    ``warm``          restore each machine, booted once and saved, instead of booting it.
     ``router``        switches route what QEMU's own devices send (docs/switch-router.md).
     """
 
@@ -58,6 +62,7 @@ class StartOptions:
     installation: prepare.Installation | None = None
     kernel_args: tuple[str, ...] = ()
     verbose_console: bool = False
+    warm: bool = False
     router: bool = True
     trust: bool = False
     timeout_s: float = START_TIMEOUT_S
@@ -80,6 +85,20 @@ def start(
         In every case nothing is left running and no runtime file is left.
     """
     options = options or StartOptions()
+    try:
+        return _start(topology, run_dir, options, say)
+    except SnapshotUnfit as error:
+        restore.store().discard(error.key)
+        sys.stderr.write(f"testbed: not restored but booted: {error.message}\n")
+        return _start(topology, run_dir, dataclasses.replace(options, warm=False), say)
+
+
+def _start(
+    topology: Topology,
+    run_dir: Path | None,
+    options: StartOptions,
+    say: Callable[[str], None],
+) -> Rack:
     began_s = time.monotonic()
     topology = own_devices.admit(topology, trust=options.trust)
     plan = placement.place(topology)
@@ -101,39 +120,31 @@ def start(
         keys = RackKeys.generate()
         commands: dict[str, NodeCommand] = {}
         processes: list[Command] = []
+        contexts = _contexts(plan, installation, accelerator, options, reservation.folder)
+        saved = _saved(plan, contexts, installation, options, run_dir, say)
         for name, node in plan.nodes.items():
             spec = topology.nodes[name]
             folder = reservation.folder / name
             folder.mkdir(mode=0o700, exist_ok=True)
-            kernel = installation.kernel(spec.kernel)
-            initrd = folder / INITRD
-            build_initrd(
-                initrd,
-                installation.image,
-                kernel,
-                keys=keys,
-                node_name=name,
-                agent=installation.agent,
-            )
-            context = LaunchContext(
-                qemu=installation.qemu.words,
-                environment=installation.qemu.environment,
-                accelerator=accelerator,
-                kernel=kernel.image,
-                initrd=initrd,
-                quick_firmware=installation.qemu.quick_firmware,
-                kernel_args=options.kernel_args,
-                console_verbose=options.verbose_console,
-            )
-            commands[name] = argv.command(node, spec, context)
+            if name in saved:
+                restore.provide_state(saved[name].snapshot, folder)
+                commands[name] = saved[name].command
+            else:
+                build_initrd(
+                    contexts[name].initrd,
+                    installation.image,
+                    installation.kernel(spec.kernel),
+                    keys=keys,
+                    node_name=name,
+                    agent=installation.agent,
+                )
+                commands[name] = argv.command(node, spec, contexts[name])
             if models.has_models(node):
                 _write(folder / MODELS_SPEC, models.models_spec(plan, node))
                 processes.append(models.models_command(node))
             processes.append(commands[name])
         _write(run_dir / COMMANDS_JSON, [dataclasses.asdict(command) for command in processes])
-        versions = versions_of(installation, accelerator)
-        if own := own_devices.summary(topology):
-            versions["own_devices"] = own
+        versions = versions_of(installation, accelerator) | _own_versions(topology)
         _write(run_dir / VERSIONS_JSON, versions)
         access = AccessKeys(keys.client_private, keys.host_public)
         access.write(reservation.folder / KEYS_FILE)
@@ -141,6 +152,7 @@ def start(
         rack = Rack(keeper, plan, access, versions, owner=True, commands=commands)
         try:
             reservation.write_record(record_of(rack, time.time(), reservation.folder / KEYS_FILE))
+            restore.resume(rack, saved, keys, options.timeout_s)
             on_all(rack, lambda node: _await_hello(node, reservation.folder, options.timeout_s))
             if options.router:
                 _start_routers(rack, say)
@@ -151,6 +163,56 @@ def start(
             raise
     say(f"{rack.name}: all agents answered after {time.monotonic() - began_s:.1f} s")
     return rack
+
+
+def _own_versions(topology: Topology) -> dict[str, Any]:
+    own = own_devices.summary(topology)
+    return {"own_devices": own} if own else {}
+
+
+def _contexts(
+    plan: RackPlan,
+    installation: prepare.Installation,
+    accelerator: str,
+    options: StartOptions,
+    folder: Path,
+) -> dict[str, LaunchContext]:
+    """What each node's command line must know of this host."""
+    return {
+        name: LaunchContext(
+            qemu=installation.qemu.words,
+            environment=installation.qemu.environment,
+            accelerator=accelerator,
+            kernel=installation.kernel(plan.topology.nodes[name].kernel).image,
+            initrd=folder / name / INITRD,
+            quick_firmware=installation.qemu.quick_firmware,
+            kernel_args=options.kernel_args,
+            console_verbose=options.verbose_console,
+        )
+        for name in plan.nodes
+    }
+
+
+def _saved(
+    plan: RackPlan,
+    contexts: Mapping[str, LaunchContext],
+    installation: prepare.Installation,
+    options: StartOptions,
+    run_dir: Path,
+    say: Callable[[str], None],
+) -> dict[str, restore.Saved]:
+    """The saved machines to be restored; none, with the reason, if they cannot be kept here."""
+    if not options.warm:
+        return {}
+    wanted = {
+        name: restore.Wanted(node, plan.topology.nodes[name], installation, contexts[name])
+        for name, node in plan.nodes.items()
+    }
+    try:
+        return restore.ready(wanted, run_dir, options.timeout_s, say=say)
+    except (SetupError, QmpError) as error:
+        sys.stderr.write(f"testbed: booted without being saved: {error.message}\n")
+        return {}
 
 
 def _await_hello(node: RackNode, folder: Path, timeout_s: float) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from testbed.errors import HostError
+from testbed.host import agent as agent_files
 from testbed.host import cpio, product
 from testbed.host.agent import AgentBundle
 from testbed.host.image import GuestImage
@@ -28,7 +30,37 @@ def build_initrd(
 
     :raises HostError: it cannot be written; nothing is left then.
     """
-    own = own_archive(keys, node_name)
+    _write_all(target, image, kernel, agent, own_archive(keys, node_name))
+
+
+def build_waiting_initrd(
+    target: Path,
+    image: GuestImage,
+    kernel: KernelImage,
+    *,
+    agent: AgentBundle,
+    forget: Sequence[str],
+) -> None:
+    """The same for a machine that is to be saved: no keys, no name; it waits for them.
+
+    :param forget: addresses of functions that its kernel shall let go before it waits.
+    :raises HostError: it cannot be written; nothing is left then.
+    """
+    words = ["python3", "-ISu", f"{agent.folder}/{agent_files.PACKAGE}/resume.py", *forget]
+    script = f"{' '.join(words)} </dev/console >/dev/console\n".encode()
+    own = cpio.archive(
+        (
+            cpio.directory("/etc/testbed"),
+            cpio.regular("/etc/testbed/wait", script),
+            cpio.regular("/etc/hostname", b"saved\n"),
+        )
+    )
+    _write_all(target, image, kernel, agent, own)
+
+
+def _write_all(
+    target: Path, image: GuestImage, kernel: KernelImage, agent: AgentBundle, own: bytes
+) -> None:
     try:
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from testbed.errors import CapabilityMissing
+from testbed.machine import saving
 from testbed.machine.command import (
     CONSOLE_LOG,
     CONSOLE_SOCKET,
@@ -24,6 +25,7 @@ from testbed.machine.command import (
     LaunchContext,
     MemoryFd,
     NodeCommand,
+    Start,
     vfio_socket,
 )
 from testbed.machine.firmware import quick_firmware
@@ -65,14 +67,22 @@ def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:
         *_channels(plan),
         *_iommu(plan, node.iommu),
     ]
+    left_out = saving.left_out(plan) if context.start is Start.SAVE else ()
     for function in plan.functions:
-        argv += _function(function, node)
-    argv += [
-        *("-kernel", str(context.kernel)),
-        *("-initrd", str(context.initrd)),
-        *("-append", " ".join(kernel_words(node, context))),
-    ]
-    return NodeCommand(plan.name, tuple(argv), dict(context.environment), _memory(plan))
+        words = _placeholder(function) if function in left_out else _function(function, node)
+        argv += _found_late(function, words) if context.start is Start.RESTORE else words
+    if context.start is Start.RESTORE:
+        argv += ["-S", *saving.RESTORE_WORDS]
+    else:
+        argv += [
+            *("-kernel", str(context.kernel)),
+            *("-initrd", str(context.initrd)),
+            *("-append", " ".join(kernel_words(node, context))),
+        ]
+    memory = _memory(plan)
+    if context.start is not Start.BOOT:
+        memory += (saving.ram(node),)
+    return NodeCommand(plan.name, tuple(argv), dict(context.environment), memory)
 
 
 def _memory(plan: NodePlan) -> tuple[MemoryFd, ...]:
@@ -87,6 +97,10 @@ def _machine(plan: NodePlan, node: Node, context: LaunchContext) -> list[str]:
     machine = node.machine
     # Shared, so that a device model in another process can reach it too (vfio-user).
     ram: Properties = {"id": "ram0", "size": machine.memory_bytes, "share": True}
+    backend = "memory-backend-memfd"
+    if context.start is not Start.BOOT:
+        backend = "memory-backend-file"
+        ram["mem-path"] = f"/proc/self/fd/{saving.RAM_FD}"
     firmware = quick_firmware(node, context)
     return [
         *("-name", f"guest={plan.name},process=qemu-system-x86"),
@@ -102,7 +116,7 @@ def _machine(plan: NodePlan, node: Node, context: LaunchContext) -> list[str]:
         *("-cpu", machine.cpu + (TCG_CPU_FLAGS if context.accelerator == "tcg" else "")),
         *("-smp", str(machine.vcpus)),
         *("-m", f"{machine.memory_bytes // MIB}M"),
-        *_object("memory-backend-memfd", ram),
+        *_object(backend, ram),
         *("-global", f"q35-pcihost.pci-hole64-size={plan.pci_hole64_bytes}"),
     ]
 
@@ -154,6 +168,23 @@ def _function(function: Function, node: Node) -> list[str]:
             hint="choose another engine in the topology, such as igb or edu",
         )
     return make(function, node)
+
+
+def _found_late(function: Function, words: list[str]) -> list[str]:
+    """The same for a guest that finds its devices after its boot.
+
+    Linux then reads of each function, not only of function 0, whether its slot has several, and
+    groups them accordingly (drivers/iommu/iommu.c, ``get_pci_function_alias_group``).
+    """
+    if not function.multifunction:
+        return words
+    return [*words[:-1], _json(json.loads(words[-1]) | {"multifunction": True})]
+
+
+def _placeholder(function: Function) -> list[str]:
+    """What holds the place of a function that cannot be saved, and address space for its BARs."""
+    window: Properties = {"membar": size} if (size := saving.window_bytes(function)) else {}
+    return _device("pci-testdev", _place(function) | window)
 
 
 def _root_port(function: Function, _: Node) -> list[str]:

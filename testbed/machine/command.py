@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
 
 # Names inside a node's runtime folder, which is QEMU's working directory: argv names them
@@ -18,6 +19,7 @@ MODELS_SPEC = "models.json"  # what the node's device models are
 MODELS_SOCKET = "models.sock"  # their control socket
 MODELS_READY = "models.ready"  # is there when they may be connected to
 LOG_LINK = "log"  # a link to the node's folder of logs, in the run folder
+MACHINE_STATE = "machine.state"  # a saved machine's devices, for one that is restored
 CONSOLE_LOG = "console.log"  # in LOG_LINK: all that the serial console said
 QEMU_LOG = "qemu.log"  # in LOG_LINK: QEMU's own standard output and error
 
@@ -25,6 +27,14 @@ QEMU_LOG = "qemu.log"  # in LOG_LINK: QEMU's own standard output and error
 def vfio_socket(qemu_id: str) -> str:
     """Where a device model waits for QEMU."""
     return f"{qemu_id}.vfu"
+
+
+class Start(StrEnum):
+    """How a machine comes to life."""
+
+    BOOT = "boot"
+    SAVE = "save"  # boot without what cannot be saved, in memory that can be copied
+    RESTORE = "restore"  # go on where a saved machine stopped
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,7 @@ class LaunchContext:
     ``quick_firmware``  qboot, by a name that this QEMU finds; "" if it may have none.
     ``kernel_args``  words added to the guest kernel's command line after the testbed's own.
     ``console_verbose``  the guest prints its whole log on the console while it boots.
+    ``start``        boot; boot to be saved; or restore from MACHINE_STATE, without kernel.
     """
 
     qemu: tuple[str, ...]
@@ -49,6 +60,7 @@ class LaunchContext:
     quick_firmware: str = ""
     kernel_args: tuple[str, ...] = ()
     console_verbose: bool = False
+    start: Start = Start.BOOT
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,15 @@ def trust_option(function: F) -> F:
     )(function)
 
 
+def warm_option(function: F) -> F:
+    """`--warm`, for verbs that start a rack."""
+    return click.option(
+        "--warm",
+        is_flag=True,
+        help="Restore each machine, booted once and saved (`testbed cache`), instead of booting.",
+    )(function)
+
+
 def override_options(function: F) -> F:
     """`--kernel` (with `--modules`, or as `--kernel-tree`) and `--iommu`, over the topology's.
 

@@ -18,6 +18,7 @@ from testbed.verbs.common import (
     say,
     settings_option,
     trust_option,
+    warm_option,
 )
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     help="More words for the guest kernel's command line.",
 )
 @click.option("--verbose-console", is_flag=True, help="The guest kernel logs to its console.")
+@warm_option
 @click.option(
     "--timeout",
     "timeout_s",
@@ -60,6 +62,7 @@ def up(
     accel: str | None,
     kernel_args: tuple[str, ...],
     verbose_console: bool,
+    warm: bool,
     timeout_s: float,
     form: str,
 ) -> None:
@@ -82,6 +85,7 @@ def up(
             installation=installation,
             kernel_args=tuple(word for words in kernel_args for word in words.split()),
             verbose_console=verbose_console,
+            warm=warm,
             trust=trust,
             timeout_s=timeout_s,
         ),

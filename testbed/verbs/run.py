@@ -19,6 +19,7 @@ from testbed.verbs.common import (
     say,
     settings_option,
     trust_option,
+    warm_option,
 )
 from testbed.verbs.payload import PayloadWords, payload_options
 
@@ -45,6 +46,7 @@ DEFAULT_TOPOLOGY = "quad-gpu"
 @override_options
 @engine_option("all")
 @trust_option
+@warm_option
 @payload_options
 @click.option("--qemu", metavar="PATH", help="Another QEMU than the tool root's.")
 @click.option(
@@ -79,6 +81,7 @@ def run(
     iommu_mode: str | None,
     engine: str | None,
     trust: bool,
+    warm: bool,
     words: PayloadWords,
     qemu: str | None,
     mutation: str,
@@ -139,7 +142,7 @@ def run(
     if wanted is not None:
         install_for([wanted], qemu=qemu)
     say(f"run folder: {run_dir}")
-    options = deploy.StartOptions(trust=trust)
+    options = deploy.StartOptions(trust=trust, warm=warm)
     if wanted is not None and engine == "all":
         sources: dict[str, TopologySource | CapabilityMissing] = {}
         for each in ENGINES:

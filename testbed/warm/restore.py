@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a saved machine, and bring one back.
+
+A machine is saved in the moment before it would become this rack's own: it has no keys, no name and
+no devices but bridges and its network card. What it lacks it is told on its serial console after it
+was restored (``guest_agent/resume.py``), and the kernel then finds the devices.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import testbed
+from testbed.errors import HostError, LinkLost, LostError, QmpError, SetupError
+from testbed.host import paths
+from testbed.host.keys import RackKeys
+from testbed.host.manifest import digest
+from testbed.host.overlay import build_waiting_initrd
+from testbed.host.prepare import Installation
+from testbed.machine import argv, registry, saving, spawn
+from testbed.machine.client import Keeper
+from testbed.machine.command import (
+    CONSOLE_LOG,
+    MACHINE_STATE,
+    QEMU_LOG,
+    QMP_SOCKET,
+    LaunchContext,
+    NodeCommand,
+    Start,
+)
+from testbed.machine.console import Console
+from testbed.machine.lifecycle import Watch
+from testbed.machine.qmp import Qmp
+from testbed.machine.sockets import connect_unix
+from testbed.rack import Rack, RackNode, on_all
+from testbed.topology.model import Node
+from testbed.topology.plan import NodePlan
+from testbed.warm import memory
+from testbed.warm.store import FORMAT, MEMORY, STATE, Snapshot, Store
+
+WAITING = "testbed: waiting"  # guest_agent/resume.py says both
+UNFIT = "testbed: unfit"
+INITRD = Path("initrd.img")  # in QEMU's working directory
+ENTROPY_BYTES = 64
+CONSOLE_TIMEOUT_S = 5.0
+PAUSE_S = 0.02
+
+
+class SnapshotUnfit(HostError):
+    """A saved machine cannot be used; ``key`` is its entry, which is to go."""
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def store() -> Store:
+    """This user's saved machines."""
+    return Store(paths.cache_dir() / "warm")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One machine that is to be restored.
+
+    ``context``  as for a cold start; its ``start`` and ``initrd`` are not looked at.
+    """
+
+    plan: NodePlan
+    spec: Node
+    installation: Installation
+    context: LaunchContext
+
+    def command(self) -> NodeCommand:
+        """What boots it to be saved."""
+        return argv.command(self.plan, self.spec, self._context(Start.SAVE))
+
+    def restoring(self) -> NodeCommand:
+        """What restores it."""
+        return argv.command(self.plan, self.spec, self._context(Start.RESTORE))
+
+    def _context(self, start: Start) -> LaunchContext:
+        values = {**vars(self.context), "start": start, "initrd": INITRD}
+        return LaunchContext(**values)
+
+    @property
+    def forgotten(self) -> tuple[str, ...]:
+        """Addresses of what the guest lets go before it is saved, and finds after."""
+        return tuple(function.bdf for function in saving.left_out(self.plan))
+
+    @property
+    def key(self) -> str:
+        """A hash of all that the saved machine is made from."""
+        kernel = self.installation.kernel(self.spec.kernel)
+        modules = kernel.modules.stat()
+        command = self.command()
+        return digest(
+            FORMAT,
+            testbed.__version__,
+            command.argv,
+            dict(command.environment),
+            self.installation.qemu.identity,
+            self.context.accelerator,
+            _processor() if self.context.accelerator != "tcg" else "",
+            kernel.sha256,
+            (str(kernel.modules), modules.st_size, modules.st_mtime_ns),
+            self.installation.image.key,
+            self.installation.agent.hash,
+            self.forgotten,
+        )
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A machine to be restored, and the command that does it."""
+
+    snapshot: Snapshot
+    command: NodeCommand
+
+
+def _processor() -> str:
+    """What a machine under KVM sees of the host's."""
+    wanted = ("model name", "flags", "microcode")
+    lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    return "\n".join(line for line in lines if line.startswith(wanted))
+
+
+def ready(
+    wanted: Mapping[str, Wanted],
+    run_dir: Path,
+    timeout_s: float,
+    *,
+    say: Callable[[str], None],
+) -> dict[str, Saved]:
+    """The saved machines of a rack, by node; those that are not there yet are made.
+
+    :raises CapabilityMissing: a node cannot be saved.
+    :raises LostError: it did not boot. :raises SetupError: no space.
+    """
+    found: dict[str, Saved] = {}
+    for each in wanted.values():
+        saving.check(each.plan, each.spec)
+    kept = store()
+    for name, each in wanted.items():
+        key = each.key
+        snapshot = kept.find(key)
+        if snapshot is None:
+            with kept.exclusive(key):
+                snapshot = kept.find(key)
+                if snapshot is None:
+                    say(f"{name}: booting once, to be saved")
+                    _save(kept, key, each, run_dir / "saving", timeout_s)
+                    snapshot = kept.find(key)
+            kept.prune()
+        if snapshot is None:
+            raise SetupError(f"{kept.folder / key} went away as soon as it was there")
+        found[name] = Saved(snapshot, each.restoring())
+    return found
+
+
+def _save(kept: Store, key: str, wanted: Wanted, run_dir: Path, timeout_s: float) -> None:
+    name = wanted.plan.name
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    command = wanted.command()
+    base = paths.runtime_dir()
+    with (
+        kept.making(key) as partial,
+        registry.reserve(base, f"saving-{key[:8]}", unique=True) as reservation,
+    ):
+        folder = reservation.folder / name
+        folder.mkdir(mode=0o700)
+        build_waiting_initrd(
+            folder / INITRD,
+            wanted.installation.image,
+            wanted.installation.kernel(wanted.spec.kernel),
+            agent=wanted.installation.agent,
+            forget=wanted.forgotten,
+        )
+        keeper = spawn.start_keeper(reservation, [command], run_folder=run_dir)
+        try:
+            qmp = _await_waiting(keeper, command, timeout_s)
+            with qmp:
+                saving.save(qmp, partial / STATE)
+                with keeper.open_memory(f"{name}/{saving.RAM}") as guest:
+                    runs = memory.pack(guest, partial / MEMORY)
+        finally:
+            keeper.shutdown()
+            keeper.close()
+        kept.describe(partial, runs, f"{name} ({wanted.spec.kernel})")
+
+
+def _await_waiting(keeper: Keeper, command: NodeCommand, timeout_s: float) -> Qmp:
+    """Its control socket, when the guest waits to be told who it is."""
+    logs = keeper.run_folder / command.node
+    console = Console(logs / CONSOLE_LOG)
+    watch = Watch(
+        command,
+        console=console,
+        qemu_log=logs / QEMU_LOG,
+        exit_of=lambda: keeper.exit_of(command.node),
+    )
+    qmp = Qmp.connect(
+        keeper.folder / command.node / QMP_SOCKET, node=command.node, check=watch.check
+    )
+    watch.control_answered = True
+    deadline_s = time.monotonic() + timeout_s
+    try:
+        while WAITING not in console.tail():
+            watch.check()
+            if time.monotonic() > deadline_s:
+                raise LinkLost(
+                    f"{command.node}: it was not ready to be saved within {timeout_s:g} s",
+                    node=command.node,
+                    console_tail=console.tail(),
+                )
+            time.sleep(PAUSE_S)
+    except BaseException:
+        qmp.close()
+        raise
+    return qmp
+
+
+def provide_state(snapshot: Snapshot, folder: Path) -> None:
+    """Put the devices' state into the node's runtime folder, where QEMU looks for it.
+
+    :raises SnapshotUnfit: it is not as it was written.
+    """
+    target = folder / MACHINE_STATE
+    try:
+        data = snapshot.state.read_bytes()
+        target.touch(mode=0o600)
+        target.write_bytes(data)
+    except OSError as error:
+        raise SnapshotUnfit(f"{error.filename}: {error.strerror}", snapshot.key) from error
+
+
+class Filling:
+    """A machine's memory on its way from the file, and the check that it is as it was written."""
+
+    def __init__(self, keeper: Keeper, node: str, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._parts: list[Future[str]] = []
+        place = keeper.call("memory", name=f"{node}/{saving.RAM}")
+        self._path = f"/proc/{keeper.pid}/fd/{place['fd']}"
+        for part in (self._fill, snapshot.damage):
+            future: Future[str] = Future()
+            self._parts.append(future)
+            threading.Thread(target=_run, args=(part, future), daemon=True).start()
+
+    def _fill(self) -> str:
+        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            memory.unpack(self._snapshot.memory, self._snapshot.runs, fd)
+        finally:
+            os.close(fd)
+        return ""
+
+    def wait(self) -> None:
+        """:raises SnapshotUnfit: it is damaged, or there is not enough memory."""
+        for part in self._parts:
+            try:
+                problem = part.result()
+            except OSError as error:
+                problem = str(error)
+            if problem:
+                raise SnapshotUnfit(problem, self._snapshot.key)
+
+
+def _run(part: Callable[[], str], future: Future[str]) -> None:
+    try:
+        future.set_result(part())
+    except BaseException as error:  # raised where it is waited for
+        future.set_exception(error)
+
+
+def resume(rack: Rack, saved: Mapping[str, Saved], keys: RackKeys, timeout_s: float) -> None:
+    """Let the restored machines go on as this rack's nodes; returns when all can be logged into.
+
+    :raises SnapshotUnfit: one cannot be used, whatever the reason.
+    """
+    filling = {name: Filling(rack.keeper, name, each.snapshot) for name, each in saved.items()}
+
+    def one(node: RackNode) -> None:
+        if node.name in saved:
+            _resume(node, saved[node.name].snapshot, filling[node.name], keys, timeout_s)
+
+    on_all(rack, one)
+
+
+def _resume(
+    node: RackNode, snapshot: Snapshot, filling: Filling, keys: RackKeys, timeout_s: float
+) -> None:
+    try:
+        monitor = node.monitor
+        filling.wait()
+        saving.load(monitor)
+        monitor.execute("cont")
+        with connect_unix(node.console_socket, CONSOLE_TIMEOUT_S) as wire:
+            wire.settimeout(CONSOLE_TIMEOUT_S)
+            wire.sendall(base64.b64encode(json.dumps(_identity(node, keys)).encode()) + b"\n")
+            node.watch.wait_ready(timeout_s)
+    except (OSError, LostError, QmpError, HostError) as error:
+        if isinstance(error, SnapshotUnfit):
+            raise
+        raise SnapshotUnfit(str(getattr(error, "message", error)), snapshot.key) from error
+    for line in node.console_tail().splitlines():
+        if line.startswith(UNFIT):
+            raise SnapshotUnfit(f"{node.name}: {line.removeprefix(UNFIT)[2:]}", snapshot.key)
+
+
+def _identity(node: RackNode, keys: RackKeys) -> dict[str, object]:
+    return {
+        "name": node.name,
+        "entropy": base64.b64encode(os.urandom(ENTROPY_BYTES)).decode(),
+        "time_s": time.time(),
+        "host_key": base64.b64encode(keys.host_private).decode(),
+        "client_key": keys.client_public,
+        "buses": sorted({function.bus for function in saving.left_out(node.plan)}),
+    }

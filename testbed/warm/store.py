@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saved machines on disk: whole or not there, verified before use, and not too many.
+
+``CACHE/warm/KEY/`` holds ``memory`` and ``state``, and ``snapshot.json``, which says how long they
+are, what their checksums are, and its own. The folder is made under another name and renamed
+(:func:`testbed.host.product.building`), so a killed save leaves nothing that anyone would use.
+All of it is readable by this user only; keys of racks are not in it (``guest_agent/resume.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from testbed.errors import SetupError
+from testbed.host import product
+from testbed.topology.units import GIB
+from testbed.warm.memory import Runs
+
+FORMAT = 1
+MEMORY, STATE, INDEX = "memory", "state", "snapshot.json"
+DEFAULT_BUDGET_BYTES = 4 * GIB
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One saved machine. ``runs`` is where its memory's blocks belong (testbed.warm.memory)."""
+
+    folder: Path
+    runs: Runs
+    memory_sha256: str
+    state_sha256: str
+
+    @property
+    def key(self) -> str:
+        """All that it was made from, as a hash."""
+        return self.folder.name
+
+    @property
+    def memory(self) -> Path:
+        """The file of its packed memory."""
+        return self.folder / MEMORY
+
+    @property
+    def state(self) -> Path:
+        """The file of its devices' state."""
+        return self.folder / STATE
+
+    def damage(self) -> str:
+        """What is wrong with its files; "" if they are as they were written."""
+        for path, wanted in ((self.state, self.state_sha256), (self.memory, self.memory_sha256)):
+            try:
+                if checksum(path) != wanted:
+                    return f"{path} is not as it was written"
+            except OSError as error:
+                return f"{path}: {error.strerror}"
+        return ""
+
+
+def checksum(path: Path) -> str:
+    """The file's SHA-256. :raises OSError: it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One entry as `testbed cache` shows it; ``used_s`` is a time since the epoch."""
+
+    key: str
+    size_bytes: int
+    used_s: float
+    names: str
+
+
+class Store:
+    """The saved machines of one cache.
+
+    :param folder: made on first use, mode 0700.
+    :param budget_bytes: more than that is not kept; the least recently used go.
+    """
+
+    def __init__(self, folder: Path, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> None:
+        self.folder = folder
+        self._budget_bytes = budget_bytes
+
+    def find(self, key: str) -> Snapshot | None:
+        """The entry of that key, and note that it was used; None if there is none that is whole."""
+        index = self.folder / key / INDEX
+        body = product.read_json(index)
+        if not isinstance(body, dict) or body.pop("self", None) != _digest(body):
+            if index.parent.exists():
+                self.discard(key)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(index)
+        runs = tuple((int(start), int(length)) for start, length in body["runs"])
+        return Snapshot(index.parent, runs, body["memory_sha256"], body["state_sha256"])
+
+    @contextlib.contextmanager
+    def exclusive(self, key: str) -> Iterator[None]:
+        """Be the only one who makes this entry, or removes it.
+
+        :raises SetupError: another one has been at it for too long.
+        """
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with product.exclusive(self.folder / f"{key}{_LOCK}", lambda: None):
+            yield
+
+    @contextlib.contextmanager
+    def making(self, key: str) -> Iterator[Path]:
+        """A folder for :data:`MEMORY` and :data:`STATE`; within :meth:`exclusive`.
+
+        :raises SetupError: no space; nothing is left then.
+        """
+        with product.building(self.folder / key) as partial:
+            partial.chmod(0o700)
+            yield partial
+
+    def describe(self, partial: Path, runs: Runs, names: str) -> None:
+        """Write the index of what :meth:`making` made."""
+        for name in (MEMORY, STATE):
+            (partial / name).chmod(0o600)
+        body: dict[str, Any] = {
+            "format": FORMAT,
+            "names": names,
+            "runs": [list(run) for run in runs],
+            "memory_sha256": checksum(partial / MEMORY),
+            "state_sha256": checksum(partial / STATE),
+        }
+        product.write_json(partial / INDEX, body | {"self": _digest(body)})
+        (partial / INDEX).chmod(0o600)
+
+    def discard(self, key: str) -> None:
+        """Remove an entry that does not fit or is damaged."""
+        with contextlib.suppress(OSError, SetupError):
+            product.remove_tree(self.folder / key)
+
+    def kept(self) -> list[Kept]:
+        """All entries, the most recently used first."""
+        found = []
+        for index in self.folder.glob(f"[!.]*/{INDEX}"):
+            with contextlib.suppress(OSError):
+                size_bytes = sum(path.stat().st_size for path in index.parent.iterdir())
+                body = product.read_json(index)
+                names = str(body.get("names", "")) if isinstance(body, dict) else ""
+                found.append(Kept(index.parent.name, size_bytes, index.stat().st_mtime, names))
+        return sorted(found, key=lambda entry: -entry.used_s)
+
+    def prune(self, budget_bytes: int | None = None) -> list[Kept]:
+        """Remove what is over the budget, and what killed saves left; returns what went."""
+        left_bytes = self._budget_bytes if budget_bytes is None else budget_bytes
+        gone = []
+        for entry in self.kept():
+            left_bytes -= entry.size_bytes
+            if left_bytes < 0:
+                self.discard(entry.key)
+                gone.append(entry)
+        for partial in self.folder.glob(".*.*"):
+            key = partial.name.split(".")[1]
+            with self._if_nobody_makes(key) as alone:
+                if alone:
+                    product.remove_tree(partial)
+        return gone
+
+    @contextlib.contextmanager
+    def _if_nobody_makes(self, key: str) -> Iterator[bool]:
+        descriptor = os.open(
+            self.folder / f"{key}{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield True
+        except BlockingIOError:
+            yield False
+        finally:
+            os.close(descriptor)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def entry_data(entry: Kept) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(entry)

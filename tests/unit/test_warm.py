@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saved machines: what they are named after, how they are kept, and what is never used."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from testbed.errors import SetupError
+from testbed.machine import saving
+from testbed.topology import load, placement
+from testbed.warm import memory
+from testbed.warm.store import INDEX, MEMORY, STATE, Snapshot, Store
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = memory.BLOCK_BYTES
+
+
+def make(store: Store, key: str, data: bytes = b"\1" * BLOCK) -> Snapshot:
+    """One entry, as a save makes it."""
+    with store.exclusive(key), store.making(key) as partial:
+        runs = memory.pack(data, partial / MEMORY)
+        (partial / STATE).write_bytes(b"state of " + key.encode())
+        store.describe(partial, runs, "node")
+    found = store.find(key)
+    assert found is not None
+    return found
+
+
+@settings(max_examples=30, deadline=None)
+@given(blocks=st.lists(st.sampled_from([0, 0, 0, 1, 255]), max_size=12), tail=st.integers(0, 9))
+def test_memory_comes_back_as_it_was_and_zeros_take_no_room(
+    tmp_path_factory: pytest.TempPathFactory, blocks: list[int], tail: int
+) -> None:
+    data = b"".join(bytes([value]) * BLOCK for value in blocks) + b"\7" * tail
+    packed = tmp_path_factory.mktemp("packed") / "memory"
+    runs = memory.pack(data, packed)
+    fd = os.memfd_create("restored")
+    try:
+        os.ftruncate(fd, len(data))
+        memory.unpack(packed, runs, fd)
+        assert os.pread(fd, len(data) + 1, 0) == data
+    finally:
+        os.close(fd)
+    assert packed.stat().st_size == len(data) - BLOCK * blocks.count(0)
+
+
+def test_a_packed_memory_of_another_length_is_refused(tmp_path: Path) -> None:
+    packed = tmp_path / "memory"
+    runs = memory.pack(b"\1" * BLOCK, packed)
+    packed.write_bytes(packed.read_bytes()[:-1])
+    with pytest.raises(OSError, match="shorter or longer"):
+        memory.unpack(packed, runs, -1)
+
+
+def test_an_entry_is_found_whole_and_is_nobody_elses(tmp_path: Path) -> None:
+    store = Store(tmp_path / "warm")
+    assert store.find("a") is None
+    found = make(store, "a")
+    assert found.damage() == ""
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(found.folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in found.folder.iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("name", [MEMORY, STATE])
+@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+def test_a_damaged_file_is_noticed(tmp_path: Path, name: str, how: str) -> None:
+    found = make(Store(tmp_path), "a")
+    path = found.folder / name
+    data = bytearray(path.read_bytes())
+    if how == "flip":
+        data[len(data) // 2] ^= 0x10
+        path.write_bytes(data)
+    elif how == "cut":
+        path.write_bytes(data[:-1])
+    else:
+        path.unlink()
+    assert str(path) in found.damage()
+
+
+def test_an_index_that_was_touched_is_no_entry_and_goes(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    index = make(store, "a").folder / INDEX
+    index.write_text(index.read_text().replace('"format": 1', '"format": 2'))
+    assert store.find("a") is None
+    assert not index.parent.exists()
+
+
+def _make_on_a_full_disk(store: Store) -> None:
+    with store.exclusive("a"), store.making("a") as partial:
+        (partial / MEMORY).write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(partial / MEMORY))
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(SetupError, match="No space left"):
+        _make_on_a_full_disk(store)
+    assert store.find("a") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
+
+
+def test_what_a_killed_save_left_is_removed_but_not_what_is_being_made(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    left, making = tmp_path / ".a.1", tmp_path / ".b.2"
+    for partial in (left, making):
+        partial.mkdir()
+    with store.exclusive("b"):
+        store.prune()
+        assert making.exists()
+    assert not left.exists()
+    assert store.kept() == []
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    store = Store(tmp_path, budget_bytes=3 * BLOCK)
+    for number, key in enumerate("abc"):
+        os.utime(make(store, key).folder / INDEX, (1000 + number, 1000 + number))
+    assert store.find("a") is not None  # used just now
+    assert [entry.key for entry in store.prune()] == ["b"]
+    assert [entry.key for entry in store.kept()] == ["a", "c"]
+    assert [entry.key for entry in store.prune(0)] == ["a", "c"]
+
+
+def test_what_is_saved_are_bridges_the_control_network_and_the_iommu() -> None:
+    topology = load.load(ROOT / "topologies" / "quad-gpu.yaml", {})
+    plan = placement.place(topology).nodes["host0"]
+    kept = {f.kind for f in plan.functions} - {f.kind for f in saving.left_out(plan)}
+    assert kept == {"port", "virtio-net"}
+
+
+def test_a_machine_that_cannot_be_saved_has_a_reason(tmp_path: Path) -> None:
+    file = tmp_path / "amd.yaml"
+    file.write_text("rack: r\nnodes:\n  n: {iommu: {kind: amd}, kernel: generic, pcie: []}\n")
+    topology = load.load(file, {})
+    plan = placement.place(topology).nodes["n"]
+    assert "AMD" in saving.why_not(plan, topology.nodes["n"])

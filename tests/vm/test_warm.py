@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Racks that are restored: as good as booted ones, each its own, and never from a damaged file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from testbed import deploy
+from testbed.host.prepare import Installation
+from testbed.machine import saving
+from testbed.rack import Rack
+from testbed.topology import load
+from testbed.warm import restore
+from testbed.warm.store import MEMORY, Store
+
+TOPOLOGY = """
+rack: warm
+nodes:
+  host0:
+    machine: {vcpus: 1, memory: 512M}
+    pcie:
+      - root_port: rp0
+        below:
+          - switch: sw0
+            acs: redirect
+            below:
+              - {gpu: gpu0, vram: 32M, engine: model, doorbell: true}
+              - {gpu: gpu1, vram: 16M, engine: igb}
+              - {nvme: nvme0, cmb: 4M}
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Saved machines of this module's own."""
+    return Store(tmp_path_factory.mktemp("warm"))
+
+
+@pytest.fixture
+def options(
+    installation: Installation, accelerator: str, cache: Store, monkeypatch: pytest.MonkeyPatch
+) -> deploy.StartOptions:
+    """Warm starts out of that."""
+    monkeypatch.setattr(restore, "store", lambda: cache)
+    return deploy.StartOptions(accelerator=accelerator, installation=installation, warm=True)
+
+
+def seen(rack: Rack) -> dict[str, object]:
+    """What the guest sees of the rack: addresses, groups, and the BARs of devices (ports may lack
+    theirs, for want of room, in a cold boot)."""
+    devices = rack.node().agent.call("pci.tree")["devices"]
+    groups: dict[object, set[str]] = {}
+    for device in devices:
+        groups.setdefault(device["iommu_group"], set()).add(device["bdf"])
+    sizes = {
+        device["bdf"]: [(bar["index"], bar["size_bytes"]) for bar in device["bars"]]
+        for device in devices
+        if device["bdf"] in {function.bdf for function in saving.left_out(rack.node().plan)}
+    }
+    return {"groups": {frozenset(group) for group in groups.values()}, "bars": sizes}
+
+
+def fresh(rack: Rack) -> tuple[str, ...]:
+    """What no two machines may have in common."""
+    words = "cat /etc/dropbear/host_key /root/.ssh/authorized_keys | sha256sum; "
+    words += "head -c 16 /dev/urandom | sha256sum"
+    return tuple(rack.node().link.run(words).stdout.decode().split("\n")[:2])
+
+
+def test_a_restored_rack_is_as_a_booted_one_and_two_are_two(
+    options: deploy.StartOptions, tmp_path: Path
+) -> None:
+    topology = load.load_text(TOPOLOGY, "warm.yaml", {})
+    cold_options = dataclasses.replace(options, warm=False)
+    with deploy.start(topology, run_dir=tmp_path / "cold", options=cold_options) as cold:
+        wanted = seen(cold)
+    with (
+        deploy.start(topology, run_dir=tmp_path / "one", options=options) as one,
+        deploy.start(topology, run_dir=tmp_path / "two", options=options) as two,
+    ):
+        assert seen(one) == seen(two) == wanted
+        assert not set(fresh(one)) & set(fresh(two))
+        assert not (tmp_path / "two" / "saving").exists()
+
+
+def test_a_damaged_file_is_not_used(
+    options: deploy.StartOptions, cache: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    topology = load.load_text(TOPOLOGY, "warm.yaml", {})
+    with deploy.start(topology, run_dir=tmp_path / "save", options=options):
+        pass
+    (entry,) = cache.kept()
+    path = cache.folder / entry.key / MEMORY
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with deploy.start(topology, run_dir=tmp_path / "boot", options=options) as rack:
+        assert rack.alive
+        assert "machine.state" not in (tmp_path / "boot" / "commands.json").read_text()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "not as it was written" in said
+    assert cache.kept() == []
