@@ -131,7 +131,7 @@ class Stage:
                 command = resolve(step.command, self.scope)
                 return Seen(run_command(self._real_node(step.node), command, step.timeout_s))
             case Wait():
-                time.sleep(step.seconds)
+                self._wait(step.seconds)
                 return Seen()
             case KernelLog():
                 return self._kernel_log(step)
@@ -371,6 +371,14 @@ class Stage:
             if not wanted & present or time.monotonic() > deadline_s:
                 return Seen({"gone": not wanted & present})
             time.sleep(_POLL_S)
+
+    def _wait(self, seconds: float) -> None:
+        deadline_s = time.monotonic() + seconds
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            for node in self.rack.nodes.values():
+                if not node.alive:
+                    node.agent.call("system.info")  # raises what became of it
+            time.sleep(min(left_s, _POLL_S))
 
     def _kernel_log(self, step: KernelLog) -> Seen:
         node = self._node(step.node)

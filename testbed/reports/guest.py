@@ -22,7 +22,7 @@ _CONFIG = "/sys/bus/pci/devices/{bdf}/config"
 def run_command(node: Any, command: str, timeout_s: int) -> dict[str, Any]:
     """``{status, stdout, stderr, timed_out}`` of a command for ``sh -c``; killed after its time.
 
-    :raises LinkLost: the machine or the link died, or the guest does not end it.
+    :raises LostError: the machine or the link died, or the guest does not end it.
     """
     began_s = time.monotonic()
     line = f"timeout -s KILL {timeout_s} sh -c {shlex.quote(command)}"
@@ -33,10 +33,11 @@ def run_command(node: Any, command: str, timeout_s: int) -> dict[str, Any]:
         channel.settimeout(_POLL_S)
         while not (channel.exit_status_ready() and channel.eof_received):
             _drain(channel, out, err)
+            node.watch.check()
             if time.monotonic() - began_s > timeout_s + _GRACE_S:
-                raise LinkLost(f"{node.name}: '{command}' did not end", node=node.name)
+                raise node.blame(LinkLost(f"{node.name}: '{command}' did not end", node=node.name))
             if not node.link.alive:
-                raise LinkLost(f"{node.name}: the SSH connection died", node=node.name)
+                raise node.blame(LinkLost(f"{node.name}: the SSH connection died", node=node.name))
         while _drain(channel, out, err):
             pass
         status = channel.recv_exit_status()
