@@ -168,9 +168,10 @@ def _answer(error: BaseException) -> int:
         case BrokenPipeError() | SystemExit():
             # The reader of our output went away (click makes a SystemExit of that, and no verb
             # raises one); there is nobody to tell, and Python's own flush at exit must not
-            # complain either.
+            # complain either. The code is the shell's for SIGPIPE: a run that was not heard to
+            # its end did not PASS.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = ExitCode.PASS
+            code = 128 + signal.SIGPIPE
         case TestbedError():
             click.echo(f"testbed: {error}", err=True)
             if error.hint:

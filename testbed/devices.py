@@ -300,7 +300,7 @@ def find_device(nodes: Nodes, word: str) -> ModelDevice:
                 hint="`engine: model` in the topology makes a GPU or NIC one",
             )
     words = [word for device in devices for word in (device.name, str(device))]
-    known = listing(map(str, devices), "and") or "none: `engine: model` makes one"
+    known = listing(map(str, devices)) or "none: `engine: model` makes one"
     raise InputError(
         diagnostics=[
             Diagnostic(word, 0, 0, "no such device", f"one of {known}", nearest(word, words))

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from testbed.errors import Diagnostic, InputError
+from testbed.errors import Diagnostic, InputError, QmpError
 from testbed.verbs.common import format_option, print_json, rack_argument, say
 
 
@@ -85,7 +85,11 @@ def qmp(rack: str, command: str, arguments: str) -> None:
         )
     name, node = split_name(rack)
     with attach(name) as running:
-        answer = running.node(node).qmp(command, **given)
+        try:
+            answer = running.node(node).qmp(command, **given)
+        except QmpError as error:
+            # What QEMU refuses here is what the user typed, not a fault of ours.
+            raise InputError(error.message) from error
     click.echo(json.dumps(answer, indent=2))
 
 
