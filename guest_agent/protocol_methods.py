@@ -13,16 +13,20 @@ from guest_agent.hw.gpu import Gpu
 from guest_agent.hw.model import ModelNic, Ring
 from guest_agent.kernel_methods import registry
 from guest_agent.p2p_device import (
-    sharing,  # noqa: F401  its steps join the table
-    steps,
+    buffer_steps,  # noqa: F401  these join the table of steps
+    device_steps,  # noqa: F401
+    sharing,  # noqa: F401
 )
 from guest_agent.p2p_device.members import STAGING_BYTES, Member
 from guest_agent.p2p_device.ranges import PAGE_BYTES, Ranges
 from guest_agent.p2p_device.room import Room
+from guest_agent.p2p_device.steps import STEPS
+from guest_agent.p2p_device.steps import run as run_steps
 from guest_agent.rpc import ParameterError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import ModuleType
     from typing import Any
 
     from guest_agent.agent import Agent
@@ -84,6 +88,13 @@ def _member(agent: Agent, name: str, value: dict[str, Any]) -> Member:
     return member
 
 
+def breaks() -> ModuleType:
+    """The module of deliberate breaks, loaded only to see a FAIL."""
+    from guest_agent.p2p_device import breaks as module  # noqa: PLC0415  seldom
+
+    return module
+
+
 @registry.method("protocol.open")
 def protocol_open(
     agent: Agent,
@@ -106,11 +117,10 @@ def protocol_open(
     }
     room = Room(made, agent.buffers, topology, policy, forwards=forwards)
     if broken:
-        from guest_agent.p2p_device import breaks  # noqa: PLC0415  only to see a FAIL
-
-        breaks.apply(broken)
+        breaks().apply(broken)
+        room.broken = True
     agent.room = room
-    return {"steps": sorted(steps.STEPS)}
+    return {"steps": sorted(STEPS)}
 
 
 @registry.method("protocol.rules")
@@ -129,9 +139,7 @@ def protocol_rules(agent: Agent, *, policy: str = "", forwards: bool = True) -> 
 @registry.method("protocol.run")
 def protocol_run(agent: Agent, *, steps: list[dict[str, Any]]) -> list[Any]:
     """Run steps; the answers end with the first that was refused."""
-    from guest_agent.p2p_device import steps as known  # noqa: PLC0415  the parameter has its name
-
-    return known.run(_room(agent), steps)
+    return run_steps(_room(agent), steps)
 
 
 @registry.method("protocol.events")
@@ -150,3 +158,20 @@ def protocol_clean(agent: Agent) -> dict[str, Any]:
     room = _room(agent)
     problems = room.clean()
     return {"problems": problems, "left": room.backend.held()}
+
+
+@registry.method("protocol.close")
+def protocol_close(agent: Agent) -> dict[str, Any]:
+    """End the room; its devices stay open. Answers as ``protocol.clean``."""
+    room = _room(agent)
+    problems = room.clean()
+    left = room.backend.held()
+    for member in room.backend.members.values():
+        if member.vram is None:
+            member.container.unmap(member.staging_at, STAGING_BYTES)
+            agent.buffers.free(f"staging-{member.name}")
+    room.backend.close()
+    if room.broken:
+        breaks().mend()
+    agent.room = None
+    return {"problems": problems, "left": left}

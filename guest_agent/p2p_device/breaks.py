@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deliberate breaks of the core, so that a suite can be seen to FAIL.
 
-Each takes out one thing that the protocols promise. They last as long as the agent's process.
+Each takes out one thing that the protocols promise, until :func:`mend`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,19 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def _put(where: object, name: str, value: object) -> None:
+_whole: list[tuple[Any, str, object]] = []  # what was there before, in the order of breaking
+
+
+def _put(where: Any, name: str, value: object) -> None:
     """Put something else in the place of a function or property."""
+    _whole.append((where, name, vars(where)[name]))
     setattr(where, name, value)
+
+
+def mend() -> None:
+    """Undo every break."""
+    while _whole:
+        setattr(*_whole.pop())
 
 
 def _first_offer() -> None:
@@ -44,7 +54,7 @@ def _swallow_errno() -> None:
 
 
 def _skip_fence() -> None:
-    """Nobody waits for fences of memory management."""
+    """Importers' accesses do not wait for fences of memory management."""
 
     def address(self: attachment.Mapping) -> Any:
         self.check()
@@ -53,9 +63,10 @@ def _skip_fence() -> None:
     add = graph.Graph.add
 
     def add_at_once(
-        self: graph.Graph, name: str, begin: Callable[[], Any], *_: object, **more: Any
+        self: graph.Graph, name: str, begin: Any, after: Any = (), needs: Any = (), *more: Any
     ) -> Any:
-        return add(self, name, begin, (), (), more.get("context"))
+        waits = (after, needs) if name.startswith("copy of") else ((), ())
+        return add(self, name, begin, *waits, *more)
 
     _put(attachment.Mapping, "address", property(address))
     _put(attachment.Mapping, "is_future", property(lambda _: False))

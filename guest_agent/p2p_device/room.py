@@ -92,6 +92,7 @@ class Room:
             unmap_timeout_ns=UNMAP_TIMEOUT_NS,
             fence_timeout_ns=FENCE_TIMEOUT_NS,
         )
+        self.broken = False  # a deliberate break is in force
         self.exporter = Task("exporter")
         self.attachments: dict[str, Attachment] = {}
         self.mappings: dict[str, Mapping] = {}
@@ -121,6 +122,18 @@ class Room:
     def mapping(self, name: str) -> Mapping:
         """The latest mapping of that attachment. :raises ParameterError: there is none."""
         return _named("mapping", self.mappings, name)
+
+    def fence(self, name: str) -> Fence:
+        """:raises ParameterError: there is none."""
+        return _named("fence", self.fences, name)
+
+    def importer_on_demand(self, name: str) -> OnDemand:
+        """:raises ParameterError: there is none."""
+        return _named("importer", self.on_demand, name)
+
+    def mirror(self, name: str) -> Mirror:
+        """:raises ParameterError: there is none."""
+        return _named("name", self.mirrors, name)
 
     def task(self, attachment: Attachment) -> Task:
         """The thread of an importer's driver."""

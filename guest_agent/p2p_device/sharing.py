@@ -57,7 +57,7 @@ def transfer(
     """A whole transfer with whatever faults it takes. What was read is compared with nothing:
     ``head`` is its first ``sample`` bytes in hexadecimal.
     """
-    found = room.on_demand[importer]
+    found = room.importer_on_demand(importer)
     before = found.counters.faults
     head = b""
     if seed is not None:
@@ -76,7 +76,7 @@ def transfer(
 @step
 def fault(room: Room, importer: str) -> dict[str, Any]:
     """Serve one page fault and do not transfer yet."""
-    found = room.on_demand[importer]
+    found = room.importer_on_demand(importer)
     found.fault()
     resv = found.attachment.buffer.resv
     return {
@@ -89,7 +89,7 @@ def fault(room: Room, importer: str) -> dict[str, Any]:
 @step
 def is_mapped(room: Room, importer: str) -> dict[str, Any]:
     """Whether it can use the buffer without a fault."""
-    return {"mapped": room.on_demand[importer].is_mapped}
+    return {"mapped": room.importer_on_demand(importer).is_mapped}
 
 
 @step
@@ -102,7 +102,7 @@ def churn(
     Turn and turn about, so that no clock decides who is first: after each single step of the
     importer the exporter gets the chance to move. ``wrong`` counts pieces that were not ``seed``.
     """
-    found, target = room.on_demand[importer], room.buffer(buffer)
+    found, target = room.importer_on_demand(importer), room.buffer(buffer)
     core = room.core
     start_ns = core.clock.now_ns()
     first, faults_before = target.moves, found.counters.faults
@@ -147,7 +147,7 @@ def cycle(room: Room) -> dict[str, Any]:
     """Two operations, each of which is to wait for the other; the second wish is refused."""
     graph, clock = room.core.graph, room.core.clock
     begun: list[str] = []
-    gate = room.fences["gate"]
+    gate = room.fence("gate")
 
     def work(name: str) -> Any:
         return lambda: begun.append(name)
@@ -195,7 +195,7 @@ def page(
 @step
 def mirror(room: Room, name: str, device: str) -> dict[str, Any]:
     """A device touches the page: what was decided, and the address that it got."""
-    found = room.mirrors[name]
+    found = room.mirror(name)
     address = found.fault(device)
     decided = next(
         (event for event in reversed(room.core.events.events()) if event.kind == "fault"), None

@@ -156,7 +156,8 @@ class NegotiationBoard:
         return left
 
     def close(self) -> None:
-        """Give the devices back."""
+        """End the room and give the devices back."""
+        self.call("close")
         for bench in self._benches:
             bench.close()
 
