@@ -61,10 +61,10 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 class _Racks:
     """Starts racks in a folder that goes away with them."""
 
-    def __init__(self, installation: Installation, accelerator: str) -> None:
+    def __init__(self, installation: Installation, accelerator: str, *, warm: bool = False) -> None:
         # Whoever loaded the topology was asked whether it is trusted.
         self._options = deploy.StartOptions(
-            installation=installation, accelerator=accelerator, trust=True
+            installation=installation, accelerator=accelerator, trust=True, warm=warm
         )
         self.stack = ExitStack()
         self._folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory()))
@@ -91,18 +91,24 @@ def boot(
     *,
     runs: int,
     peer: str = "",
+    warm: bool = False,
 ) -> dict[str, Any]:
     """Seconds from the call to every agent's hello, cold, in turns with the command ``peer``.
 
+    :param warm: and restored (as ``NAME --warm``), in turns too; what has to be saved is saved
+        before the first is timed.
     :raises InputError: the peer's command fails.
     """
-    times: dict[str, list[float]] = {name: [] for name in topologies}
-    for _ in range(runs):
-        for name, topology in topologies.items():
-            with _Racks(installation, accelerator) as racks:
+    ways = [(name, each) for name in topologies for each in ((False, True) if warm else (False,))]
+    times: dict[str, list[float]] = {}
+    for run in range(-1 if warm else 0, runs):
+        for name, is_warm in ways:
+            with _Racks(installation, accelerator, warm=is_warm) as racks:
                 began_s = time.monotonic()
-                racks.start(topology)
-                times[name].append(time.monotonic() - began_s)
+                racks.start(topologies[name])
+                if run >= 0:
+                    label = f"{name} --warm" if is_warm else name
+                    times.setdefault(label, []).append(time.monotonic() - began_s)
         if peer:
             times.setdefault("peer", []).append(_timed(peer))
     first = statistics.median(next(iter(times.values())))

@@ -46,6 +46,7 @@ VERBS = {
     "setup": ("host", "This machine"),
     "kernel": ("kernel", "This machine"),
     "bench": ("bench", "This machine"),
+    "cache": ("cache", "This machine"),
     "completion": ("host", "This machine"),
 }
 

@@ -48,6 +48,7 @@ WHAT = ("boot", "memory", "copy", "latency", "idle", "faults")
     metavar="MIB",
     help="`copy`: how much, at most the VRAM less 64 KiB.",
 )
+@click.option("--warm", is_flag=True, help="`boot`: restored machines too, in turns with booted.")
 @click.option(
     "--peer",
     default="",
@@ -67,6 +68,7 @@ def bench(
     count: int,
     racks: int,
     size_mib: int,
+    warm: bool,
     peer: str,
 ) -> None:
     """Measure the testbed itself, as JSON with the machine it was measured on.
@@ -95,7 +97,9 @@ def bench(
     accelerator = probe.accelerator(installation)
     result: dict[str, Any]
     if what == "boot":
-        result = measure.boot(topologies, installation, accelerator, runs=runs, peer=peer)
+        result = measure.boot(
+            topologies, installation, accelerator, runs=runs, peer=peer, warm=warm
+        )
     elif what == "memory":
         result = measure.memory(first, installation, accelerator, racks=racks)
     elif what == "latency":
