@@ -10,31 +10,8 @@ import click
 from testbed.verbs.common import format_option, print_json, say
 
 
-@click.group()
-def cache() -> None:
-    """Machines that were saved for `--warm`: list them, make room."""
-
-
-@cache.command("show")
-@format_option("text", "json")
-def show(form: str) -> None:
-    """List the saved machines, the most recently used first."""
-    from testbed.warm import restore
-    from testbed.warm.store import entry_data
-
-    entries = restore.store().kept()
-    if form == "json":
-        print_json("testbed.cache/1", {"saved": [entry_data(entry) for entry in entries]})
-        return
-    if not entries:
-        say("no machine is saved")
-    for entry in entries:
-        age_min = (time.time() - entry.used_s) / 60
-        size_mib = entry.size_bytes / (1 << 20)
-        click.echo(f"{entry.key}  {size_mib:6.0f} MiB  {age_min:6.0f} min ago  {entry.names}")
-
-
-@cache.command("prune")
+@click.command()
+@click.argument("what", type=click.Choice(["show", "prune"]))
 @click.option(
     "--keep",
     "keep_mib",
@@ -42,17 +19,26 @@ def show(form: str) -> None:
     default=0,
     show_default=True,
     metavar="MIB",
-    help="Keep so much of what was used last.",
+    help="`prune`: keep so much of what was used last.",
 )
 @format_option("text", "json")
-def prune(keep_mib: int, form: str) -> None:
-    """Remove saved machines, the least recently used first, and what killed saves left."""
+def cache(what: str, keep_mib: int, form: str) -> None:
+    """`show` the machines that were saved for --warm; `prune` them, the least recently used first.
+
+    4 GiB of them are kept without being asked.
+    """
     from testbed.warm import restore
     from testbed.warm.store import entry_data
 
-    gone = restore.store().prune(keep_mib << 20)
+    store = restore.store()
+    entries = store.kept() if what == "show" else store.prune(keep_mib << 20)
     if form == "json":
-        print_json("testbed.cache.prune/1", {"removed": [entry_data(entry) for entry in gone]})
+        print_json(f"testbed.cache.{what}/1", {"saved": [entry_data(entry) for entry in entries]})
         return
-    freed_mib = sum(entry.size_bytes for entry in gone) / (1 << 20)
-    click.echo(f"removed {len(gone)} saved machine(s), {freed_mib:.0f} MiB")
+    for entry in entries:
+        age_min = (time.time() - entry.used_s) / 60
+        size_mib = entry.size_bytes / (1 << 20)
+        click.echo(f"{entry.key}  {size_mib:6.0f} MiB  {age_min:6.0f} min ago  {entry.names}")
+    total_mib = sum(entry.size_bytes for entry in entries) / (1 << 20)
+    verb = "saved" if what == "show" else "removed"
+    say(f"{len(entries)} machine(s) {verb}, {total_mib:.0f} MiB")
