@@ -8,11 +8,12 @@ ended anywhere can be read.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from testbed.host import paths, prepare, probe
 from testbed.host.keys import RackKeys
 from testbed.host.overlay import build_initrd
 from testbed.machine import argv, models, own_devices, registry, spawn
+from testbed.machine.client import Keeper
 from testbed.machine.command import MODELS_SPEC, LaunchContext, NodeCommand
 from testbed.machine.processes import Command
 from testbed.rack import KEYS_FILE, AccessKeys, Rack, RackNode, on_all, record_of
@@ -40,6 +42,7 @@ VERSIONS_JSON = "versions.json"
 # Ten times what an emulated boot takes on two busy cores; a machine that is dead is noticed at
 # once, so only one that hangs is waited for that long.
 START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,26 +125,18 @@ def _start(
         processes: list[Command] = []
         contexts = _contexts(plan, installation, accelerator, options, reservation.folder)
         saved = _saved(plan, contexts, installation, options, run_dir, say)
+        boot = functools.partial(_to_boot, plan, contexts, installation, keys)
         for name, node in plan.nodes.items():
-            spec = topology.nodes[name]
             folder = reservation.folder / name
             folder.mkdir(mode=0o700, exist_ok=True)
             if name in saved:
                 restore.provide_state(saved[name].snapshot, folder)
                 commands[name] = saved[name].command
             else:
-                build_initrd(
-                    contexts[name].initrd,
-                    installation.image,
-                    installation.kernel(spec.kernel),
-                    keys=keys,
-                    node_name=name,
-                    agent=installation.agent,
-                )
-                commands[name] = argv.command(node, spec, contexts[name])
+                commands[name] = boot(name)
             if models.has_models(node):
                 _write(folder / MODELS_SPEC, models.models_spec(plan, node))
-                processes.append(models.models_command(node))
+                processes.append(models.models_command(plan, node))
             processes.append(commands[name])
         _write(run_dir / COMMANDS_JSON, [dataclasses.asdict(command) for command in processes])
         versions = versions_of(installation, accelerator) | _own_versions(topology)
@@ -149,13 +144,14 @@ def _start(
         access = AccessKeys(keys.client_private, keys.host_public)
         access.write(reservation.folder / KEYS_FILE)
         keeper = spawn.start_keeper(reservation, processes, run_folder=run_dir)
-        rack = Rack(keeper, plan, access, versions, owner=True, commands=commands)
+        restart = _Restart(plan, keeper, boot, reservation.folder, options, say)
+        rack = Rack(keeper, plan, access, versions, owner=True, commands=commands, restart=restart)
         try:
             reservation.write_record(record_of(rack, time.time(), reservation.folder / KEYS_FILE))
             restore.resume(rack, saved, keys, options.timeout_s)
             on_all(rack, lambda node: _await_hello(node, reservation.folder, options.timeout_s))
             if options.router:
-                _start_routers(rack, say)
+                _start_routers(rack.nodes.values(), say)
             if options.detach:
                 rack.detach()
         except BaseException:
@@ -224,9 +220,62 @@ def _await_hello(node: RackNode, folder: Path, timeout_s: float) -> None:
     (folder / node.name / INITRD).unlink(missing_ok=True)
 
 
-def _start_routers(rack: Rack, say: Callable[[str], None]) -> None:
-    nodes = [node for node in rack.nodes.values() if switch_router.is_wanted(node.plan)]
-    for node in nodes:
+def _to_boot(
+    plan: RackPlan,
+    contexts: Mapping[str, LaunchContext],
+    installation: prepare.Installation,
+    keys: RackKeys,
+    name: str,
+) -> NodeCommand:
+    """What boots a node from its initial RAM disk, which is made."""
+    spec = plan.topology.nodes[name]
+    build_initrd(
+        contexts[name].initrd,
+        installation.image,
+        installation.kernel(spec.kernel),
+        keys=keys,
+        node_name=name,
+        agent=installation.agent,
+    )
+    return argv.command(plan.nodes[name], spec, contexts[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Restart:
+    """Boots a node of a running rack again; see :meth:`testbed.rack.Rack.restart`."""
+
+    plan: RackPlan
+    keeper: Keeper
+    boot: Callable[[str], NodeCommand]
+    folder: Path
+    options: StartOptions
+    say: Callable[[str], None]
+
+    def __call__(self, node: RackNode) -> None:
+        keeper = self.keeper
+        machine = self.boot(node.name)
+        if keeper.exit_of(node.name) is None:
+            keeper.kill(node.name)
+        keeper.wait_exit(node.name, STOP_TIMEOUT_S)
+        if models.has_models(
+            node.plan
+        ):  # after QEMU, whose end they see; in good order if they can
+            helper = models.models_command(self.plan, node.plan)
+            if keeper.exit_of(helper.name) is None:
+                keeper.stop(helper.name)
+            if keeper.wait_exit(helper.name, STOP_TIMEOUT_S) is None:
+                keeper.kill(helper.name)
+                keeper.wait_exit(helper.name, STOP_TIMEOUT_S)
+            keeper.start(helper)
+        node.begin_again(machine)
+        keeper.start(machine)
+        _await_hello(node, self.folder, self.options.timeout_s)
+        if self.options.router:
+            _start_routers([node], self.say)
+
+
+def _start_routers(nodes: Iterable[RackNode], say: Callable[[str], None]) -> None:
+    for node in (node for node in nodes if switch_router.is_wanted(node.plan)):
         if why_not := switch_router.start(node):
             say(f"{node.name}: its switches do not route what QEMU's devices send: {why_not}")
 

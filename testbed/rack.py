@@ -18,7 +18,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from testbed.errors import LaunchError, LinkLost, LostError, NoSuchRack, TestbedError
+from testbed.errors import (
+    CapabilityMissing,
+    LaunchError,
+    LinkLost,
+    LostError,
+    NoSuchRack,
+    TestbedError,
+)
 from testbed.host import paths
 from testbed.machine import spawn
 from testbed.machine.command import (
@@ -94,15 +101,10 @@ class RackNode:
         self.folder = keeper.folder / plan.name
         self.log_dir = keeper.run_folder / plan.name
         self.console = Console(self.log_dir / CONSOLE_LOG)
-        self.watch = Watch(
-            command,
-            console=self.console,
-            qemu_log=self.log_dir / QEMU_LOG,
-            exit_of=lambda: keeper.exit_of(plan.name),
-        )
+        self._keeper = keeper
+        self.watch = self._watch(command)
         # A rack of an earlier command has been through its start.
         self.watch.control_answered = self.watch.hello_seen = not owner
-        self._keeper = keeper
         self._keys = keys
         self._aboard = aboard
         self._owner = owner
@@ -110,6 +112,20 @@ class RackNode:
         self._link: GuestLink | None = None
         self._agent: AgentClient | None = None
         self._qmp: Qmp | None = None
+
+    def _watch(self, command: NodeCommand) -> Watch:
+        return Watch(
+            command,
+            console=self.console,
+            qemu_log=self.log_dir / QEMU_LOG,
+            exit_of=lambda: self._keeper.exit_of(self.name),
+        )
+
+    def begin_again(self, command: NodeCommand) -> None:
+        """Forget the machine that ended; another is about to start in its place."""
+        self.close()
+        self.console = Console(self.log_dir / CONSOLE_LOG)
+        self.watch = self._watch(command)
 
     # -- ways in ---------------------------------------------------------------------------------
 
@@ -259,6 +275,9 @@ class RackNode:
             self._agent = self._link = self._qmp = None
 
 
+NodeCall = Callable[[RackNode], Any]
+
+
 class Rack:
     """A running rack. As a context manager it ends, if this process owns it; else it is let go.
 
@@ -275,7 +294,9 @@ class Rack:
         *,
         owner: bool,
         commands: Mapping[str, NodeCommand] | None = None,
+        restart: NodeCall | None = None,
     ) -> None:
+        self._restart = restart
         self.name = keeper.name
         self.plan = plan
         self.topology: Topology = plan.topology
@@ -316,6 +337,26 @@ class Rack:
             else f"rack '{self.name}' has several nodes",
             hint="its nodes: " + ", ".join(f"{self.name}/{node}" for node in self.nodes),
         )
+
+    def kill(self, name: str = "") -> None:
+        """SIGKILL to a node's QEMU, as if the machine had lost its power."""
+        self.keeper.kill(self.node(name).name)
+
+    def restart(self, name: str = "") -> None:
+        """Boot a node again, with device models of its own again, whatever state it is in.
+
+        What a GPU's memory holds stays; who holds an agent, a device or a mapping of it must get
+        another. The other nodes run on: their links to it go down, and up again.
+
+        :raises CapabilityMissing: another command started the rack.
+        :raises HostError, LostError: as when a rack starts.
+        """
+        node = self.node(name)
+        if self._restart is None:
+            raise CapabilityMissing(
+                f"restarting '{node.name}': only who started the rack '{self.name}' can"
+            )
+        self._restart(node)
 
     def stop(self, deadlines: StopDeadlines | None = None) -> dict[str, str]:
         """End the rack. Safe to call twice.
@@ -398,9 +439,6 @@ def split_name(word: str) -> tuple[str, str]:
     """``rack/node`` or ``rack`` → (rack, node or "")."""
     rack, _, node = word.partition("/")
     return rack, node
-
-
-NodeCall = Callable[[RackNode], Any]
 
 
 def on_all(rack: Rack, call: NodeCall) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def models_spec(plan: RackPlan, node: NodePlan) -> dict[str, Any]:
     }
 
 
-def models_command(node: NodePlan) -> HelperCommand:
+def models_command(plan: RackPlan, node: NodePlan) -> HelperCommand:
     """The helper that serves them; its specification is the file MODELS_SPEC in its folder.
 
     Devices of the user's own may import what is installed, and need to be trusted: who asks for
@@ -77,7 +77,16 @@ def models_command(node: NodePlan) -> HelperCommand:
         memory=tuple(MemoryFd(f.memory_fd, f.name, f.vram_size_bytes) for f in vram),
         ready_file=MODELS_READY,
         ready_timeout_s=READY_TIMEOUT_S,
+        makes=(MODELS_SOCKET, MODELS_READY, *_listened_at(_devices(plan, node))),
     )
+
+
+def _listened_at(devices: Iterator[dict[str, Any]]) -> Iterator[str]:
+    for device in devices:
+        yield device["socket"]
+        if "wire" in device:
+            yield device["wire"]
+        yield from (link["socket"] for link in device.get("links", ()) if link["listens"])
 
 
 def _devices(plan: RackPlan, node: NodePlan) -> Iterator[dict[str, Any]]:

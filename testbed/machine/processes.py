@@ -35,6 +35,8 @@ class HelperCommand:
     ``ready_file``  in that folder; the next process starts when it exists, so the helper makes it
     when it can be connected to (a server that makes its socket under another name and then renames
     it can use that). Its output goes to ``log/NAME.log``.
+
+    ``makes``  sockets and files that it makes there, and leaves behind if it is killed.
     """
 
     name: str
@@ -44,6 +46,7 @@ class HelperCommand:
     memory: tuple[MemoryFd, ...] = ()
     ready_file: str = ""
     ready_timeout_s: float = 10.0
+    makes: tuple[str, ...] = ()
 
 
 Command = NodeCommand | HelperCommand
@@ -52,8 +55,8 @@ Command = NodeCommand | HelperCommand
 def make_node_folder(folder: Path, command: Command, run_folder: Path) -> None:
     """``NODE/`` in the rack's runtime ``folder``, with its link to ``run_folder/NODE``.
 
-    What a QEMU left that ended there is put away: its sockets are removed, for a client would wait
-    at a dead one, and its ``console.log`` becomes ``console.1.log`` and so on, lest the next
+    What a process left that ended there is put away: its sockets are removed, for a client would
+    wait at a dead one, and its ``console.log`` becomes ``console.1.log`` and so on, lest the next
     start's reader takes it for its own.
 
     :raises HostError: it cannot be made.
@@ -65,12 +68,11 @@ def make_node_folder(folder: Path, command: Command, run_folder: Path) -> None:
         node.mkdir(mode=0o700, exist_ok=True)
         if not (node / LOG_LINK).is_symlink():
             (node / LOG_LINK).symlink_to(logs)
-        if isinstance(command, NodeCommand):
-            for name in SOCKETS:
-                (node / name).unlink(missing_ok=True)
-            if (logs / CONSOLE_LOG).exists():
-                free = (logs / f"console.{number}.log" for number in itertools.count(1))
-                (logs / CONSOLE_LOG).rename(next(path for path in free if not path.exists()))
+        for name in SOCKETS if isinstance(command, NodeCommand) else command.makes:
+            (node / name).unlink(missing_ok=True)
+        if isinstance(command, NodeCommand) and (logs / CONSOLE_LOG).exists():
+            free = (logs / f"console.{number}.log" for number in itertools.count(1))
+            (logs / CONSOLE_LOG).rename(next(path for path in free if not path.exists()))
     except OSError as error:
         raise HostError(f"cannot make {error.filename}: {error.strerror}") from error
 

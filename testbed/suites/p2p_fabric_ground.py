@@ -285,7 +285,7 @@ class Fabric:
             bench.close()
 
     def _number(self, name: str, peer: str) -> int:
-        return next(each["link"] for each in self._peers(name) if each["name"] == peer)
+        return int(next(each["link"] for each in self._peers(name) if each["name"] == peer))
 
     def _peers(self, name: str) -> Iterator[dict[str, Any]]:
         # A GPU numbers its links as the topology has them, of whatever kind they are.

@@ -142,7 +142,7 @@ class TestWhatIsLearned:
         (device,) = models.models_spec(plan, node)["devices"]
         assert device["options"] == {"depth": 4}
         assert len(device["sha256"]) == 64
-        assert "--trust" in models.models_command(node).argv
+        assert "--trust" in models.models_command(plan, node).argv
         assert [f.name for f in node.by_role(Role.DEVICE)] == ["card0"]
 
 
