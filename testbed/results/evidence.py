@@ -25,10 +25,11 @@ class Witness(StrEnum):
 
 
 class Access(StrEnum):
-    """The direction of a DMA, as the device sees it."""
+    """The direction of a DMA, as the device sees it; UNKNOWN where a record does not tell."""
 
     READ = "read"
     WRITE = "write"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ class BytesChecked:
 
 @dataclass(frozen=True)
 class FaultSeen:
-    """One translation fault: who asked, for which bus address, and the VT-d reason code.
+    """One translation fault: who asked, for which bus address, and the IOMMU's reason code.
 
     ``address`` is rounded down to its page by the guest's record, exact in the machine's.
-    Reason codes: Intel VT-d specification 5.0, appendix "Fault Reason Encodings".
+    Reason codes: Intel VT-d specification 5.0, appendix "Fault Reason Encodings"; virtio 1.2,
+    5.13.6.10.
     """
 
     requester: str

@@ -138,7 +138,7 @@ def judge_fault(
         if not (
             inside
             and record.requester == requester
-            and record.access is access
+            and record.access in (access, Access.UNKNOWN)
             and record.reason in reasons
         ):
             strangers.append(record)

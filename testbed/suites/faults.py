@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watching for translation faults, with two witnesses: the guest's kernel log and QEMU's trace.
 
-The guest's log alone will not do (see :mod:`testbed.results.evidence`). QEMU's trace event
-``vtd_dmar_fault`` (hw/i386/trace-events) is written for every fault before any of VT-d's recording
-rules, so it is complete; it is switched on over QMP and goes to QEMU's log.
+The guest's log alone will not do (see :mod:`testbed.results.evidence`). QEMU's trace events
+(``vtd_dmar_fault`` and ``amdvi_page_fault`` in hw/i386/trace-events, ``virtio_iommu_report_fault``
+in hw/virtio/trace-events) are written for every fault before any of the IOMMU's recording rules, so
+they are complete; they are switched on over QMP and go to QEMU's log. AMD's tells but the address.
 """
 
 from __future__ import annotations
@@ -19,10 +20,17 @@ from testbed.results.evidence import Access, FaultSeen, Witness
 from testbed.results.judging import PAGE_BYTES, FaultWindow
 from testbed.suites.interface import RackNode
 
-TRACE_EVENT = "vtd_dmar_fault"
+TRACE_EVENTS = ("vtd_dmar_fault", "virtio_iommu_report_fault", "amdvi_page_fault")
 _TRACE_LINE = re.compile(
-    r"vtd_dmar_fault sid (0x[0-9a-f]+) fault (\d+) addr (0x[0-9a-f]+) write ([01])"
+    r"vtd_dmar_fault sid (?P<sid>0x[0-9a-f]+) fault (?P<fault>\d+) addr (?P<address>0x[0-9a-f]+)"
+    r" write (?P<write>[01])"
+    r"|virtio_iommu_report_fault FAULT reason=(?P<reason>\d+) flags=(?P<flags>\d+)"
+    r" endpoint=(?P<endpoint>\d+) address =(?P<at>0x[0-9a-f]+)"
+    r"|amdvi_page_fault error: page fault accessing guest physical address"
+    r" (?P<physical>0x[0-9a-f]+)"
 )
+# virtio 1.2, 5.13.6.10: VIRTIO_IOMMU_FAULT_F_READ, VIRTIO_IOMMU_FAULT_F_WRITE
+_FLAG_READ, _FLAG_WRITE = 1, 2
 
 # The fault's interrupt and the log line come a moment after the DMA.
 _SETTLE_S = 0.05
@@ -32,7 +40,8 @@ _POLL_S = 0.01
 def watch_machine(node: RackNode) -> bool:
     """Switch QEMU's trace of faults on; False if this QEMU has none."""
     try:
-        node.qmp("trace-event-set-state", name=TRACE_EVENT, enable=True)
+        for event in TRACE_EVENTS:
+            node.qmp("trace-event-set-state", name=event, enable=True)
     except QmpError:
         return False
     return True
@@ -85,7 +94,7 @@ class FaultWatch:
         guest = tuple(
             FaultSeen(
                 requester=_full_bdf(record["requester"]),
-                address=record["address"],
+                address=record["address"] or 0,
                 access=Access(record["access"]),
                 reason=record["reason"],
                 witness=Witness.GUEST,
@@ -117,22 +126,35 @@ def parse_trace(text: str) -> tuple[FaultSeen, ...]:
     what follows on the same page with the same reason is one record.
     """
     records: list[FaultSeen] = []
-    last: tuple[str, int, str, str] | None = None
-    for source, reason, address, write in _TRACE_LINE.findall(text):
-        this = (source, int(address, 16) // PAGE_BYTES, write, reason)
+    last: tuple[str, int, Access, int] | None = None
+    for line in _TRACE_LINE.finditer(text):
+        record = _record(line)
+        page = record.address // PAGE_BYTES
+        this = (record.requester, page, record.access, record.reason)
         if this != last:
-            sid = int(source, 16)
-            records.append(
-                FaultSeen(
-                    requester=f"0000:{sid >> 8:02x}:{(sid >> 3) & 0x1F:02x}.{sid & 7:x}",
-                    address=int(address, 16),
-                    access=Access.WRITE if write == "1" else Access.READ,
-                    reason=int(reason),
-                    witness=Witness.MACHINE,
-                )
-            )
+            records.append(record)
         last = this
     return tuple(records)
+
+
+def _record(line: re.Match[str]) -> FaultSeen:
+    if line["physical"]:
+        address = int(line["physical"], 16)
+        return FaultSeen("", address, Access.UNKNOWN, 0, Witness.MACHINE)
+    if line["endpoint"]:
+        flags = int(line["flags"])
+        access = Access.UNKNOWN
+        if flags & _FLAG_WRITE:
+            access = Access.WRITE
+        elif flags & _FLAG_READ:
+            access = Access.READ
+        source, address, reason = int(line["endpoint"]), int(line["at"], 16), int(line["reason"])
+    else:
+        access = Access.WRITE if line["write"] == "1" else Access.READ
+        source, address = int(line["sid"], 16), int(line["address"], 16)
+        reason = int(line["fault"])
+    requester = f"0000:{source >> 8:02x}:{source >> 3 & 0x1F:02x}.{source & 7:x}"
+    return FaultSeen(requester, address, access, reason, Witness.MACHINE)
 
 
 def _full_bdf(bdf: str) -> str:

@@ -28,6 +28,7 @@ from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_fixtures import Variant, shared_bench
 from testbed.suites.racks import LiveRack
 from testbed.suites.reasons import FIRST_STAGE, Reasons, reasons_of, why_not_shown
+from testbed.topology.machine import Iommu
 from testbed.topology.model import Topology, from_data, to_data
 from testbed.topology.oracle import Route, iommu_groups
 
@@ -43,10 +44,14 @@ DEFAULT_STORM_FAULTS = 256
 pytest_plugins = ["testbed.suites.p2p_fixtures"]
 
 
+def _can_be_scalable(iommu: Iommu) -> bool:
+    return iommu.kind == "intel" and not iommu.scalable and iommu.aw_bits == 48
+
+
 def rack_variants(topology: Topology) -> dict[str, Topology]:
     """``scalable``: the same rack with first-stage tables, if its IOMMU can have them."""
     iommus = [node.iommu for node in topology.nodes.values()]
-    if any(why_not_shown(iommu) or iommu.scalable or iommu.aw_bits != 48 for iommu in iommus):
+    if any(why_not_shown(iommu) or not _can_be_scalable(iommu) for iommu in iommus):
         return {}
     data = to_data(topology)
     for node in data["nodes"].values():

@@ -27,7 +27,7 @@ from testbed.suites.kernel_fixtures import (
 )
 from testbed.suites.mutations import Mutation
 from testbed.suites.observer import Observer, Refuted
-from testbed.suites.reasons import reasons_of
+from testbed.suites.reasons import reasons_of, why_not_shown
 from testbed.suites.storage import TRANSFER_BYTES, Transfer, judge_read
 from testbed.topology.model import Topology, from_data, to_data, with_overrides
 from testbed.topology.oracle import Route, redirecting_ports
@@ -116,6 +116,9 @@ def unrouted(machine: Machine, observe: Observer) -> Transfer:
         raise Refuted("without a router the bytes arrived: this machine routes by itself")
     observe.require(provided.judge(stale))
     iommu = machine.node_spec.iommu
+    if why := why_not_shown(iommu):
+        observe.note(f"the unchanged bytes alone show the refusal: {why}")
+        return transfer
     observe.require(
         judge_fault(
             transfer.faults,

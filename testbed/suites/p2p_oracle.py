@@ -102,6 +102,7 @@ class _Facts:
     """The prediction, by what the running machine says of itself, and the kernel's own answers."""
 
     def __init__(self, node: RackNode, iommu: Iommu, mutation: Mutation = Mutation.NONE) -> None:
+        node.agent.call("nvme.namespaces")  # disks provide once their driver has looked at them
         self._node = node
         self._iommu = iommu
         self._platform = platform_of(node)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the vIOMMU translated a device's accesses: QEMU's own word, from its trace.
 
-``vtd_dmar_translate`` (hw/i386/trace-events) is written for each access that is translated. It says
-which bus address led to which address of the machine: the proof that an IOVA was used, or that the
-identity was. Other IOMMUs than Intel's have no such trace here.
+``vtd_dmar_translate`` and ``amdvi_translation_result`` (hw/i386/trace-events) and
+``virtio_iommu_translate_out`` (hw/virtio/trace-events) are written for each translated access.
+They say which bus address led to which address of the machine: the proof that an IOVA was used, or
+that the identity was. Only Intel's tells the size of the page.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ from testbed.machine.command import QEMU_LOG
 from testbed.results.judging import PAGE_BYTES
 from testbed.suites.interface import RackNode
 
-TRACE_EVENT = "vtd_dmar_translate"
+TRACE_EVENTS = ("vtd_dmar_translate", "amdvi_translation_result", "virtio_iommu_translate_out")
 _LINE = re.compile(
     r"vtd_dmar_translate dev ([0-9a-f]{2}):([0-9a-f]{2})\.([0-9a-f]{2})"
     r" iova 0x([0-9a-f]+) -> gpa 0x([0-9a-f]+) mask 0x([0-9a-f]+)"
+)
+_AMD_LINE = re.compile(
+    r"amdvi_translation_result devid: ([0-9a-f]{2}):([0-9a-f]{2})\.([0-9a-f])"
+    r" gpa 0x([0-9a-f]+) hpa 0x([0-9a-f]+)"
+)
+_VIRTIO_LINE = re.compile(
+    r"virtio_iommu_translate_out 0x([0-9a-f]+) -> 0x([0-9a-f]+) for sid=(\d+)"
 )
 
 
@@ -76,7 +84,8 @@ class TranslationWatch:
 
     def _switch(self, *, on: bool) -> bool:
         try:
-            self._node.qmp("trace-event-set-state", name=TRACE_EVENT, enable=on)
+            for event in TRACE_EVENTS:
+                self._node.qmp("trace-event-set-state", name=event, enable=on)
         except QmpError:
             return False
         return True
@@ -89,4 +98,14 @@ def parse_translations(text: str) -> frozenset[Translation]:
         iova, physical, mask = (int(word, 16) for word in words)
         requester = f"0000:{bus}:{slot}.{int(function, 16):x}"
         found.add(Translation(requester, iova & ~mask, physical & ~mask, mask + 1))
+    for bus, slot, function, *words in set(_AMD_LINE.findall(text)):
+        found.add(_page(f"0000:{bus}:{slot}.{function}", *words))
+    for iova_text, physical_text, source_text in set(_VIRTIO_LINE.findall(text)):
+        source = int(source_text)
+        requester = f"0000:{source >> 8:02x}:{source >> 3 & 0x1F:02x}.{source & 7:x}"
+        found.add(_page(requester, iova_text, physical_text))
     return frozenset(found)
+
+
+def _page(requester: str, iova: str, physical: str) -> Translation:
+    return Translation(requester, int(iova, 16) & -PAGE_BYTES, int(physical, 16) & -PAGE_BYTES)

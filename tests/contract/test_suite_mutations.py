@@ -100,7 +100,7 @@ def test_a_set_up_that_does_not_translate_gates_the_rest(tmp_path: Path) -> None
             {"MAP-07", "TOPO-13"},
         ),
         ({"kind": "none", "mode": "off"}, "IOMMU off: translation", {"MAP-07"}),
-        ({"kind": "amd"}, "the fault records of a amd IOMMU", {"MAP-07", "TOPO-13"}),
+        ({"kind": "amd"}, "the fault records of an AMD IOMMU", {"MAP-07", "TOPO-13"}),
     ],
 )
 def test_without_translation_the_rest_is_skipped_with_the_reason(

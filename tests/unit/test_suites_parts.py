@@ -16,7 +16,7 @@ from testbed.suites.groups import judge_groups
 from testbed.suites.mapper import Chunk, Mapper, Mapping
 from testbed.suites.memory import Memory
 from testbed.suites.mutations import DESCRIPTIONS, Mutation
-from testbed.suites.reasons import FIRST_STAGE, LEGACY, reasons_of, why_not_shown
+from testbed.suites.reasons import FIRST_STAGE, LEGACY, VIRTIO, reasons_of, why_not_shown
 from testbed.topology import load
 from testbed.topology.machine import Iommu
 from testbed.topology.model import Topology
@@ -183,6 +183,18 @@ class TestTrace:
         assert [f.address for f in parse_trace(pieces + other + pieces)] == [0x1000, 0x2000, 0x1000]
         assert len(parse_trace(pieces + self.LINE.format(0x501, 6, 0x1000, 0))) == 2
 
+    def test_other_iommus_tell_less(self) -> None:
+        virtio = (
+            "1@2:virtio_iommu_report_fault FAULT reason=2 flags={} endpoint=1280 address =0x{:x}\n"
+        )
+        text = virtio.format(256, 0x1000) + virtio.format(256, 0x1004) + virtio.format(258, 0x1008)
+        amd = "amdvi_page_fault error: page fault accessing guest physical address 0x2000\n"
+        assert parse_trace(text + amd) == (
+            FaultSeen("0000:05:00.0", 0x1000, Access.UNKNOWN, 2, Witness.MACHINE),
+            FaultSeen("0000:05:00.0", 0x1008, Access.WRITE, 2, Witness.MACHINE),
+            FaultSeen("", 0x2000, Access.UNKNOWN, 0, Witness.MACHINE),
+        )
+
     def test_half_a_line_is_no_fault(self) -> None:
         assert parse_trace("vtd_dmar_fault sid 0x501 fault 5 ad") == ()
 
@@ -217,4 +229,6 @@ def test_what_an_iommu_promises() -> None:
     assert "IOMMU off" in why_not_shown(Iommu(mode="off"))
     assert "IOMMU off" in why_not_shown(Iommu(kind="none"))
     assert "passthrough" in why_not_shown(Iommu(mode="passthrough"))
-    assert "virtio" in why_not_shown(Iommu(kind="virtio"))
+    assert why_not_shown(Iommu(kind="virtio")) == ""
+    assert "AMD" in why_not_shown(Iommu(kind="amd"))
+    assert reasons_of(Iommu(kind="virtio")) is VIRTIO
