@@ -7,7 +7,7 @@ A test module that wants it says ``pytest_plugins = ["testbed.suites.dmabuf_fixt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -20,6 +20,7 @@ from testbed.suites.memory import VRAM_BAR
 from testbed.suites.p2p_kernel import ROUTER
 from testbed.suites.racks import LiveRack
 from testbed.suites.reasons import why_not_shown
+from testbed.topology.machine import Iommu
 from testbed.topology.oracle import Route
 from testbed.topology.placement import place
 from testbed.topology.plan import Function
@@ -61,26 +62,46 @@ def arrange_buffers(rack: LiveRack, variant: Callable[[str], LiveRack]) -> Itera
             iommu = live.topology.nodes[pair.node].iommu
             if not name and (why := why_not_shown(iommu)):
                 raise CapabilityMissing(why)
-            for module in (EXPORTER, IMPORTER):
-                stack.enter_context(kernel_module(node, module))
-            if pair.route is Route.SWITCH and pair.importer.kind == "edu":
-                stack.enter_context(kernel_module(node, ROUTER))
-            exchange = Exchange(
-                node,
-                pair,
-                iommu,
-                through_host and not why_not_shown(iommu),
-                _bus_address(node, pair.exporter),
-                watch_machine(node),
-                vfio,
+            return stack.enter_context(
+                opened(node, pair, iommu, through_host=through_host, vfio=vfio)
             )
-            stack.callback(_release, exchange)
-            exchange.call("bind", device=pair.importer.bdf, module=IMPORTER)
-            if not vfio:
-                exchange.call("bind", device=pair.exporter.bdf, module=EXPORTER)
-            return exchange
 
         yield make
+
+
+@contextmanager
+def opened(
+    node: RackNode,
+    pair: BufferPair,
+    iommu: Iommu,
+    *,
+    through_host: bool,
+    vfio: bool = False,
+) -> Iterator[Exchange]:
+    """Inside the block the two modules drive the pair's functions; what was made is given back.
+
+    :param through_host: the kernel sends the pair's traffic through the host bridge.
+    CapabilityMissing: the kernel cannot have a module; names the option or symbol.
+    """
+    with ExitStack() as stack:
+        for module in (EXPORTER, IMPORTER):
+            stack.enter_context(kernel_module(node, module))
+        if pair.route is Route.SWITCH and pair.importer.kind == "edu":
+            stack.enter_context(kernel_module(node, ROUTER))
+        exchange = Exchange(
+            node,
+            pair,
+            iommu,
+            through_host and not why_not_shown(iommu),
+            _bus_address(node, pair.exporter),
+            watch_machine(node),
+            vfio,
+        )
+        stack.callback(_release, exchange)
+        exchange.call("bind", device=pair.importer.bdf, module=IMPORTER)
+        if not vfio:
+            exchange.call("bind", device=pair.exporter.bdf, module=EXPORTER)
+        yield exchange
 
 
 def _choose(

@@ -19,7 +19,7 @@ from testbed.verbs.common import (
 )
 
 IDLE_S = 10
-WHAT = ("boot", "memory", "copy", "latency", "idle", "faults")
+WHAT = ("boot", "memory", "copy", "latency", "idle", "faults", "map")
 
 
 @click.command()
@@ -46,7 +46,7 @@ WHAT = ("boot", "memory", "copy", "latency", "idle", "faults")
     default=16,
     show_default=True,
     metavar="MIB",
-    help="`copy`: how much, at most the VRAM less 64 KiB.",
+    help="`copy`, `map`: how much, at most the VRAM less 64 KiB.",
 )
 @click.option("--warm", is_flag=True, help="`boot`: restored machines too, in turns with booted.")
 @click.option(
@@ -76,11 +76,12 @@ def bench(
     boot: command to agent's hello. memory: of the host. copy: VRAM to VRAM, against no IOMMU and
     against memcpy. latency: a model's doorbell to its fence. idle: what models use for nothing.
     faults: a page fault that the agent answers, by device and path (`--format text`: histograms).
+    map: what mapping video memory for a peer costs the guest's kernel, by page and at once.
 
     What is compared is measured in turns, in one run: quote the ratios.
     """
     from testbed import bench as measure
-    from testbed import bench_faults
+    from testbed import bench_faults, bench_maps
     from testbed.host import probe
     from testbed.verbs.install import install_for
 
@@ -108,6 +109,10 @@ def bench(
         result = measure.idle(first, installation, accelerator, seconds=IDLE_S)
     elif what == "faults":
         result = bench_faults.faults(first, installation, accelerator, count=count)
+    elif what == "map":
+        result = bench_maps.maps(
+            first, installation, accelerator, size_bytes=size_mib << 20, runs=runs
+        )
     else:
         result = measure.copy(
             first, installation, accelerator, size_bytes=size_mib << 20, runs=runs
