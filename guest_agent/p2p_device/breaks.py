@@ -104,9 +104,25 @@ def _half_move() -> None:
 
 
 def _keep_mapping() -> None:
-    """What is unmapped stays in the tables of IOMMU and link."""
-    _put(backend.DeviceBackend, "unmap", lambda *_: None)
-    _put(backend.DeviceBackend, "release", lambda *_: None)
+    """What the core unmaps stays in the tables of IOMMU and link until it is mapped anew."""
+    whole = backend.DeviceBackend
+    unmap, map_ = whole.unmap, whole.map
+    stale: dict[tuple[str, int], tuple[Any, ...]] = {}
+
+    def remember(self: backend.DeviceBackend, backing: Any, path: Any, address: Any) -> None:
+        stale[address.user, address.value] = (self, backing, path, address)
+
+    def anew(
+        self: backend.DeviceBackend, backing: Any, path: Any, address: Any, *, writable: bool
+    ) -> None:
+        before = stale.pop((address.user, address.value), None)
+        if before is not None:
+            unmap(*before)
+        map_(self, backing, path, address, writable=writable)
+
+    _put(whole, "unmap", remember)
+    _put(whole, "map", anew)
+    _put(whole, "release", lambda *_: None)
 
 
 def _no_keep_alive() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from testbed.topology.oracle import (
     ports_above,
     redirecting_ports,
 )
-from testbed.topology.plan import Function, NodePlan, Role
+from testbed.topology.plan import Function, NodePlan, RackPlan, Role
 
 EVENTS = "protocol-events.jsonl"
 BUFFERS_AT = 1 << 20  # in each video memory
-BUFFERS_BYTES = 8 << 20
+BUFFERS_BYTES = 4 << 20
 _IOVA_BYTES = 1 << 30
 PREFIX = "nego-"
 
@@ -51,13 +52,12 @@ class NegotiationBoard:
 
     def __init__(self, rack: Rack, node: str, mutation: Mutation) -> None:
         self.node: RackNode = rack.nodes[node]
-        plan, self.topology = self.node.plan, rack.topology
+        plan = self.node.plan
         gpus = [f for f in plan.by_role(Role.ENGINE) if f.kind == "model"]
         nics = [f for f in plan.by_role(Role.ENGINE) if f.kind == "model-nic"]
         self.gpus = [f.device for f in gpus]
         self.nics = [f.device for f in nics]
-        self.links = links_of(self.topology, node, self.gpus)
-        self.link_numbers = link_numbers(self.links)
+        self.links, self.link_numbers = links_of(rack.plan, node)
         self._events_file: Path = rack.run_dir / EVENTS
         self._after = 0
         self.vram: dict[str, Memory] = {}
@@ -68,7 +68,7 @@ class NegotiationBoard:
         self.call(
             "open",
             members=members,
-            topology=tables(plan, self.topology, self.links, [*self.gpus, *self.nics]),
+            topology=tables(plan, rack.topology, self.links, [*self.gpus, *self.nics]),
             broken=mutation.removeprefix(PREFIX) if mutation.startswith(PREFIX) else "",
         )
         self.unused: dict[str, int] = self.call("clean")["left"]
@@ -95,7 +95,7 @@ class NegotiationBoard:
                 "size_bytes": min(BUFFERS_BYTES, gpu.vram.size_bytes - DRIVER_BYTES - BUFFERS_AT),
             }
             member["links"] = {
-                port: number for (name, port), number in self.link_numbers if name == device
+                port: number for (name, port), number in self.link_numbers.items() if name == device
             }
             self.witness[device] = gpu.witness
         else:
@@ -210,38 +210,35 @@ def refusal_of(answers: Sequence[Any]) -> dict[str, Any] | None:
     return None
 
 
-def links_of(topology: Topology, node: str, gpus: Sequence[str]) -> list[dict[str, Any]]:
-    """The private links between GPU models of a node, as the core's tables want them.
+def links_of(plan: RackPlan, node: str) -> tuple[list[dict[str, Any]], dict[tuple[str, str], int]]:
+    """The private links between GPU models of a node, as the core's tables want them; and by
+    (device, port) the GPU's own number of each, which counts all of its links.
 
     A link is named after its ends (``gpu0-gpu1``), and so are its ports.
     """
-    found = []
-    for link in topology.links:
-        ends = [end.partition("/") for end in link.between]
-        if link.kind == "ual" or any(at != node or gpu not in gpus for at, _, gpu in ends):
-            continue
-        devices = [gpu for _, _, gpu in ends]
-        name = "-".join(devices)
-        found.append(
-            {
-                "kind": link.kind,
-                "name": name,
-                "ends": [[device, name] for device in devices],
-                "width": link.width,
-            }
-        )
-    return found
-
-
-def link_numbers(links: Sequence[Mapping[str, Any]]) -> list[tuple[tuple[str, str], int]]:
-    """The GPU's own number of each end: its links count from 0 in the topology's order."""
+    links: list[dict[str, Any]] = []
+    numbers: dict[tuple[str, str], int] = {}
     counts: dict[str, int] = {}
-    numbers = []
-    for link in links:
-        for device, port in link["ends"]:
-            numbers.append(((device, port), counts.get(device, 0)))
-            counts[device] = counts.get(device, 0) + 1
-    return numbers
+    for link in plan.topology.links:
+        ends = [(at, gpu) for at, _, gpu in (end.partition("/") for end in link.between)]
+        if not all(_is_model(plan, *end) for end in ends):
+            continue  # there is no such wire
+        inside = link.kind != "ual" and all(at == node for at, _ in ends)
+        name = "-".join(gpu for _, gpu in ends)
+        for at, gpu in ends:
+            if at != node:
+                continue
+            if inside:
+                numbers[gpu, name] = counts.get(gpu, 0)
+            counts[gpu] = counts.get(gpu, 0) + 1
+        if inside:
+            pairs = [[gpu, name] for _, gpu in ends]
+            links.append({"kind": link.kind, "name": name, "ends": pairs, "width": link.width})
+    return links, numbers
+
+
+def _is_model(plan: RackPlan, node: str, device: str) -> bool:
+    return any(f.kind == "model" for f in plan.nodes[node].of_device(device))
 
 
 def tables(
@@ -298,20 +295,21 @@ def pcie_facts(
     }
 
 
-def require_mesh(board: NegotiationBoard) -> tuple[str, str, str]:
-    """``(a, b, c)``: a and b are linked, b and c are, a and c are not.
+def require_three(board: NegotiationBoard, *, chain: bool = False) -> tuple[str, str, str]:
+    """``(a, b, c)``: a and b are linked, a and c are not; in a ``chain`` b and c are linked too.
 
     Raises:
         CapabilityMissing: this rack has no such three.
     """
-    pairs = [frozenset(device for device, _ in link["ends"]) for link in board.links]
-    for a in board.gpus:
-        for b in board.gpus:
-            for c in board.gpus:
-                linked = {frozenset((a, b)), frozenset((b, c))} <= set(pairs)
-                if len({a, b, c}) == 3 and linked and frozenset((a, c)) not in pairs:
-                    return a, b, c
-    raise CapabilityMissing("this rack lacks three GPU models in a row of links, as partial-mesh")
+    pairs = {frozenset(device for device, _ in link["ends"]) for link in board.links}
+    for a, b, c in permutations(board.gpus, 3):
+        joined = frozenset((a, b)) in pairs and frozenset((a, c)) not in pairs
+        if joined and (frozenset((b, c)) in pairs or not chain):
+            return a, b, c
+    raise CapabilityMissing(
+        "three GPU models of which two are linked and one is not"
+        + (" linked to the first but to the second, as in partial-mesh" if chain else "")
+    )
 
 
-__all__ = ["NegotiationBoard", "Offer", "Step", "do", "links_of", "require_mesh", "tables"]
+__all__ = ["NegotiationBoard", "Offer", "Step", "do", "links_of", "require_three", "tables"]

@@ -223,7 +223,7 @@ def test_a_list_of_buffers_moves_wholly_or_not_at_all(
     if len(board.gpus) < 2:
         raise CapabilityMissing("two GPU models")
     exporter, importer = board.gpus[:2]
-    big = BUFFERS_BYTES * 5 // 16
+    big = BUFFERS_BYTES * 9 // 32
     names = ["b0", "b1", "b2"]
     offers = board.gpu_offers(exporter, "pcie", "system")
     for seed, name in enumerate(names):

@@ -13,7 +13,7 @@ import pytest
 from guest_agent.pattern import pattern
 from testbed.results.evidence import Counter
 from testbed.results.judging import judge_no_fault
-from testbed.suites.negotiation_board import NegotiationBoard, do, require_mesh
+from testbed.suites.negotiation_board import NegotiationBoard, do, require_three
 from testbed.suites.negotiation_steps import (
     FRESH,
     MINE,
@@ -67,7 +67,7 @@ def test_between_linked_devices_a_page_stays_in_place(
     board: NegotiationBoard, observe: Observer
 ) -> None:
     """1a: of one owner group, used over the link where it is."""
-    a, b, c = require_mesh(board)
+    a, b, c = require_three(board)
     _, at, seen = board.run(
         do("join", devices=[a, b, c]), make_page(board, a), do("mirror", name="p", device=b)
     )
@@ -80,7 +80,7 @@ def test_between_linked_devices_a_page_stays_in_place(
 @pytest.mark.requirement("HMM-02")
 def test_with_pcie_alone_a_page_stays_in_place(board: NegotiationBoard, observe: Observer) -> None:
     """1b: no link in common, used over PCIe at an address of the device's own."""
-    a, b, c = require_mesh(board)
+    a, b, c = require_three(board)
     _, at, seen = board.run(
         do("join", devices=[a, b, c]), make_page(board, a), do("mirror", name="p", device=c)
     )
@@ -93,7 +93,7 @@ def test_with_pcie_alone_a_page_stays_in_place(board: NegotiationBoard, observe:
 @pytest.mark.requirement("HMM-03")
 def test_without_a_path_a_page_migrates(board: NegotiationBoard, observe: Observer) -> None:
     """No link, no PCIe: system memory, then mapped; who had it in place is cut off, and returns."""
-    a, b, c = require_mesh(board)
+    a, b, c = require_three(board)
     pages = make_page(board, a)
     pages["offers"][c] = board.gpu_offers(c, "system")
     _, _, first, seen = board.run(
@@ -119,7 +119,7 @@ def test_owner_groups_depend_on_the_order_of_joining(
     """a-b and b-c linked, not a-c: {a, b}, {c}; so b's page is used in place by a over the link,
     and by c, though it is linked to b, over PCIe.
     """
-    a, b, c = require_mesh(board)
+    a, b, c = require_three(board, chain=True)
     groups, _, over_link, over_pcie = board.run(
         do("join", devices=[a, b, c]),
         make_page(board, b),
@@ -139,7 +139,7 @@ def test_each_importer_has_an_address_of_its_own(
     board: NegotiationBoard, observe: Observer
 ) -> None:
     """Two importers, one page, two dma addresses: each reads by its own, and the other's faults."""
-    a, b, c = require_mesh(board)
+    a, b, c = require_three(board)
     _, ours, theirs = board.run(
         make_page(board, a, "link"),
         do("mirror", name="p", device=b),
@@ -159,7 +159,7 @@ def test_paths_are_offered_exactly_where_links_are(
     board: NegotiationBoard, observe: Observer
 ) -> None:
     """Over links alone: a-b and b-c agree and move bytes, a-c have nothing in common."""
-    a, b, c = require_mesh(board)
+    a, b, c = require_three(board, chain=True)
     linked = {frozenset((a, b)), frozenset((b, c))}
     seed = MINE
     for exporter in (a, b, c):

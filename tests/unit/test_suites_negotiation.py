@@ -6,18 +6,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from testbed.suites.negotiation_board import link_numbers, links_of, refusal_of, tables
+from testbed.suites.negotiation_board import links_of, refusal_of, tables
 from testbed.topology import load
 from testbed.topology.placement import place
 
 ROOT = Path(__file__).parents[2]
 GPUS = ["gpu0", "gpu1", "gpu2"]
+MIXED = """
+rack: mixed
+nodes:
+{% for node in ["one", "two"] %}
+  {{ node }}:
+    pcie: [{gpu: gpu0, vram: 16M, engine: model}, {gpu: gpu1, vram: 16M, engine: model}]
+{% endfor %}
+links:
+  - {kind: xgmi, between: [one/gpu0, two/gpu0]}
+  - {kind: ual, between: [two/gpu1, one/gpu0]}
+  - {kind: xgmi, between: [one/gpu0, one/gpu1]}
+"""
 
 
 def mesh() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     topology = load.load(ROOT / "topologies" / "partial-mesh.yaml", {})
     plan = place(topology)
-    links = links_of(topology, "host0", GPUS)
+    links, _ = links_of(plan, "host0")
     return tables(plan.nodes["host0"], topology, links, [*GPUS, "nic0", "nic1"]), links
 
 
@@ -27,14 +39,22 @@ def test_neighbours_have_links_named_after_their_ends() -> None:
     assert {link["kind"] for link in links} == {"xgmi"}
 
 
-def test_a_gpu_counts_its_own_links() -> None:
-    _, links = mesh()
-    assert link_numbers(links) == [
-        (("gpu0", "gpu0-gpu1"), 0),
-        (("gpu1", "gpu0-gpu1"), 0),
-        (("gpu1", "gpu1-gpu2"), 1),
-        (("gpu2", "gpu1-gpu2"), 0),
-    ]
+def test_a_gpu_counts_all_of_its_links() -> None:
+    plan = place(load.load(ROOT / "topologies" / "partial-mesh.yaml", {}))
+    assert links_of(plan, "host0")[1] == {
+        ("gpu0", "gpu0-gpu1"): 0,
+        ("gpu1", "gpu0-gpu1"): 0,
+        ("gpu1", "gpu1-gpu2"): 1,
+        ("gpu2", "gpu1-gpu2"): 0,
+    }
+
+
+def test_links_to_other_nodes_and_the_fabric_s_count_but_are_not_listed(tmp_path: Path) -> None:
+    file = tmp_path / "mixed.yaml"
+    file.write_text(MIXED)
+    links, numbers = links_of(place(load.load(file, {})), "one")
+    assert [link["name"] for link in links] == ["gpu0-gpu1"]
+    assert numbers == {("gpu0", "gpu0-gpu1"): 2, ("gpu1", "gpu0-gpu1"): 0}
 
 
 def test_facts_tell_a_redirect_from_a_way_through_the_root() -> None:
