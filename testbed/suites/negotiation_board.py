@@ -37,6 +37,7 @@ BUFFERS_AT = 1 << 20  # in each video memory
 BUFFERS_BYTES = 4 << 20
 _IOVA_BYTES = 1 << 30
 PREFIX = "nego-"
+_CALL_TIMEOUT_S = 120.0  # the first loads the whole core: seconds on an emulated CPU, more if busy
 
 Step = Mapping[str, Any]
 Offer = dict[str, Any]
@@ -109,7 +110,7 @@ class NegotiationBoard:
 
     def call(self, method: str, **params: Any) -> Any:
         """One of the methods ``protocol.*``."""
-        return self.node.agent.call(f"protocol.{method}", **params)
+        return self.node.agent.call(f"protocol.{method}", _CALL_TIMEOUT_S, **params)
 
     def run(self, *steps: Step) -> list[Any]:
         """Do steps; FAIL if one is refused."""
