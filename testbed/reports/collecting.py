@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from testbed.chosen_topology import parse_settings
 from testbed.errors import CapabilityMissing, InputError, LostError, TestbedError
 from testbed.reports.judge import Word
 from testbed.reports.load import Case, Overrides, load
@@ -25,7 +26,6 @@ from testbed.results.verdicts import Verdict
 from testbed.suites.interface import RackSource
 from testbed.suites.observer import Refuted
 from testbed.suites.session import SESSION
-from testbed.verbs.common import parse_settings
 
 
 @dataclass(frozen=True)

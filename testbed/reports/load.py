@@ -203,7 +203,7 @@ class _Racks:
             raise self._settings_error(error) from None
 
     def _find(self, word: str) -> Path:
-        from testbed.verbs.common import shipped_topologies  # noqa: PLC0415  a verb's, seldom used
+        from testbed.chosen_topology import shipped_topologies  # noqa: PLC0415  seldom used
 
         shipped = shipped_topologies()
         if word in shipped:

@@ -35,6 +35,7 @@ from testbed.suites.interface import RackSource
 from testbed.suites.mutations import Mutation, parse_mutation
 from testbed.suites.session import ConformanceSession
 from testbed.topology.model import to_data
+from testbed.topology.problem import nearest
 
 if TYPE_CHECKING:
     from testbed.reports.collecting import ReportOptions
@@ -233,9 +234,9 @@ def session_from_options(
             was meant.
     """
     # The commands that boot are slow to import, and `testbed run` brings a source of its own.
+    from testbed.chosen_topology import load_topology  # noqa: PLC0415
     from testbed.deploy import StartOptions  # noqa: PLC0415
     from testbed.suites.sources import RunningSource, TopologySource  # noqa: PLC0415
-    from testbed.verbs.common import load_topology  # noqa: PLC0415
 
     if topology and rack:
         raise InputError("--testbed-topology boots a rack, --testbed-rack uses one: choose")
@@ -295,8 +296,11 @@ def _suite_paths(word: str) -> list[str]:
     path = word.partition("::")[0]
     if not Path(path).exists():
         known = ", ".join([*modules, ALL_SUITES])
+        near = nearest(word, [*modules, ALL_SUITES])
         raise InputError(
-            diagnostics=[Diagnostic(word, 0, 0, "no such suite or file", f"{known}, or a path")]
+            diagnostics=[
+                Diagnostic(word, 0, 0, "no such suite or file", f"{known}, or a path", near)
+            ]
         )
     return [str(Path(path).resolve()) + word[len(path) :]]
 

@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several verbs share: options, topology loading, JSON on stdout."""
+"""What several verbs share: options, the chosen topology, JSON on stdout."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import click
 
-from testbed.errors import Diagnostic, InputError
-
-if TYPE_CHECKING:
-    from testbed.topology.model import Topology
+from testbed.chosen_topology import find_topology as find_topology  # noqa: PLC0414
+from testbed.chosen_topology import load_topology as load_topology  # noqa: PLC0414
+from testbed.chosen_topology import parse_settings as parse_settings  # noqa: PLC0414
+from testbed.errors import InputError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -144,79 +144,6 @@ def kernel_word(kernel: str | None, modules: str | None, tree: str | None) -> st
         raise InputError("--modules belongs to a kernel", hint="--kernel PATH --modules DIR")
     image = Path(kernel).absolute()
     return f"{image}{kernels.MODULES}{Path(modules).expanduser().absolute()}"
-
-
-def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
-    """``["gpus=8"]`` → ``{"gpus": "8"}``.
-
-    :raises InputError: a word without ``=``.
-    """
-    settings: dict[str, str] = {}
-    wrong: list[Diagnostic] = []
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.strip():
-            wrong.append(Diagnostic("-s", 0, 0, f"'{pair}' has no '='", expected="NAME=VALUE"))
-        settings[name.strip()] = value
-    if wrong:
-        raise InputError(diagnostics=wrong)
-    return settings
-
-
-def shipped_topologies() -> dict[str, Path]:
-    """The topologies that come with the testbed, by name."""
-    from testbed.host import paths
-
-    return {path.stem: path for path in sorted(paths.data_dir("topologies").glob("*.yaml"))}
-
-
-def find_topology(word: str) -> str | Path:
-    """A file as given, ``-`` for stdin, or a shipped topology by its name.
-
-    :raises InputError: neither a file nor such a name.
-    """
-    if word == "-" or Path(word).exists() or "/" in word or word.endswith((".yaml", ".yml")):
-        return word
-    shipped = shipped_topologies()
-    if word not in shipped:
-        from testbed.topology.problem import listing, nearest
-
-        expected = f"a file, or {listing(shipped)}"
-        raise InputError(
-            diagnostics=[
-                Diagnostic(word, 0, 0, "no such topology", expected, nearest(word, shipped))
-            ]
-        )
-    return shipped[word]
-
-
-def load_topology(
-    word: str,
-    settings: Sequence[str],
-    *,
-    kernel: str | None = None,
-    iommu_mode: str | None = None,
-    engine: str | None = None,
-    trust: bool | None = None,
-) -> Topology:
-    """The topology that the user named, with what the command line changes in it.
-
-    :param trust: whether the files that it names as devices may be run; None if nothing is started.
-    :raises InputError: all that is wrong with it.
-    """
-    from testbed.topology import load, model
-
-    admit = None
-    if trust is not None:
-        from testbed.machine import own_devices
-
-        admit = own_devices.admission(trust=trust)
-    topology = load.load(find_topology(word), parse_settings(settings), admit=admit)
-    if (kernel, iommu_mode, engine) != (None, None, None):
-        topology = model.with_overrides(
-            topology, kernel=kernel, iommu_mode=iommu_mode, engine=engine
-        )
-    return topology
 
 
 def print_json(kind: str, body: Mapping[str, Any]) -> None:
