@@ -49,7 +49,7 @@ SUITES = {
         "p2p_negotiation_life.py",
         "p2p_negotiation_sharing.py",
     ),
-    "p2p-fabric": ("p2p_fabric.py", "p2p_fabric_loss.py"),
+    "p2p-fabric": ("p2p_fabric.py", "p2p_fabric_windows.py", "p2p_fabric_loss.py"),
     "p2p-dmabuf": ("p2p_dmabuf.py", "p2p_dmabuf_life.py", "p2p_dmabuf_vfio.py"),
 }
 # Suites that run what the user brings; `all` does not mean them.
