@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The p2p-negotiation suite on a real machine: all PASS, and deliberate breaks that must FAIL."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from testbed import deploy
+from testbed.errors import ExitCode
+from testbed.host.prepare import Installation
+from testbed.rack import Rack
+from testbed.results.verdicts import Verdict
+from testbed.suites.mutations import Mutation
+from testbed.suites.negotiation_board import EVENTS
+from testbed.suites.runner import Choice, RunResult, run_suites
+from tests.vm.conftest import shipped
+from tests.vm.test_suite_p2p import BorrowingSource
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
+
+IDS = (
+    {f"NEG-{n:02}" for n in range(1, 12)}
+    | {f"LIFE-{n:02}" for n in (1, 3, 5, 6, 7, 10)}
+    | {f"HMM-{n:02}" for n in (1, 2, 3, 5, 6)}
+    | {f"FLT-{n:02}" for n in (1, 2, 3, 6)}
+    | {"TOPO-14"}
+)
+# Of the tests that are chosen with it, a break must fail just these; one is there that it leaves.
+UNHURT = "a_peer_s_scatter_list"
+BREAKS = {
+    Mutation.NEGO_STRAND_IMPORTER: ("leaves_no_active", {"NEG-06"}),
+    Mutation.NEGO_SKIP_FENCE: ("pipelined", {"LIFE-06"}),
+    Mutation.NEGO_KEEP_MAPPING: ("takes_away", {"LIFE-03"}),
+    Mutation.NEGO_ONE_ADDRESS: ("address_of_its_own", {"HMM-06"}),
+    Mutation.NEGO_ALLOW_CYCLE: ("without_cycles", {"FLT-06"}),
+}
+
+
+@pytest.fixture(scope="module")
+def options(installation: Installation, accelerator: str) -> deploy.StartOptions:
+    return deploy.StartOptions(accelerator=accelerator, installation=installation)
+
+
+@pytest.fixture(scope="module")
+def mesh(options: deploy.StartOptions, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
+    with deploy.start(
+        shipped("partial-mesh"), run_dir=tmp_path_factory.mktemp("mesh"), options=options
+    ) as rack:
+        yield rack
+
+
+def run(source: BorrowingSource, run_dir: Path, **choice: Any) -> tuple[RunResult, str]:
+    stream = io.StringIO()
+    result = run_suites(
+        Choice(["p2p-negotiation"], **choice),
+        source,
+        run_dir,
+        stream=stream,
+        console=Console(file=io.StringIO()),
+    )
+    return result, stream.getvalue()
+
+
+def test_every_requirement_is_shown_and_its_events_are_kept(
+    mesh: Rack, options: deploy.StartOptions, tmp_path: Path
+) -> None:
+    result, ktap = run(BorrowingSource(mesh, tmp_path, options), tmp_path)
+    verdicts = {r.requirement: r.verdict for r in result.record.requirements}
+    assert verdicts == dict.fromkeys(IDS, Verdict.PASS), ktap
+    for outcome in result.record.outcomes:
+        assert any(evidence.kind == "bytes" for evidence in outcome.evidence), outcome.test
+    events = [json.loads(line) for line in (mesh.run_dir / EVENTS).read_text().splitlines()]
+    assert {"negotiate", "attach", "map", "move", "revoke", "fault"} <= {e["kind"] for e in events}
+
+
+@pytest.mark.parametrize("mutation", BREAKS, ids=str)
+def test_a_break_fails_what_guards_it(
+    mesh: Rack, options: deploy.StartOptions, tmp_path: Path, mutation: Mutation
+) -> None:
+    keyword, ids = BREAKS[mutation]
+    source = BorrowingSource(mesh, tmp_path, options)
+    result, ktap = run(source, tmp_path, mutation=mutation, keyword=f"{keyword} or {UNHURT}")
+    failed = {r.requirement for r in result.record.requirements if r.verdict is Verdict.FAIL}
+    assert failed == ids, ktap
+    assert len(result.record.outcomes) == 2
+
+
+def test_the_core_is_whole_again_after_all_breaks(
+    mesh: Rack, options: deploy.StartOptions, tmp_path: Path
+) -> None:
+    keyword = " or ".join(keyword for keyword, _ in BREAKS.values())
+    result, ktap = run(BorrowingSource(mesh, tmp_path, options), tmp_path, keyword=keyword)
+    assert result.code is ExitCode.PASS, ktap
