@@ -241,7 +241,8 @@ def _failure(mirror: str, verb: str, said: str) -> SetupError:
         return SetupError(text, hint="free some space, or set TESTBED_CACHE_DIR")
     return MirrorError(
         f"the mirror {mirror} does not give what is needed: {text}",
-        hint="check the network, or take another mirror with --mirror URL; the cache is intact",
+        hint="check the network, or take another mirror (`testbed setup --mirror URL`); "
+        "the cache is intact",
     )
 
 

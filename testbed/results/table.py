@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from testbed.errors import ExitCode
 from testbed.results.ktap import one_line
 from testbed.results.record import RunRecord, injected
 from testbed.results.verdicts import Verdict, combine, count
@@ -51,10 +52,12 @@ def print_table(record: RunRecord, run_dir: Path, console: Console) -> None:
 
 
 def summary(record: RunRecord, run_dir: Path) -> str:
-    """``PASS: 14 pass, 1 skip in 5.2 s (exit 0); everything is in RUN_DIR``."""
+    """``PASS: 14 pass, 1 skip in 5.2 s (exit 0); everything is in RUN_DIR``, or INTERRUPTED."""
     counts = count(record.outcomes)
     numbers = ", ".join(f"{n} {verdict.lower()}" for verdict, n in counts.items() if n)
     word = combine(o.verdict for o in record.outcomes) if record.outcomes else "no tests"
+    if record.exit_code == ExitCode.INTERRUPTED:
+        word = "INTERRUPTED"  # what had passed until then is no PASS of the run
     broken = f" with --break {record.mutation}" if record.mutation else ""
     faults = injected(record)
     if faults:

@@ -164,6 +164,13 @@ def test_a_run_with_faults_on_purpose_or_a_dead_model_says_so() -> None:
     assert "struck 1 and 2 more) (exit" in summary(sample_record((many,)), Path("/r"))
 
 
+def test_an_interrupted_run_is_no_pass() -> None:
+    record = sample_record()
+    outcome = Outcome(("X-1",), "t", Verdict.PASS)
+    record = replace(record, outcomes=(outcome,), exit_code=130)
+    assert summary(record, Path("/r")).startswith("INTERRUPTED: 1 pass in ")
+
+
 def test_a_verdict_is_never_coloured_into_another() -> None:
     """Markup in a reason is text, not style."""
     stream = io.StringIO()
