@@ -13,6 +13,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 from testbed.errors import Diagnostic, InputError
+from testbed.topology.problem import nearest
 
 
 class Mutation(StrEnum):
@@ -84,7 +85,7 @@ def parse_mutation(name: str) -> Mutation:
     try:
         return Mutation("" if name == "none" else name)
     except ValueError:
-        known = ", ".join(DESCRIPTIONS)
+        known, near = ", ".join(DESCRIPTIONS), nearest(name, DESCRIPTIONS)
         raise InputError(
-            diagnostics=[Diagnostic("--break", 0, 0, f"unknown mutation '{name}'", known)]
+            diagnostics=[Diagnostic("--break", 0, 0, f"unknown mutation '{name}'", known, near)]
         ) from None
