@@ -52,8 +52,10 @@ class Mapped:
         """The initiator's driver learns the link's state."""
         gpu, link = self.way.initiator.gpu, self.way.links[0]
         answer = gpu.call("link_wait", link=link, state=state, by=by, timeout_s=20.0)
-        said = f"{self.way.initiator.name} is told by {by} that the link is {state}"
-        return Judgement(bool(answer["reached"]), said, (Note(said),))
+        reached = bool(answer["reached"])
+        told = "is told" if reached else "is not told"
+        said = f"{self.way.initiator.name} {told} by {by} that the link is {state}"
+        return Judgement(reached, said, (Note(said),))
 
     def faults(self) -> Judgement:
         """A write ends with an error, and at once."""
