@@ -39,7 +39,6 @@ BREAKS = {
     Mutation.NEGO_SKIP_FENCE: ("pipelined", {"LIFE-06"}),
     Mutation.NEGO_KEEP_MAPPING: ("takes_away", {"LIFE-03"}),
     Mutation.NEGO_ONE_ADDRESS: ("address_of_its_own", {"HMM-06"}),
-    Mutation.NEGO_ALLOW_CYCLE: ("without_cycles", {"FLT-06"}),
 }
 
 
