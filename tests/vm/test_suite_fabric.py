@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite about scale-up fabrics, on two small machines. The whole of it takes three minutes."""
+"""The suite about scale-up fabrics, on two small machines; without what boots nodes again."""
 
 from __future__ import annotations
 
