@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import guest_agent.protocol_methods  # noqa: F401  it registers the steps
 from guest_agent.hw.memory import Buffers
 from guest_agent.p2p import hmm, moves, negotiation
 from guest_agent.p2p_device import breaks
