@@ -37,7 +37,8 @@ class KernelMethods:
     def _log(self) -> KernelLog:
         raise NotImplementedError
 
-    def _vfio(self, number: int) -> VfioContainer:
+    def vfio(self, number: int) -> VfioContainer:
+        """The container of that number; the agent has them."""
         raise NotImplementedError
 
     @property
@@ -147,4 +148,4 @@ class KernelMethods:
     def _p2p_route(self, *, container: int) -> dict[str, Any]:
         from guest_agent.p2p import router
 
-        return router.route(self._vfio(container))
+        return router.route(self.vfio(container))
