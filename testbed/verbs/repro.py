@@ -60,7 +60,7 @@ def repro(
     A FILE is a *.report.yaml (docs/reports.md), a folder of them, or the name of a shipped one
     (--list). SKIP names a missing capability, LOST a machine that died otherwise than reported.
 
-    Exit codes suit `git bisect run testbed repro FILE --kernel-tree .`: 0 FIXED, 1 REPRODUCED,
+    Exit codes suit a bisection that builds first (docs/reports.md): 0 FIXED, 1 REPRODUCED,
     125 DIFFERENT, SKIP or LOST (skip this commit), 128 ERROR (stop). With --expect: 0 as expected,
     1 otherwise, 3 LOST, 125 SKIP, 128 ERROR. 2 is bad input.
     """
