@@ -63,11 +63,13 @@ def unload(node: _Node, name: str) -> None:
     _call(node, "modules.unload", {"name": name})
 
 
-def ensure(node: _Node, name: str, *, keep: bool = False) -> bool:
+def ensure(
+    node: _Node, name: str, *, keep: bool = False, setup: SetupOptions | None = None
+) -> bool:
     """Load module ``name`` unless it is there; errors as of :func:`load`. Whether it was not."""
     absent = not is_loaded(node, name)
     if absent:
-        load(node, name, keep=keep)
+        load(node, name, keep=keep, setup=setup)
     return absent
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from testbed.errors import CapabilityMissing, SetupError
 from testbed.guest import modules
+from testbed.host import prepare
+from testbed.host.progress import shown
 from testbed.topology.plan import NodePlan, Role
 
 if TYPE_CHECKING:
@@ -29,9 +31,14 @@ def is_wanted(plan: NodePlan) -> bool:
 
 
 def start(node: RackNode) -> str:
-    """Load the module, to stay; answers why not, or "" if the switches route now."""
+    """Load the module, to stay; answers why not, or "" if the switches route now.
+
+    The first time it is built, and a compiler downloaded, with progress on stderr.
+    """
     try:
-        modules.ensure(node, MODULE, keep=True)
+        with shown() as progress:
+            setup = prepare.options(progress=progress)
+            modules.ensure(node, MODULE, keep=True, setup=setup)
     except (CapabilityMissing, SetupError) as error:
         return error.message
     return ""
