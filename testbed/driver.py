@@ -29,8 +29,8 @@ from testbed.errors import AgentError, CapabilityMissing, DeviceLost, InputError
 from testbed.topology.plan import MODEL_KINDS
 
 if TYPE_CHECKING:
-    from testbed.suites.faults import FaultWatch
-    from testbed.suites.interface import RackNode
+    from testbed.instruments.faults import FaultWatch
+    from testbed.instruments.interface import RackNode
 
 PAGE_BYTES: Final = 4096
 # Above the kernel's BARs and the interrupts, and within the 39 bits of the narrowest IOMMU.
@@ -193,7 +193,7 @@ class Driver:
         Each record names ``requester`` (compare :attr:`bdf`), ``address`` and ``access``, as the
         guest's kernel and QEMU's own trace saw it.
         """
-        from testbed.suites.faults import FaultWatch, watch_machine  # noqa: PLC0415  seldom used
+        from testbed.instruments.faults import FaultWatch, watch_machine  # noqa: PLC0415  seldom used
 
         return FaultWatch(self.node, machine_watched=watch_machine(self.node))
 

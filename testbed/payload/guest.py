@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from testbed.errors import CapabilityMissing, LinkLost, TestbedError
+from testbed.instruments.interface import Channel, RackNode
 from testbed.payload.collection import Collection, Program
 from testbed.payload.libraries import linkage, wanted
 from testbed.results.ktap_reader import Ending
-from testbed.suites.interface import Channel, RackNode
 
 GUEST_FOLDER = "/run/testbed-payload"
 MAX_OUTPUT_BYTES = 4 << 20

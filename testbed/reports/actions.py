@@ -11,9 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from guest_agent.pattern import pattern
-from testbed.devices import find_device
 from testbed.errors import CapabilityMissing, TestbedError
 from testbed.guest import modules
+from testbed.instruments.bench import Bench, CopyStatus, Engine, dma_functions
+from testbed.instruments.devices import find_device
+from testbed.instruments.faults import FaultWatch, watch_machine
+from testbed.instruments.interface import Rack, RackNode
+from testbed.instruments.mapper import Mapping as Mapped
+from testbed.instruments.memory import Memory, sha256
+from testbed.instruments.paths import PathWatch
+from testbed.instruments.storage import TRANSFER_BYTES, Disks, Provided
 from testbed.reports import closed
 from testbed.reports.guest import read_config, run_command, write_config
 from testbed.reports.model import Report
@@ -46,13 +53,6 @@ from testbed.reports.steps import (
 )
 from testbed.results.evidence import Note, Witness
 from testbed.results.judging import PAGE_BYTES, Judgement
-from testbed.suites.bench import Bench, CopyStatus, Engine, dma_functions
-from testbed.suites.faults import FaultWatch, watch_machine
-from testbed.suites.interface import Rack, RackNode
-from testbed.suites.mapper import Mapping as Mapped
-from testbed.suites.memory import Memory, sha256
-from testbed.suites.paths import PathWatch
-from testbed.suites.storage import TRANSFER_BYTES, Disks, Provided
 from testbed.topology.plan import Function, Role
 
 DEFAULT_MAP_BYTES = 64 << 10

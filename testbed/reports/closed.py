@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from testbed.instruments.interface import RackNode
+from testbed.instruments.memory import sha256
 from testbed.reports.places import PlaceFound
 from testbed.results.judging import PAGE_BYTES, Judgement, judge_bytes
-from testbed.suites.interface import RackNode
-from testbed.suites.memory import sha256
 
 
 def write(node: RackNode, place: PlaceFound, offset: int, data: bytes) -> None:

@@ -13,6 +13,8 @@ from enum import StrEnum
 from typing import Any
 
 from guest_agent.pattern import pattern
+from testbed.instruments.memory import sha256
+from testbed.instruments.reasons import reasons_of
 from testbed.reports.conditions import (
     BytesAre,
     Condition,
@@ -36,8 +38,6 @@ from testbed.results.judging import (
     judge_no_fault,
     judge_path,
 )
-from testbed.suites.memory import sha256
-from testbed.suites.reasons import reasons_of
 from testbed.topology.plan import RackPlan
 
 _SHOWN_LINES = 3

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from testbed.suites.bench import DOORBELL_BAR
-from testbed.suites.memory import VRAM_BAR
+from testbed.instruments.bench import DOORBELL_BAR
+from testbed.instruments.memory import VRAM_BAR
 from testbed.topology.plan import Function, RackPlan, Role
 from testbed.topology.problem import listing, nearest
 

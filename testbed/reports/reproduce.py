@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from testbed.errors import AgentError, CapabilityMissing, LostError, TestbedError
+from testbed.instruments.device_records import records
+from testbed.instruments.interface import Rack, RackSource
 from testbed.reports.actions import Stage
 from testbed.reports.judge import Held, Scene, Word, judge, matches, word_of
 from testbed.reports.load import Case
@@ -20,8 +22,6 @@ from testbed.reports.seen import Seen
 from testbed.reports.steps import Step
 from testbed.results.evidence import Evidence
 from testbed.results.record import DeviceRecord
-from testbed.suites.device_records import records
-from testbed.suites.interface import Rack, RackSource
 
 RACK = "rack"
 _DETAIL_FRAMES = 6

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from testbed.errors import ExitCode, HostError
+from testbed.host.facts import host_facts
+from testbed.instruments.interface import RackSource
 from testbed.reports.judge import Word
 from testbed.reports.load import Case
 from testbed.reports.outcome import exit_code, outcome_of, record_of
 from testbed.reports.reproduce import Finding, reproduce
 from testbed.results import junit, record
-from testbed.suites.interface import RackSource
-from testbed.suites.runner import host_facts
 from testbed.topology.model import to_data
 
 REPORT_YAML = "report.yaml"  # the report as it was given

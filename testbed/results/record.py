@@ -79,7 +79,7 @@ class RunRecord:
     ``host``       the machine it ran on: system, processor, memory, accelerator.
     ``topology``   the rack as resolved (no templates left), as plain data.
     ``command``    the words that started it, to be typed again.
-    ``mutation``   the deliberate break in force, or "" (see :mod:`testbed.suites.mutations`).
+    ``mutation``   the deliberate break in force, or "" (see :mod:`testbed.instruments.mutations`).
     ``devices``    every model device of every rack: what it moved by which path, what was injected.
     ``reports``    the bug reports that happened again, or did not.
     ``started``    UTC, ISO 8601.

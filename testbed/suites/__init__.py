@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance suites, as ordinary pytest modules over one plugin."""
+"""The conformance suites, as ordinary pytest modules, and their fixtures."""

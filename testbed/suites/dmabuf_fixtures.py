@@ -12,14 +12,14 @@ from contextlib import ExitStack, contextmanager
 import pytest
 
 from testbed.errors import CapabilityMissing
-from testbed.suites.dmabuf import EXPORTER, IMPORTER, BufferPair, Exchange, buffer_pairs
-from testbed.suites.faults import watch_machine
-from testbed.suites.interface import RackNode
+from testbed.harness.racks import LiveRack
+from testbed.instruments.dmabuf import EXPORTER, IMPORTER, BufferPair, Exchange, buffer_pairs
+from testbed.instruments.faults import watch_machine
+from testbed.instruments.interface import RackNode
+from testbed.instruments.memory import VRAM_BAR
+from testbed.instruments.reasons import why_not_shown
 from testbed.suites.kernel_fixtures import is_trusted_amd, kernel_module
-from testbed.suites.memory import VRAM_BAR
 from testbed.suites.p2p_kernel import ROUTER
-from testbed.suites.racks import LiveRack
-from testbed.suites.reasons import why_not_shown
 from testbed.topology.machine import Iommu
 from testbed.topology.oracle import Route
 from testbed.topology.placement import place

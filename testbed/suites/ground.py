@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from testbed.instruments.bench import Bench, Engine
+from testbed.instruments.cases import Pair
+from testbed.instruments.mapper import Mapper
+from testbed.instruments.memory import Memory
 from testbed.results.evidence import Access
 from testbed.results.judging import Judgement, judge_fault
-from testbed.suites.bench import Bench, Engine
-from testbed.suites.cases import Pair
-from testbed.suites.mapper import Mapper
-from testbed.suites.memory import Memory
 from testbed.topology.oracle import Route
 
 PROBE_BYTES = 64  # the smallest copy worth judging: one frame, hence one fault if refused

@@ -14,12 +14,12 @@ import pytest
 
 from testbed.errors import CapabilityMissing
 from testbed.guest import modules, switch_router
+from testbed.harness.racks import LiveRack
+from testbed.instruments.interface import RackNode
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.reasons import why_not_shown
+from testbed.instruments.storage import DiskPair, Disks, Provided, disk_pairs
 from testbed.rack import RackNode as RealNode
-from testbed.suites.interface import RackNode
-from testbed.suites.mutations import Mutation
-from testbed.suites.racks import LiveRack
-from testbed.suites.reasons import why_not_shown
-from testbed.suites.storage import DiskPair, Disks, Provided, disk_pairs
 from testbed.topology.model import Node
 from testbed.topology.oracle import FIRST_ZEN_FAMILY, Route
 from testbed.topology.placement import place

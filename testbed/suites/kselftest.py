@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import pytest
 
 from testbed.errors import CapabilityMissing, Diagnostic, InputError
+from testbed.harness.racks import LiveRack
+from testbed.harness.session import SESSION
+from testbed.instruments.interface import RackNode
+from testbed.instruments.observer import Observer
 from testbed.payload.collection import DEFAULT_COLLECTION, Payload, Program
 from testbed.payload.guest import Died, GuestCollection
 from testbed.reports.places import NoSuchPlace, find_functions
 from testbed.results.ktap_reader import Ending, read_ktap
-from testbed.suites.interface import RackNode
-from testbed.suites.observer import Observer
-from testbed.suites.racks import LiveRack
-from testbed.suites.session import SESSION
 from testbed.topology.plan import Function, RackPlan, Role
 
 DEVICE_VARIABLE = "VFIO_SELFTESTS_BDF"

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from testbed.errors import CapabilityMissing
-from testbed.suites.interface import Rack
-from testbed.suites.mutations import Mutation
-from testbed.suites.negotiation_board import NegotiationBoard
-from testbed.suites.observer import Refuted
-from testbed.suites.racks import LiveRack
+from testbed.harness.racks import LiveRack
+from testbed.instruments.interface import Rack
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.negotiation_board import NegotiationBoard
+from testbed.instruments.observer import Refuted
 from testbed.topology.plan import Role
 
 

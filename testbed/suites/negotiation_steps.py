@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from testbed.instruments.negotiation_board import NegotiationBoard, do
+from testbed.instruments.observer import Observer, Refuted
 from testbed.results.evidence import Counter
 from testbed.results.judging import judge_no_fault
-from testbed.suites.negotiation_board import NegotiationBoard, do
-from testbed.suites.observer import Observer, Refuted
 
 PAGE = 4096
 SIZE = 64 << 10

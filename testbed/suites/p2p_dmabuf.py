@@ -14,9 +14,7 @@ from errno import EADDRINUSE, EINVAL, EOPNOTSUPP
 import pytest
 
 from testbed.errors import CapabilityMissing
-from testbed.results.evidence import Counter
-from testbed.results.judging import PAGE_BYTES, Judgement, all_of
-from testbed.suites.dmabuf import (
+from testbed.instruments.dmabuf import (
     BUFFER_BYTES,
     DYNAMIC,
     PEER,
@@ -30,9 +28,11 @@ from testbed.suites.dmabuf import (
     errno_word,
     judge_errno,
 )
+from testbed.instruments.observer import Observer, Refuted
+from testbed.results.evidence import Counter
+from testbed.results.judging import PAGE_BYTES, Judgement, all_of
 from testbed.suites.dmabuf_fixtures import THROUGH_HOST_BRIDGE, ArrangeBuffers
 from testbed.suites.kernel_fixtures import kernel_module
-from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_kernel import PROBE
 from testbed.topology.model import Topology, with_overrides
 from testbed.topology.oracle import Route

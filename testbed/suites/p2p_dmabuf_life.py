@@ -9,9 +9,7 @@ import pytest
 
 from guest_agent.pattern import pattern
 from testbed.errors import CapabilityMissing
-from testbed.results.evidence import Counter
-from testbed.results.judging import PAGE_BYTES, judge_bytes
-from testbed.suites.dmabuf import (
+from testbed.instruments.dmabuf import (
     DYNAMIC,
     PEER,
     PINNED,
@@ -21,9 +19,11 @@ from testbed.suites.dmabuf import (
     Buffer,
     judge_errno,
 )
+from testbed.instruments.memory import sha256
+from testbed.instruments.observer import Observer, Refuted
+from testbed.results.evidence import Counter
+from testbed.results.judging import PAGE_BYTES, judge_bytes
 from testbed.suites.dmabuf_fixtures import THROUGH_HOST_BRIDGE, ArrangeBuffers
-from testbed.suites.memory import sha256
-from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_dmabuf import both_ends, imported
 
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]

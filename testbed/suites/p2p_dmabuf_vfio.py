@@ -15,8 +15,7 @@ from errno import EINVAL, ENODEV, ENOTTY, EOPNOTSUPP
 import pytest
 
 from testbed.errors import CapabilityMissing
-from testbed.results.judging import PAGE_BYTES
-from testbed.suites.dmabuf import (
+from testbed.instruments.dmabuf import (
     BUFFER_BYTES,
     DYNAMIC,
     EXPORTER,
@@ -30,8 +29,9 @@ from testbed.suites.dmabuf import (
     Range,
     judge_errno,
 )
+from testbed.instruments.observer import Observer, Refuted
+from testbed.results.judging import PAGE_BYTES
 from testbed.suites.dmabuf_fixtures import ArrangeBuffers
-from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_dmabuf import both_ends, imported, two_ranges_are_mapped
 
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]

@@ -13,11 +13,11 @@ from errno import EINVAL, ERANGE
 import pytest
 
 from guest_agent.p2p import rules
+from testbed.instruments.memory import sha256
+from testbed.instruments.model_devices import copy, place
+from testbed.instruments.observer import Observer, Refuted
 from testbed.results.evidence import Counter
 from testbed.results.judging import PAGE_BYTES, Judgement
-from testbed.suites.memory import sha256
-from testbed.suites.model_devices import copy, place
-from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_fabric_ground import Way, judge_refusal, refusal
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from testbed.errors import AgentError, CapabilityMissing, TestbedError
+from testbed.harness.racks import LiveRack
+from testbed.instruments.bench import Bench
+from testbed.instruments.interface import Rack
+from testbed.instruments.model_devices import DRIVER_BYTES, ModelGpu, copy, place
+from testbed.instruments.paths import PathWatch
 from testbed.results.evidence import Note
 from testbed.results.judging import PAGE_BYTES, Judgement, all_of
-from testbed.suites.bench import Bench
-from testbed.suites.interface import Rack
-from testbed.suites.model_devices import DRIVER_BYTES, ModelGpu, copy, place
-from testbed.suites.paths import PathWatch
-from testbed.suites.racks import LiveRack
 from testbed.topology.plan import Role
 
 FABRIC = "ual0"

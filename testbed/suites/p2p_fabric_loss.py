@@ -11,12 +11,12 @@ from typing import Protocol, runtime_checkable
 import pytest
 
 from testbed.errors import CapabilityMissing, DeviceLost
+from testbed.harness.racks import LiveRack
+from testbed.instruments.observer import Observer, Refuted
 from testbed.results.evidence import Note
 from testbed.results.judging import PAGE_BYTES, Judgement
-from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_fabric import TARGET
 from testbed.suites.p2p_fabric_ground import Fabric, Way, the_fabric
-from testbed.suites.racks import LiveRack
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]
 

@@ -11,14 +11,14 @@ import pytest
 
 from testbed import fabric
 from testbed.errors import CapabilityMissing
+from testbed.harness.racks import LiveRack
+from testbed.instruments.memory import VRAM_BAR, Memory
+from testbed.instruments.observer import Observer, Refuted
 from testbed.rack import Rack
 from testbed.results.evidence import Counter
 from testbed.results.judging import PAGE_BYTES
-from testbed.suites.memory import VRAM_BAR, Memory
-from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_fabric import TARGET
 from testbed.suites.p2p_fabric_ground import Way
-from testbed.suites.racks import LiveRack
 from testbed.topology.plan import Role
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]

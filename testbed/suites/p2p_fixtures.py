@@ -13,15 +13,15 @@ from typing import Any, TypeVar
 import pytest
 
 from testbed.errors import CapabilityMissing
-from testbed.suites import cases
-from testbed.suites.bench import Bench
-from testbed.suites.cases import Doorbell, Pair
+from testbed.harness.racks import LiveRack
+from testbed.harness.session import SESSION
+from testbed.instruments import cases
+from testbed.instruments.bench import Bench
+from testbed.instruments.cases import Doorbell, Pair
+from testbed.instruments.interface import Rack
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.reasons import Reasons, reasons_of
 from testbed.suites.ground import Ground
-from testbed.suites.interface import Rack
-from testbed.suites.mutations import Mutation
-from testbed.suites.racks import LiveRack
-from testbed.suites.reasons import Reasons, reasons_of
-from testbed.suites.session import SESSION
 from testbed.topology.oracle import Route
 
 T = TypeVar("T")

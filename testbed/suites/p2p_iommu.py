@@ -15,19 +15,19 @@ from typing import Any
 import pytest
 
 from testbed.errors import CapabilityMissing, LaunchError
+from testbed.harness.racks import LiveRack
+from testbed.instruments.bench import CLAIM, Bench
+from testbed.instruments.cases import Doorbell, Pair
+from testbed.instruments.doorbells import DoorbellPage
+from testbed.instruments.groups import identity_domains, judge_groups, observed_groups
+from testbed.instruments.mapper import CHUNK_BYTES, Chunk
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.observer import Observer, Refuted
+from testbed.instruments.reasons import FIRST_STAGE, Reasons, reasons_of, why_not_shown
 from testbed.results.evidence import Access, Counter
 from testbed.results.judging import PAGE_BYTES, judge_no_fault, judge_storm
-from testbed.suites.bench import CLAIM, Bench
-from testbed.suites.cases import Doorbell, Pair
-from testbed.suites.doorbells import DoorbellPage
 from testbed.suites.ground import LOCAL_OFFSET, PEER_OFFSET, PROBE_BYTES, Ground
-from testbed.suites.groups import identity_domains, judge_groups, observed_groups
-from testbed.suites.mapper import CHUNK_BYTES, Chunk
-from testbed.suites.mutations import Mutation
-from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_fixtures import Variant, shared_bench
-from testbed.suites.racks import LiveRack
-from testbed.suites.reasons import FIRST_STAGE, Reasons, reasons_of, why_not_shown
 from testbed.topology.machine import Iommu
 from testbed.topology.model import Topology, from_data, to_data
 from testbed.topology.oracle import Route, iommu_groups

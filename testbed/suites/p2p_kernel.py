@@ -15,6 +15,10 @@ from __future__ import annotations
 import pytest
 
 from testbed.guest import switch_router
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.observer import Observer, Refuted
+from testbed.instruments.reasons import reasons_of, why_not_shown
+from testbed.instruments.storage import TRANSFER_BYTES, Transfer, judge_read
 from testbed.results.evidence import Access, Note
 from testbed.results.judging import judge_fault
 from testbed.suites.kernel_fixtures import (
@@ -25,10 +29,6 @@ from testbed.suites.kernel_fixtures import (
     routing,
     without_kernel_module,
 )
-from testbed.suites.mutations import Mutation
-from testbed.suites.observer import Observer, Refuted
-from testbed.suites.reasons import reasons_of, why_not_shown
-from testbed.suites.storage import TRANSFER_BYTES, Transfer, judge_read
 from testbed.topology.model import Topology, from_data, to_data, with_overrides
 from testbed.topology.oracle import Route, redirecting_ports
 from testbed.topology.placement import place

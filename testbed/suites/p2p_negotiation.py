@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from testbed.errors import CapabilityMissing
-from testbed.suites.negotiation_board import NegotiationBoard, Offer, do, require_three
+from testbed.instruments.negotiation_board import NegotiationBoard, Offer, do, require_three
+from testbed.instruments.observer import Observer
 from testbed.suites.negotiation_steps import (
     FRESH,
     MINE,
@@ -25,7 +26,6 @@ from testbed.suites.negotiation_steps import (
     ensure,
     export,
 )
-from testbed.suites.observer import Observer
 
 pytest_plugins = ["testbed.suites.negotiation_fixtures"]
 

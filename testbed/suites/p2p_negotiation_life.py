@@ -12,9 +12,10 @@ import errno
 import pytest
 
 from testbed.errors import CapabilityMissing
+from testbed.instruments.negotiation_board import BUFFERS_BYTES, NegotiationBoard, do
+from testbed.instruments.observer import Observer
 from testbed.results.evidence import Counter
 from testbed.results.judging import judge_no_fault
-from testbed.suites.negotiation_board import BUFFERS_BYTES, NegotiationBoard, do
 from testbed.suites.negotiation_steps import (
     FRESH,
     MINE,
@@ -26,7 +27,6 @@ from testbed.suites.negotiation_steps import (
     export,
     refused_by_device,
 )
-from testbed.suites.observer import Observer
 
 pytest_plugins = ["testbed.suites.negotiation_fixtures"]
 

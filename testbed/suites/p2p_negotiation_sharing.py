@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from guest_agent.pattern import pattern
+from testbed.instruments.negotiation_board import NegotiationBoard, do, require_three
+from testbed.instruments.observer import Observer
 from testbed.results.evidence import Counter
 from testbed.results.judging import judge_no_fault
-from testbed.suites.negotiation_board import NegotiationBoard, do, require_three
 from testbed.suites.negotiation_steps import (
     FRESH,
     MINE,
@@ -24,7 +25,6 @@ from testbed.suites.negotiation_steps import (
     export,
     refused_by_device,
 )
-from testbed.suites.observer import Observer
 
 pytest_plugins = ["testbed.suites.negotiation_fixtures"]
 

@@ -15,14 +15,14 @@ from dataclasses import replace
 import pytest
 
 from testbed.errors import CapabilityMissing
+from testbed.harness.racks import LiveRack
+from testbed.instruments.interface import RackNode
+from testbed.instruments.kernel_p2p import decisions, platform_of, providing
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.observer import Observer, Refuted
 from testbed.results.evidence import Counter, Note
-from testbed.suites.interface import RackNode
 from testbed.suites.kernel_fixtures import is_trusted_amd, kernel_module
-from testbed.suites.kernel_p2p import decisions, platform_of, providing
-from testbed.suites.mutations import Mutation
-from testbed.suites.observer import Observer, Refuted
 from testbed.suites.p2p_kernel import PROBE
-from testbed.suites.racks import LiveRack
 from testbed.topology.machine import Iommu
 from testbed.topology.matrix import Decision, decide
 from testbed.topology.oracle import FIRST_ZEN_FAMILY, Cpu

@@ -12,11 +12,11 @@ from __future__ import annotations
 import pytest
 
 from testbed.errors import CapabilityMissing
+from testbed.instruments.observer import Observer, Refuted
+from testbed.instruments.paths import PathWatch
+from testbed.instruments.reasons import Reasons
 from testbed.results.judging import PAGE_BYTES
 from testbed.suites.ground import PEER_OFFSET, PROBE_BYTES, Ground
-from testbed.suites.observer import Observer, Refuted
-from testbed.suites.paths import PathWatch
-from testbed.suites.reasons import Reasons
 from testbed.topology.oracle import Route
 
 gated = pytest.mark.gated_by("MAP-01")

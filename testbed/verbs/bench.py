@@ -80,8 +80,9 @@ def bench(
 
     What is compared is measured in turns, in one run: quote the ratios.
     """
-    from testbed import bench as measure
-    from testbed import bench_faults, bench_maps
+    from testbed.benchmarks import faults as bench_faults
+    from testbed.benchmarks import machines as measure
+    from testbed.benchmarks import maps as bench_maps
     from testbed.host import probe
     from testbed.verbs.install import install_for
 

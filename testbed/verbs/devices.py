@@ -15,7 +15,7 @@ from testbed.errors import DeviceLost, InputError
 from testbed.verbs.common import format_option, print_json, rack_argument, say
 
 if TYPE_CHECKING:
-    from testbed.devices import ModelDevice
+    from testbed.instruments.devices import ModelDevice
     from testbed.rack import RackNode
 
 POLL_S = 0.2
@@ -23,9 +23,9 @@ POLL_S = 0.2
 
 def _complete(_ctx: click.Context, _parameter: click.Parameter, word: str) -> list[str]:
     """Every model device of the racks that run, by its full name."""
-    from testbed.devices import model_devices
     from testbed.errors import TestbedError
     from testbed.host import paths
+    from testbed.instruments.devices import model_devices
     from testbed.machine import registry
     from testbed.rack import attach
 
@@ -42,7 +42,7 @@ device_argument = click.argument("device", metavar="RACK[/NODE]/DEVICE", shell_c
 @contextlib.contextmanager
 def _found(word: str) -> Iterator[ModelDevice]:
     """The device of a running rack that the user named. InputError, NoSuchRack."""
-    from testbed.devices import find_device, model_devices
+    from testbed.instruments.devices import find_device, model_devices
     from testbed.rack import attach
 
     rack, _, device = word.partition("/")
@@ -61,7 +61,7 @@ def devices(rack: str, form: str) -> None:
 
     Exit codes: 0 also if a device is lost (it says so); 2 no such rack or node.
     """
-    from testbed.devices import model_devices, statuses
+    from testbed.instruments.devices import model_devices, statuses
     from testbed.rack import attach, split_name
 
     name, node = split_name(rack)
@@ -237,7 +237,7 @@ def inject(
     Exit codes: 0 done; 2 no such rack or device, or a wrong rule (then nothing is done); 128 the
     device is lost.
     """
-    from testbed.devices import LinkChange
+    from testbed.instruments.devices import LinkChange
     from testbed.topology.fault_rules import parse_rules, split_rules
 
     wanted = split_rules(rules)

@@ -67,7 +67,7 @@ def topo(
         plan = plan_of(rack, settings)
         disagree = _show(rack, plan, None, {}, explain, form)
     else:
-        from testbed import p2p_matrix
+        from testbed.instruments import p2p_matrix
         from testbed.rack import attach, split_name
         from testbed.topology.compare import compare
 

@@ -37,9 +37,9 @@ class PayloadWords:
         :param plan: the rack that will boot, if one will.
         :raises InputError: they were not built, there is no such device, or nobody asked for them.
         """
+        from testbed.harness.runner import KSELFTEST
         from testbed.payload.collection import DEFAULT_COLLECTION, Payload, find_collection
         from testbed.suites.kselftest import cases
-        from testbed.suites.runner import KSELFTEST
 
         if KSELFTEST not in suites:
             if self != PayloadWords():

@@ -67,12 +67,12 @@ def repro(
     from rich.console import Console
 
     from testbed import deploy
+    from testbed.harness.sources import TopologySource
     from testbed.reports import load, printing
     from testbed.reports.judge import Word
     from testbed.reports.outcome import record_of
     from testbed.reports.reproduce import Finding
     from testbed.reports.runner import run_reports
-    from testbed.suites.sources import TopologySource
     from testbed.verbs.install import install
 
     if only_list:

@@ -98,13 +98,13 @@ def run(
     stage's product.
     """
     from testbed import deploy
-    from testbed.reports.collecting import ReportOptions
+    from testbed.harness import runner
+    from testbed.harness.report_items import ReportOptions
+    from testbed.harness.sources import RunningSource, TopologySource
+    from testbed.instruments.mutations import parse_mutation
     from testbed.reports.load import Overrides
     from testbed.reports.model import SUFFIX
     from testbed.results import record
-    from testbed.suites import runner
-    from testbed.suites.mutations import parse_mutation
-    from testbed.suites.sources import RunningSource, TopologySource
     from testbed.topology.model import with_overrides
     from testbed.topology.placement import place
     from testbed.verbs.install import install_for

@@ -18,8 +18,8 @@ from typing import Any
 
 from guest_agent.pattern import pattern
 from testbed.errors import AgentError, HostError, LinkLost, TestbedError
+from testbed.instruments.interface import Channel, CommandResult, Link
 from testbed.machine.command import QEMU_LOG
-from testbed.suites.interface import Channel, CommandResult, Link
 from testbed.topology import load, oracle
 from testbed.topology.model import Topology
 from testbed.topology.placement import place

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from testbed.devices import LinkChange, ModelDevice, find_device, model_devices
 from testbed.errors import DeviceLost, HostError, InputError
+from testbed.harness.device_faults import Faults
+from testbed.instruments.device_records import records
+from testbed.instruments.devices import LinkChange, ModelDevice, find_device, model_devices
 from testbed.machine.models import Models, models_spec
 from testbed.models import registers as hw
 from testbed.results.record import DeviceRecord
-from testbed.suites.device_faults import Faults
-from testbed.suites.device_records import records
 from testbed.topology.load import load_bytes
 from testbed.topology.placement import place
 from testbed.topology.plan import NodePlan

@@ -14,11 +14,11 @@ import pytest
 from rich.console import Console
 
 from testbed.errors import CapabilityMissing, ExitCode, LinkLost
+from testbed.harness.runner import Choice, run_suites
 from testbed.payload import guest as payload_guest
 from testbed.payload.collection import FOLDER, Collection, Payload, find_collection
 from testbed.payload.guest import Died, GuestCollection
 from testbed.results.verdicts import Verdict
-from testbed.suites.runner import Choice, run_suites
 from tests.contract.fake_rack import FakeNode, FakeSource, quad_gpu
 
 PASS, FAIL, SKIP, LOST, ERROR = Verdict

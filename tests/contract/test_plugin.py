@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 from testbed.errors import ExitCode, LaunchError, NoHello
+from testbed.harness.runner import Choice, RunResult, run_suites
 from testbed.results.record import load_record
 from testbed.results.verdicts import Outcome, Verdict
-from testbed.suites.runner import Choice, RunResult, run_suites
 from tests.contract.fake_rack import FakeSource, quad_gpu
 
 PASS, FAIL, SKIP, LOST, ERROR = Verdict
@@ -354,7 +354,7 @@ def test_tests_print_nothing_into_the_results(tmp_path: Path) -> None:
 
 def run_pytest(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "testbed.suites.pytest_plugin", *arguments],
+        [sys.executable, "-m", "pytest", "-p", "testbed.harness.pytest_plugin", *arguments],
         cwd=cwd,
         env={"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
@@ -370,7 +370,7 @@ def test_unused_it_imports_nothing_of_ours(tmp_path: Path) -> None:
         "def test_x():\n"
         "    names = ('testbed', 'pydantic', 'rich')\n"
         "    ours = {m for m in sys.modules if m.split('.')[0] in names}\n"
-        "    assert ours <= {'testbed', 'testbed.suites', 'testbed.suites.pytest_plugin'}\n"
+        "    assert ours <= {'testbed', 'testbed.harness', 'testbed.harness.pytest_plugin'}\n"
     )
     done = run_pytest("-q", "--strict-markers", cwd=tmp_path)
     assert done.returncode == 0, done.stdout

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from testbed.errors import ExitCode, InputError
+from testbed.harness.runner import Choice, RunResult, run_suites
+from testbed.instruments.mutations import Mutation, parse_mutation
 from testbed.results.record import load_record
 from testbed.results.verdicts import Verdict
-from testbed.suites.mutations import Mutation, parse_mutation
-from testbed.suites.runner import Choice, RunResult, run_suites
 from testbed.topology.model import Topology, from_data, to_data
 from tests.contract.fake_rack import FakeSource, quad_gpu
 

@@ -244,11 +244,12 @@ class TestDeath:
         with process.connect("gpu0.vfu") as one, process.connect("nic0.vfu") as two:
             client, other = Vfio(one), Vfio(two)
             os.kill(process.pids["gpu0"], signal.SIGKILL)
+            assert process.popen.stdout is not None
+            # What is asked before the death is noticed is answered with an error.
+            lost = json.loads(process.popen.stdout.readline())
             assert client.read(hw.Common.IDENTITY) == 0xFFFFFFFF
             client.write(hw.Common.CONTROL, 1)
             assert client.read(hw.Common.CONTROL) == 0xFFFFFFFF
-            assert process.popen.stdout is not None
-            lost = json.loads(process.popen.stdout.readline())
             assert lost == {"lost": "gpu0", "status": 256 + signal.SIGKILL}
             assert other.read(hw.Common.IDENTITY) == hw.NIC_IDENTITY
             with pytest.raises(InputError, match="device 'gpu0' is lost: its model died"):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.bench_faults import device_times, histogram, spread, text
+from testbed.benchmarks.faults import device_times, histogram, spread, text
 
 TIMES = st.lists(st.floats(0, 1e7), min_size=1, max_size=50)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from testbed.harness.engines import agreement, labelled
 from testbed.results.verdicts import Outcome, Verdict
-from testbed.suites.engines import agreement, labelled
 from testbed.topology.model import from_data, to_data, with_overrides
 
 PASS, FAIL, SKIP, LOST = Verdict.PASS, Verdict.FAIL, Verdict.SKIP, Verdict.LOST

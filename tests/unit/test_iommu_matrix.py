@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+from testbed.harness.iommu_matrix import KINDS, page, topology
 from testbed.results.record import RunInfo, RunRecord, make_record
 from testbed.results.verdicts import Outcome, Verdict
-from testbed.suites.iommu_matrix import KINDS, page, topology
 
 
 def record(*outcomes: Outcome, kernel: str = "7.2") -> RunRecord:

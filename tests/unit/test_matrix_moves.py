@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from testbed.p2p_moves import engine_moves
+from testbed.instruments.p2p_moves import engine_moves
 from testbed.rack import RackNode
 from testbed.topology import load
 from testbed.topology.matrix import Measured, Unknown

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from guest_agent.dmabuf_methods import _copy
 from guest_agent.rpc import ParameterError
-from testbed.suites.dmabuf import (
+from testbed.instruments.dmabuf import (
     Buffer,
     Entry,
     Mapped,

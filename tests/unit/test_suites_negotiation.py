@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from testbed.suites.negotiation_board import links_of, refusal_of, tables
+from testbed.instruments.negotiation_board import links_of, refusal_of, tables
 from testbed.topology import load
 from testbed.topology.placement import place
 

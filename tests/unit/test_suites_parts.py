@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from testbed.errors import TestbedError
+from testbed.instruments import cases
+from testbed.instruments.faults import parse_trace
+from testbed.instruments.groups import judge_groups
+from testbed.instruments.mapper import Chunk, Mapper, Mapping
+from testbed.instruments.memory import Memory
+from testbed.instruments.mutations import DESCRIPTIONS, Mutation
+from testbed.instruments.reasons import FIRST_STAGE, LEGACY, VIRTIO, reasons_of, why_not_shown
 from testbed.results.evidence import Access, FaultSeen, Witness
-from testbed.suites import cases
-from testbed.suites.faults import parse_trace
-from testbed.suites.groups import judge_groups
-from testbed.suites.mapper import Chunk, Mapper, Mapping
-from testbed.suites.memory import Memory
-from testbed.suites.mutations import DESCRIPTIONS, Mutation
-from testbed.suites.reasons import FIRST_STAGE, LEGACY, VIRTIO, reasons_of, why_not_shown
 from testbed.topology import load
 from testbed.topology.machine import Iommu
 from testbed.topology.model import Topology

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from testbed.suites.translations import Translation, parse_translations
+from testbed.instruments.translations import Translation, parse_translations
 
 TRACE = """\
 vtd_dmar_translate dev 08:00.00 iova 0xfffe0000 -> gpa 0xfb010000 mask 0xfff

@@ -17,11 +17,11 @@ from guest_agent.pattern import pattern
 from testbed import deploy
 from testbed.errors import AgentError
 from testbed.host.prepare import Installation
+from testbed.instruments.bench import Bench
+from testbed.instruments.memory import Memory
+from testbed.instruments.model_devices import ModelGpu, ModelNic, copy, place
+from testbed.instruments.paths import PathWatch
 from testbed.rack import Rack
-from testbed.suites.bench import Bench
-from testbed.suites.memory import Memory
-from testbed.suites.model_devices import ModelGpu, ModelNic, copy, place
-from testbed.suites.paths import PathWatch
 from testbed.topology.plan import Role
 from tests.vm.conftest import shipped
 

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from testbed import deploy
 from testbed.errors import ExitCode
+from testbed.harness.runner import Choice, run_suites
+from testbed.harness.sources import TopologySource
 from testbed.host.prepare import Installation
 from testbed.payload.collection import FOLDER, Payload, find_collection
 from testbed.results.verdicts import Verdict
-from testbed.suites.runner import Choice, run_suites
-from testbed.suites.sources import TopologySource
 from tests.vm.conftest import shipped
 
 pytestmark = pytest.mark.timeout(240)

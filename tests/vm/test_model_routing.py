@@ -11,13 +11,13 @@ import pytest
 from guest_agent.pattern import pattern
 from testbed import deploy
 from testbed.host.prepare import Installation
+from testbed.instruments.bench import Bench, CopyStatus, Engine
+from testbed.instruments.faults import FaultWatch
+from testbed.instruments.memory import Memory
 from testbed.models.registers import Common
 from testbed.rack import Rack, RackNode
 from testbed.results.evidence import Witness
 from testbed.results.judging import FaultWindow
-from testbed.suites.bench import Bench, CopyStatus, Engine
-from testbed.suites.faults import FaultWatch
-from testbed.suites.memory import Memory
 from testbed.topology import load
 from testbed.topology.plan import Role
 

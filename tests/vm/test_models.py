@@ -16,10 +16,10 @@ from guest_agent.pattern import pattern
 from testbed import deploy
 from testbed.errors import AgentError, DeviceLost, InputError
 from testbed.host.prepare import Installation
+from testbed.instruments.bench import Bench, Engine
+from testbed.instruments.memory import Memory
 from testbed.machine.models import Models
 from testbed.rack import Rack, RackNode
-from testbed.suites.bench import Bench, Engine
-from testbed.suites.memory import Memory
 from testbed.topology.plan import Role
 from tests.vm.conftest import shipped
 

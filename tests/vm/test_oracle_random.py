@@ -17,10 +17,10 @@ import pytest
 from rich.console import Console
 
 from testbed import deploy
+from testbed.harness.runner import Choice, run_suites
+from testbed.harness.sources import TopologySource
 from testbed.host.prepare import Installation
 from testbed.results.verdicts import Verdict
-from testbed.suites.runner import Choice, run_suites
-from testbed.suites.sources import TopologySource
 from testbed.topology.model import Topology, from_data
 
 RACKS = int(os.environ.get("TESTBED_RANDOM_RACKS", "2"))

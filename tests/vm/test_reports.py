@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from testbed import deploy
+from testbed.harness.sources import TopologySource
 from testbed.host.prepare import Installation
 from testbed.reports.judge import Word
 from testbed.reports.load import Overrides, load_bytes, shipped_reports
 from testbed.reports.reproduce import Finding, reproduce
 from testbed.results.evidence import Witness
-from testbed.suites.sources import TopologySource
 
 Happens = Callable[..., Finding]
 

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from testbed import bench_maps, deploy
+from testbed import deploy
+from testbed.benchmarks import maps as bench_maps
+from testbed.harness.runner import Choice, run_suites
+from testbed.harness.sources import TopologySource
 from testbed.host.prepare import Installation
+from testbed.instruments import dmabuf
 from testbed.results.verdicts import Verdict
-from testbed.suites import dmabuf
-from testbed.suites.runner import Choice, run_suites
-from testbed.suites.sources import TopologySource
 from testbed.topology import load
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]

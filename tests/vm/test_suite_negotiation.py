@@ -14,12 +14,12 @@ from rich.console import Console
 
 from testbed import deploy
 from testbed.errors import ExitCode
+from testbed.harness.runner import Choice, RunResult, run_suites
 from testbed.host.prepare import Installation
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.negotiation_board import EVENTS
 from testbed.rack import Rack
 from testbed.results.verdicts import Verdict
-from testbed.suites.mutations import Mutation
-from testbed.suites.negotiation_board import EVENTS
-from testbed.suites.runner import Choice, RunResult, run_suites
 from tests.vm.conftest import shipped
 from tests.vm.test_suite_p2p import BorrowingSource
 

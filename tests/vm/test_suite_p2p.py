@@ -13,12 +13,12 @@ from rich.console import Console
 
 from testbed import deploy
 from testbed.errors import ExitCode
+from testbed.harness.runner import Choice, RunResult, run_suites
+from testbed.harness.sources import TopologySource
 from testbed.host.prepare import Installation
+from testbed.instruments.mutations import Mutation
 from testbed.rack import Rack
 from testbed.results.verdicts import Outcome, Verdict
-from testbed.suites.mutations import Mutation
-from testbed.suites.runner import Choice, RunResult, run_suites
-from testbed.suites.sources import TopologySource
 from testbed.topology.model import Topology, with_overrides
 from tests.vm.conftest import shipped
 

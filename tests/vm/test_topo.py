@@ -13,10 +13,10 @@ from click.testing import CliRunner
 
 from testbed import deploy
 from testbed.cli import cli
-from testbed.devices import find_device
 from testbed.errors import ExitCode
 from testbed.guest import modules, switch_router
 from testbed.host.prepare import Installation
+from testbed.instruments.devices import find_device
 from testbed.rack import Rack, RackNode
 from testbed.topology import load
 from testbed.topology import matrix as matrices

@@ -12,10 +12,10 @@ import pytest
 
 from testbed import deploy
 from testbed.host.prepare import Installation
+from testbed.instruments.bench import Bench
+from testbed.instruments.model_devices import ModelGpu, ModelNic, copy, place
+from testbed.instruments.paths import PathWatch
 from testbed.rack import Rack
-from testbed.suites.bench import Bench
-from testbed.suites.model_devices import ModelGpu, ModelNic, copy, place
-from testbed.suites.paths import PathWatch
 from testbed.topology import load
 from testbed.topology.plan import Role
 

@@ -16,14 +16,14 @@ import pytest
 from rich.console import Console
 
 from testbed import deploy
-from testbed.devices import find_device, model_devices
+from testbed.harness.runner import Choice, RunResult, run_suites
 from testbed.host.prepare import Installation
+from testbed.instruments.bench import Bench
+from testbed.instruments.devices import find_device, model_devices
 from testbed.models import registers as hw
 from testbed.models.registers import Aperture, Command, CommandFlag, Common, Export, Link
 from testbed.rack import Rack
 from testbed.results.verdicts import Verdict
-from testbed.suites.bench import Bench
-from testbed.suites.runner import Choice, RunResult, run_suites
 from testbed.topology.load import load_bytes
 from testbed.topology.plan import Role
 from tests.vm.test_suite_p2p import BorrowingSource
@@ -55,10 +55,10 @@ links:
 OWN = """
     import time
     import pytest
-    from testbed.suites.cases import Pair
+    from testbed.instruments.cases import Pair
     from testbed.suites.ground import PEER_OFFSET, Ground
     from testbed.suites.p2p_fixtures import shared_bench
-    from testbed.suites.observer import Refuted
+    from testbed.instruments.observer import Refuted
 
     pytest_plugins = ["testbed.suites.p2p_fixtures"]
     SIZE = 16 << 10
@@ -66,7 +66,7 @@ OWN = """
     @pytest.fixture(autouse=True)
     def impatient(monkeypatch):
         # By the guest's clock, which runs up to three times as fast while this host is busy.
-        monkeypatch.setattr("testbed.suites.bench.COPY_TIMEOUT_S", 3.0)
+        monkeypatch.setattr("testbed.instruments.bench.COPY_TIMEOUT_S", 3.0)
 
     def deliver(ground, observe):
         mine = ground.fill_local(1, SIZE)

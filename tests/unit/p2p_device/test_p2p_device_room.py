@@ -14,8 +14,8 @@ from guest_agent.p2p_device import breaks
 from guest_agent.p2p_device.room import Room
 from guest_agent.p2p_device.steps import STEPS, run
 from guest_agent.rpc import ParameterError
-from testbed.suites.mutations import Mutation
-from testbed.suites.negotiation_board import PREFIX
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.negotiation_board import PREFIX
 
 EMPTY: dict[str, Any] = {"pcie": [], "system": {}, "links": []}
 

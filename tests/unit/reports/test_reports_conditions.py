@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from guest_agent.pattern import pattern
+from testbed.instruments.memory import sha256
 from testbed.reports.conditions import AnyCondition
 from testbed.reports.judge import Scene, judge_condition
 from testbed.reports.references import Reference, ReferenceFault, references, resolve
 from testbed.reports.seen import Seen
 from testbed.results.evidence import Access, FaultSeen, Witness
 from testbed.results.judging import FaultWindow
-from testbed.suites.memory import sha256
 from tests.unit.reports.report_text import case_of
 
 PLAN = case_of().plan

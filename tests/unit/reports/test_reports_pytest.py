@@ -14,13 +14,13 @@ import pytest
 from rich.console import Console
 
 from testbed.errors import ExitCode
-from testbed.reports.collecting import ReportOptions
+from testbed.harness.report_items import ReportOptions
+from testbed.harness.runner import Choice, run_suites
 from testbed.reports.judge import Word
 from testbed.reports.load import Overrides, shipped_reports
 from testbed.reports.reference import json_schema, markdown
 from testbed.results.record import load_record
 from testbed.results.verdicts import Verdict
-from testbed.suites.runner import Choice, run_suites
 from tests.contract.fake_rack import FakeSource
 from tests.unit.reports.report_text import TEXT, case_of, edited
 

@@ -18,14 +18,14 @@ from typing import Any
 
 from guest_agent.pattern import pattern
 from testbed.errors import AgentError, LostError, TestbedError
+from testbed.instruments.bench import SCRATCH_BYTES, Bench, Engine
+from testbed.instruments.faults import parse_trace
+from testbed.instruments.kernel_p2p import Tree
+from testbed.instruments.memory import PROVIDED_BYTES, Memory
+from testbed.instruments.translations import TranslationWatch
 from testbed.machine.command import QEMU_LOG
 from testbed.rack import RackNode
 from testbed.results.judging import PAGE_BYTES
-from testbed.suites.bench import SCRATCH_BYTES, Bench, Engine
-from testbed.suites.faults import parse_trace
-from testbed.suites.kernel_p2p import Tree
-from testbed.suites.memory import PROVIDED_BYTES, Memory
-from testbed.suites.translations import TranslationWatch
 from testbed.topology.matrix import (
     Arrival,
     Measured,

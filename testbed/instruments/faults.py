@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Self
 
 from testbed.errors import QmpError
+from testbed.instruments.interface import RackNode
 from testbed.machine.command import QEMU_LOG
 from testbed.results.evidence import Access, FaultSeen, Witness
 from testbed.results.judging import PAGE_BYTES, FaultWindow
-from testbed.suites.interface import RackNode
 
 TRACE_EVENTS = ("vtd_dmar_fault", "virtio_iommu_report_fault", "amdvi_page_fault")
 _TRACE_LINE = re.compile(

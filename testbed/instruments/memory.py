@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guest_agent.pattern import pattern
+from testbed.instruments.interface import RackNode
 from testbed.results.judging import Judgement, judge_bytes
-from testbed.suites.interface import RackNode
 
 VRAM_BAR = 2  # ivshmem-plain: BAR2 is the shared memory (QEMU docs/specs/ivshmem-spec.rst)
 PROVIDED_BYTES = 2 << 20  # of it, made peer-to-peer memory: p2pdma wants sections of 2 MiB

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from testbed.devices import LinkChange, ModelDevice, find_device
 from testbed.errors import HostError, TestbedError
-from testbed.suites.racks import LiveRack
+from testbed.harness.racks import LiveRack
+from testbed.instruments.devices import LinkChange, ModelDevice, find_device
 
 _BY = "test"
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from testbed.suites.bench import Bench
-from testbed.suites.memory import Memory
-from testbed.suites.paths import DeviceWitness
+from testbed.instruments.bench import Bench
+from testbed.instruments.memory import Memory
+from testbed.instruments.paths import DeviceWitness
 from testbed.topology.plan import Role
 
 DRIVER_BYTES = 4 << 20  # of the end of the video memory: fault buffer and page tables

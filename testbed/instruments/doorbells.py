@@ -12,10 +12,10 @@ import re
 from dataclasses import dataclass
 
 from guest_agent.hw import model_registers as model
+from testbed.instruments.bench import Bench, Engine
+from testbed.instruments.memory import Memory
 from testbed.results.evidence import Access, Counter, Evidence, Note
 from testbed.results.judging import PAGE_BYTES, Judgement, judge_fault
-from testbed.suites.bench import Bench, Engine
-from testbed.suites.memory import Memory
 from testbed.topology.plan import Function
 
 _WAIT_S = 2.0

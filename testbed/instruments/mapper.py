@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from testbed.errors import TestbedError
+from testbed.instruments.interface import Agent
+from testbed.instruments.memory import Memory
+from testbed.instruments.mutations import Mutation
 from testbed.results.evidence import MappingUsed
 from testbed.results.judging import PAGE_BYTES
-from testbed.suites.interface import Agent
-from testbed.suites.memory import Memory
-from testbed.suites.mutations import Mutation
 
 CHUNK_BYTES = 2 << 20  # second level of the page table: alignment and guard of every range
 

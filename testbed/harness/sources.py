@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from testbed import deploy, rack
-from testbed.suites.interface import Rack
+from testbed.instruments.interface import Rack
 from testbed.topology.model import Topology
 from testbed.topology.placement import place
 from testbed.topology.plan import RackPlan

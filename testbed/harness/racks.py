@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from testbed.errors import CapabilityMissing, TestbedError
+from testbed.instruments.device_records import records
+from testbed.instruments.interface import Rack, RackNode, RackSource
 from testbed.results.record import DeviceRecord
-from testbed.suites.device_records import records
-from testbed.suites.interface import Rack, RackNode, RackSource
 from testbed.topology.model import Topology
 from testbed.topology.plan import RackPlan
 
@@ -28,7 +28,7 @@ MAX_DEATHS = 4
 
 
 class LiveRack:
-    """A rack that outlives its machines. It is a :class:`testbed.suites.interface.Rack`."""
+    """A rack that outlives its machines. It is a :class:`testbed.instruments.interface.Rack`."""
 
     def __init__(self, source: RackSource, topology: Topology, label: str) -> None:
         self._source = source

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from testbed.errors import QmpError
+from testbed.instruments.interface import RackNode
 from testbed.machine.command import QEMU_LOG
 from testbed.results.judging import PAGE_BYTES
-from testbed.suites.interface import RackNode
 
 TRACE_EVENTS = ("vtd_dmar_translate", "amdvi_translation_result", "virtio_iommu_translate_out")
 _LINE = re.compile(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -18,29 +17,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import pytest
 from rich.console import Console
 
 from testbed.errors import CapabilityMissing, Diagnostic, ExitCode, InputError
+from testbed.harness import pytest_plugin
+from testbed.harness.engines import agreement, labelled
+from testbed.harness.session import ConformanceSession
+from testbed.host.facts import host_facts
+from testbed.instruments.interface import RackSource
+from testbed.instruments.mutations import Mutation, parse_mutation
 from testbed.payload.collection import Payload
 from testbed.results import junit, record
 from testbed.results.ktap import KtapStream
 from testbed.results.table import print_table
 from testbed.results.verdicts import Outcome, Verdict
-from testbed.suites import pytest_plugin
-from testbed.suites.engines import agreement, labelled
-from testbed.suites.interface import RackSource
-from testbed.suites.mutations import Mutation, parse_mutation
-from testbed.suites.session import ConformanceSession
 from testbed.topology.model import to_data
 from testbed.topology.problem import nearest
 
 if TYPE_CHECKING:
-    from testbed.reports.collecting import ReportOptions
+    from testbed.harness.report_items import ReportOptions
 
 # A suite by its name: its modules.
+SUITES_DIR = Path(__file__).parent.parent / "suites"
 SUITES = {
     "p2p-iommu": ("p2p_iommu.py", "p2p_routes.py"),
     "p2p-kernel": ("p2p_kernel.py", "p2p_oracle.py"),
@@ -236,7 +237,7 @@ def session_from_options(
     # The commands that boot are slow to import, and `testbed run` brings a source of its own.
     from testbed.chosen_topology import load_topology  # noqa: PLC0415
     from testbed.deploy import StartOptions  # noqa: PLC0415
-    from testbed.suites.sources import RunningSource, TopologySource  # noqa: PLC0415
+    from testbed.harness.sources import RunningSource, TopologySource  # noqa: PLC0415
 
     if topology and rack:
         raise InputError("--testbed-topology boots a rack, --testbed-rack uses one: choose")
@@ -292,7 +293,7 @@ def _suite_paths(word: str) -> list[str]:
         return [path for name in SUITES for path in _suite_paths(name)]
     modules = {**SUITES, **PAYLOAD_SUITES}
     if word in modules:
-        return [str(Path(__file__).with_name(module)) for module in modules[word]]
+        return [str(SUITES_DIR / module) for module in modules[word]]
     path = word.partition("::")[0]
     if not Path(path).exists():
         known = ", ".join([*modules, ALL_SUITES])
@@ -303,16 +304,6 @@ def _suite_paths(word: str) -> list[str]:
             ]
         )
     return [str(Path(path).resolve()) + word[len(path) :]]
-
-
-def host_facts() -> dict[str, Any]:
-    """This machine, for a record."""
-    return {
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-    }
 
 
 @contextlib.contextmanager

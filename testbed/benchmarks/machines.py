@@ -22,10 +22,10 @@ from typing import Any
 from testbed import deploy
 from testbed.errors import InputError
 from testbed.host.prepare import Installation
+from testbed.instruments.bench import Bench
+from testbed.instruments.paths import DeviceWitness
 from testbed.rack import Rack, RackNode
 from testbed.results.judging import PAGE_BYTES
-from testbed.suites.bench import Bench
-from testbed.suites.paths import DeviceWitness
 from testbed.topology import model
 from testbed.topology.model import Topology
 from testbed.topology.plan import Role

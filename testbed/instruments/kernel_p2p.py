@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from testbed.suites.interface import RackNode
-from testbed.suites.memory import PROVIDED_BYTES, VRAM_BAR
+from testbed.instruments.interface import RackNode
+from testbed.instruments.memory import PROVIDED_BYTES, VRAM_BAR
 from testbed.topology.matrix import Decision, MapKind, Platform
 from testbed.topology.oracle import Cpu
 from testbed.topology.plan import Function, Role

@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from testbed.errors import CapabilityMissing, LostError
+from testbed.harness.racks import RackPool
+from testbed.instruments.interface import RackSource
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.observer import Observer
 from testbed.payload.collection import Payload
 from testbed.results.record import DeviceRecord
 from testbed.results.report_record import ReportRecord
 from testbed.results.verdicts import Outcome, Verdict, combine
-from testbed.suites.interface import RackSource
-from testbed.suites.mutations import Mutation
-from testbed.suites.observer import Observer
-from testbed.suites.racks import RackPool
 from testbed.topology.model import Topology
 
 if TYPE_CHECKING:
-    from testbed.reports.collecting import ReportOptions
+    from testbed.harness.report_items import ReportOptions
 
 REQUIREMENT = "requirement"
 GATED_BY = "gated_by"

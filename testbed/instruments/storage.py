@@ -15,13 +15,13 @@ from typing import Any
 
 from guest_agent.pattern import pattern
 from testbed.errors import CapabilityMissing
+from testbed.instruments.cases import path_between, route_between
+from testbed.instruments.faults import FaultWatch, watch_machine
+from testbed.instruments.interface import RackNode
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.translations import Translation, TranslationWatch
 from testbed.results.evidence import Counter, Note
 from testbed.results.judging import FaultWindow, Judgement, all_of, judge_bytes, judge_no_fault
-from testbed.suites.cases import path_between, route_between
-from testbed.suites.faults import FaultWatch, watch_machine
-from testbed.suites.interface import RackNode
-from testbed.suites.mutations import Mutation
-from testbed.suites.translations import Translation, TranslationWatch
 from testbed.topology.oracle import Route
 from testbed.topology.plan import Function, RackPlan, Role
 

@@ -14,6 +14,14 @@ from itertools import count
 from typing import Any
 
 from guest_agent.pattern import pattern
+from testbed.instruments.bench import CLAIM
+from testbed.instruments.cases import route_between
+from testbed.instruments.faults import FaultWatch
+from testbed.instruments.interface import RackNode
+from testbed.instruments.memory import VRAM_BAR, sha256
+from testbed.instruments.paths import DeviceWitness, PathWatch
+from testbed.instruments.reasons import reasons_of
+from testbed.instruments.translations import TranslationWatch
 from testbed.results.evidence import Access, Counter, Evidence, Note
 from testbed.results.judging import (
     PAGE_BYTES,
@@ -23,14 +31,6 @@ from testbed.results.judging import (
     judge_fault,
     judge_no_fault,
 )
-from testbed.suites.bench import CLAIM
-from testbed.suites.cases import route_between
-from testbed.suites.faults import FaultWatch
-from testbed.suites.interface import RackNode
-from testbed.suites.memory import VRAM_BAR, sha256
-from testbed.suites.paths import DeviceWitness, PathWatch
-from testbed.suites.reasons import reasons_of
-from testbed.suites.translations import TranslationWatch
 from testbed.topology.machine import Iommu
 from testbed.topology.oracle import Route
 from testbed.topology.plan import Function, RackPlan, Role

@@ -17,15 +17,15 @@ import pytest
 
 from testbed.chosen_topology import parse_settings
 from testbed.errors import CapabilityMissing, InputError, LostError, TestbedError
+from testbed.harness.session import SESSION
+from testbed.instruments.interface import RackSource
+from testbed.instruments.observer import Refuted
 from testbed.reports.judge import Word
 from testbed.reports.load import Case, Overrides, load
 from testbed.reports.outcome import record_of, verdict_of
 from testbed.reports.printing import lines
 from testbed.reports.reproduce import reproduce
 from testbed.results.verdicts import Verdict
-from testbed.suites.interface import RackSource
-from testbed.suites.observer import Refuted
-from testbed.suites.session import SESSION
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _skip(reason: str) -> BaseException:
 
 def _own_source(case: Case, *, trust: bool) -> RackSource:
     from testbed.deploy import StartOptions  # noqa: PLC0415  slow to import
-    from testbed.suites.sources import TopologySource  # noqa: PLC0415
+    from testbed.harness.sources import TopologySource  # noqa: PLC0415
 
     run_dir = Path(tempfile.mkdtemp(prefix="testbed-run-"))
     return TopologySource(case.topology, run_dir, options=StartOptions(trust=trust))

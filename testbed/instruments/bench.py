@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from testbed.errors import TestbedError
+from testbed.instruments.faults import FaultWatch, watch_machine
+from testbed.instruments.interface import RackNode
+from testbed.instruments.mapper import Mapper
+from testbed.instruments.memory import VRAM_BAR, Memory
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.paths import DeviceWitness, PathWatch
 from testbed.results.evidence import Access, Counter, Evidence
 from testbed.results.judging import Judgement, all_of, judge_no_fault
-from testbed.suites.faults import FaultWatch, watch_machine
-from testbed.suites.interface import RackNode
-from testbed.suites.mapper import Mapper
-from testbed.suites.memory import VRAM_BAR, Memory
-from testbed.suites.mutations import Mutation
-from testbed.suites.paths import DeviceWitness, PathWatch
 from testbed.topology.plan import Function, Role
 
 DOORBELL_BAR = 0  # edu: BAR0 is its registers (QEMU docs/specs/edu.rst)

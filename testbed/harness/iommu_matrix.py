@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds under which IOMMU: the same suites on the same rack, one kind after the other.
 
-``python -m testbed.suites.iommu_matrix`` boots one machine at a time and writes
+``python -m testbed.harness.iommu_matrix`` boots one machine at a time and writes
 ``docs/iommu-matrix.md``; ``--records DIR`` makes the page again from the records of such a run.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SUITES = ("p2p-iommu", "p2p-kernel")
 PAGE = Path("docs/iommu-matrix.md")
-COMMAND = "python -m testbed.suites.iommu_matrix"
+COMMAND = "python -m testbed.harness.iommu_matrix"
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def run(folder: Path) -> dict[str, RunRecord]:
 
     :raises TestbedError: no machine can be set up here.
     """
-    from testbed.suites.runner import Choice, run_suites  # noqa: PLC0415  slow to import
-    from testbed.suites.sources import TopologySource  # noqa: PLC0415
+    from testbed.harness.runner import Choice, run_suites  # noqa: PLC0415  slow to import
+    from testbed.harness.sources import TopologySource  # noqa: PLC0415
 
     records = {}
     for kind in KINDS:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from testbed import deploy
-from testbed.bench import summary
+from testbed.benchmarks.machines import summary
 from testbed.errors import CapabilityMissing, TestbedError
 from testbed.host.prepare import Installation
+from testbed.instruments.dmabuf import REVOCABLE, Exchange, Range, buffer_pairs, errno_word
+from testbed.instruments.reasons import why_not_shown
 from testbed.results.judging import PAGE_BYTES
-from testbed.suites.dmabuf import REVOCABLE, Exchange, Range, buffer_pairs, errno_word
 from testbed.suites.dmabuf_fixtures import opened
-from testbed.suites.reasons import why_not_shown
 from testbed.topology.model import Topology
 
 LARGE_PAGE_BYTES = 2 << 20

@@ -15,15 +15,15 @@ from typing import Any
 
 from guest_agent.pattern import pattern
 from testbed.errors import CapabilityMissing
+from testbed.instruments.bench import Bench
+from testbed.instruments.faults import FaultWatch
+from testbed.instruments.interface import Rack, RackNode
+from testbed.instruments.memory import Memory
+from testbed.instruments.model_devices import DRIVER_BYTES, ModelGpu
+from testbed.instruments.mutations import Mutation
+from testbed.instruments.observer import Refuted
+from testbed.instruments.paths import DeviceWitness, PathWatch
 from testbed.results.judging import Judgement
-from testbed.suites.bench import Bench
-from testbed.suites.faults import FaultWatch
-from testbed.suites.interface import Rack, RackNode
-from testbed.suites.memory import Memory
-from testbed.suites.model_devices import DRIVER_BYTES, ModelGpu
-from testbed.suites.mutations import Mutation
-from testbed.suites.observer import Refuted
-from testbed.suites.paths import DeviceWitness, PathWatch
 from testbed.topology.model import Topology
 from testbed.topology.oracle import (
     ingress_port,

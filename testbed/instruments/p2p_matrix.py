@@ -2,8 +2,8 @@
 """What a running rack says of its peers: its kernel's decisions, and where bytes really go.
 
 The kernel is asked through the module ``p2p_probe``, which repeats no rule of it. Bytes are moved
-by :mod:`testbed.p2p_moves`. Both leave the rack as they found it: what they write over is put back,
-and functions return to the drivers that had them. What cannot be had is
+by :mod:`testbed.instruments.p2p_moves`. Both leave the rack as they found it: what they write over
+is put back, and functions return to the drivers that had them. What cannot be had is
 :class:`~testbed.topology.matrix.Unknown`, with the reason; only the loss of a machine is an error.
 """
 
@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 
 from testbed.errors import AgentError, LostError, TestbedError
 from testbed.guest import modules
-from testbed.p2p_moves import DiskMoves, engine_moves
+from testbed.instruments.kernel_p2p import MODULE, Tree, decisions, platform_of, providing
+from testbed.instruments.memory import PROVIDED_BYTES
+from testbed.instruments.p2p_moves import DiskMoves, engine_moves
 from testbed.rack import Rack, RackNode
-from testbed.suites.kernel_p2p import MODULE, Tree, decisions, platform_of, providing
-from testbed.suites.memory import PROVIDED_BYTES
 from testbed.topology.matrix import (
     Decision,
     Findings,

@@ -19,10 +19,10 @@ from typing import Any
 from testbed import deploy
 from testbed.errors import InputError
 from testbed.host.prepare import Installation
+from testbed.instruments.bench import Bench
+from testbed.instruments.interface import RackNode
+from testbed.instruments.model_devices import ModelGpu, ModelNic, place
 from testbed.results.judging import PAGE_BYTES
-from testbed.suites.bench import Bench
-from testbed.suites.interface import RackNode
-from testbed.suites.model_devices import ModelGpu, ModelNic, place
 from testbed.topology.model import Gpu, Topology
 from testbed.topology.plan import Function, Role
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from testbed.devices import ModelDevice, model_devices, statuses
 from testbed.errors import TestbedError
+from testbed.instruments.devices import ModelDevice, model_devices, statuses
+from testbed.instruments.interface import Rack
 from testbed.results.record import ActionRecord, DeviceRecord, RuleRecord
-from testbed.suites.interface import Rack
 
 
 def records(rack: Rack, label: str) -> list[DeviceRecord]:

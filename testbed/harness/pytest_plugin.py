@@ -14,13 +14,13 @@ Ten lines are a whole test::
         assert len(vram) == 4
         observe.conclude("the guest sees four video memories")
 
-Fixtures: ``rack`` is the running rack (:class:`testbed.suites.racks.LiveRack`; ``rack.once`` keeps
+Fixtures: ``rack`` is the running rack (:class:`testbed.harness.racks.LiveRack`; ``rack.once`` keeps
 what is dear to make); ``observe`` takes evidence and judgements
-(:class:`testbed.suites.observer.Observer`); ``variant("name")`` is another rack, which the module's
-function ``rack_variants(topology)`` describes; ``mutation`` is
-the deliberate break in force (:mod:`testbed.suites.mutations`); ``faults`` lets model devices go
-wrong and takes it back, ``witness("gpu0")`` counts what one does in a ``with`` block
-(:mod:`testbed.suites.device_faults`, docs/faults.md).
+(:class:`testbed.instruments.observer.Observer`); ``variant("name")`` is another rack, which the
+module's function ``rack_variants(topology)`` describes; ``mutation`` is the deliberate break in
+force (:mod:`testbed.instruments.mutations`); ``faults`` lets model devices go wrong and takes it
+back, ``witness("gpu0")`` counts what one does in a ``with`` block
+(:mod:`testbed.harness.device_faults`, docs/faults.md).
 
 Markers: ``requirement("ID", …)`` names what a test shows; ``gated_by("ID")`` skips it unless the
 tests of ID have passed before; ``boots("name", …)`` lets these variants boot in the background as
@@ -45,12 +45,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from testbed.devices import Watch
-    from testbed.suites.device_faults import Faults
-    from testbed.suites.mutations import Mutation
-    from testbed.suites.observer import Observer
-    from testbed.suites.racks import LiveRack
-    from testbed.suites.session import ConformanceSession
+    from testbed.harness.device_faults import Faults
+    from testbed.harness.racks import LiveRack
+    from testbed.harness.session import ConformanceSession
+    from testbed.instruments.devices import Watch
+    from testbed.instruments.mutations import Mutation
+    from testbed.instruments.observer import Observer
 
 _MARKERS = (
     "requirement(id, ...): the requirements of the conformance catalogue that this test shows",
@@ -105,7 +105,7 @@ def pytest_configure(config: pytest.Config) -> None:
     options = config.option
     if options.testbed_topology or options.testbed_rack:
         from testbed.errors import InputError  # noqa: PLC0415  nothing to import when unused
-        from testbed.suites.runner import session_from_options  # noqa: PLC0415
+        from testbed.harness.runner import session_from_options  # noqa: PLC0415
 
         try:
             session = session_from_options(
@@ -125,8 +125,8 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     """Bug reports that are named on the command line, or stand where a session's tests do."""
     if not file_path.name.endswith(".report.yaml"):
         return None
-    from testbed.reports.collecting import ReportFile  # noqa: PLC0415  nothing to import when unused
-    from testbed.suites.session import SESSION  # noqa: PLC0415
+    from testbed.harness.report_items import ReportFile  # noqa: PLC0415  nothing to import when unused
+    from testbed.harness.session import SESSION  # noqa: PLC0415
 
     if SESSION not in parent.config.stash and not parent.session.isinitpath(file_path):
         return None
@@ -160,7 +160,7 @@ def observe(request: pytest.FixtureRequest) -> Observer:
 @pytest.fixture
 def faults(rack: LiveRack) -> Iterator[Faults]:
     """Faults on purpose in model devices; taken back at the end of the test, or it is an ERROR."""
-    from testbed.suites.device_faults import Faults  # noqa: PLC0415  nothing to import when unused
+    from testbed.harness.device_faults import Faults  # noqa: PLC0415  nothing to import when unused
 
     injected = Faults(rack)
     yield injected
@@ -170,13 +170,13 @@ def faults(rack: LiveRack) -> Iterator[Faults]:
 @pytest.fixture(scope="session")
 def witness(rack: LiveRack) -> Callable[[str], Watch]:
     """``with witness("gpu0") as watch``: by which paths it moved how much, and what happened."""
-    from testbed.devices import find_device  # noqa: PLC0415  nothing to import when unused
+    from testbed.instruments.devices import find_device  # noqa: PLC0415  nothing to import when unused
 
     return lambda word: find_device(rack.nodes, word).watch()
 
 
 def _session(request: pytest.FixtureRequest) -> ConformanceSession:
-    from testbed.suites.session import SESSION  # noqa: PLC0415  nothing to import when unused
+    from testbed.harness.session import SESSION  # noqa: PLC0415  nothing to import when unused
 
     session = request.config.stash.get(SESSION, None)
     if session is None:

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from testbed.instruments.interface import RackNode
 from testbed.results.judging import Judgement, Moved, judge_path
 from testbed.results.record import SUITE
-from testbed.suites.interface import RackNode
 from testbed.topology.plan import MODEL_KINDS, Function
 
 _LOSE_RULE = "suite-lost-writes"

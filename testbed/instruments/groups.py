@@ -6,9 +6,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterable, Iterator
 
+from testbed.instruments.interface import RackNode
 from testbed.results.evidence import Counter, Evidence, Note
 from testbed.results.judging import Judgement
-from testbed.suites.interface import RackNode
 
 Groups = Collection[frozenset[str]]
 

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This machine in a few words, for records."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+
+def host_facts() -> dict[str, Any]:
+    """System, Python, processors and memory of this machine; ``memory_bytes`` in bytes."""
+    return {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    }
