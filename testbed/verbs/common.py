@@ -22,14 +22,14 @@ ENGINES = ("model", "igb", "edu")
 IOMMU_MODES = ("off", "passthrough", "lazy", "strict")
 
 
-def format_option(*choices: str, default: str = "text") -> Callable[[F], F]:
+def format_option(*choices: str, default: str | None = "text") -> Callable[[F], F]:
     """`--format`, with what this verb can print."""
     return click.option(
         "--format",
         "form",
         type=click.Choice(choices),
         default=default,
-        show_default=True,
+        show_default=default is not None,
         help="What to print on stdout.",
     )
 

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from testbed.rack import RackNode
 
 POLL_S = 0.2
+WITNESSED = (
+    *("accesses", "reads", "writes", "events"),
+    *("local", "iommu", "message", "peer", "link", "network"),  # testbed.models.witness.Path
+)
 
 
 def _complete(_ctx: click.Context, _parameter: click.Parameter, word: str) -> list[str]:
@@ -143,8 +147,16 @@ def _fault_lines(row: Mapping[str, Any]) -> list[str]:
     metavar="NUMBER",
     help="Only entries with a higher sequence number.",
 )
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(WITNESSED),
+    metavar="WORD",
+    help="Only reads, writes, accesses, events, or those by a path (iommu, peer, link, …); may be "
+    "given several times.",
+)
 @format_option("text", "json")
-def witness(device: str, follow: bool, after: int, form: str) -> None:
+def witness(device: str, follow: bool, after: int, only: tuple[str, ...], form: str) -> None:
     """What a model DEVICE did: each access with its address, size, path and target, and events.
 
     The device keeps the latest 4096 entries. Path `iommu` went through a mapping of the guest's
@@ -161,6 +173,7 @@ def witness(device: str, follow: bool, after: int, form: str) -> None:
             if missed:
                 say(f"{missed} entries came and went unseen")
             after = entries[-1]["sequence"] if entries else after
+            entries = [entry for entry in entries if not only or _kinds(entry) & {*only}]
             if form == "json":
                 body = {"device": str(found), "missed": missed, "entries": entries}
                 if not follow:
@@ -173,6 +186,13 @@ def witness(device: str, follow: bool, after: int, form: str) -> None:
             if not follow:
                 return
             time.sleep(POLL_S)
+
+
+def _kinds(entry: Mapping[str, Any]) -> set[str]:
+    """The words of ``--only`` that mean this entry."""
+    if not entry["path"]:
+        return {"events"}
+    return {"accesses", f"{entry['what']}s", entry["path"]}
 
 
 def _entry_text(entry: Mapping[str, Any]) -> str:
@@ -263,10 +283,17 @@ def inject(
     if form == "json":
         print_json("testbed.inject/1", row)
     elif only_list:
-        armed = [each for each in row["rules"] if each["armed"]]
-        done = [each for each in row["actions"] if not each["undone"]]
-        for line in _fault_lines({**row, "rules": armed, "actions": done}):
+        for line in _armed_lines(row):
             click.echo(line)
+    else:
+        say(f"{device}: {'; '.join(_armed_lines(row)) or 'nothing is armed'}")
+
+
+def _armed_lines(row: Mapping[str, Any]) -> list[str]:
+    """What still holds."""
+    armed = [each for each in row["rules"] if each["armed"]]
+    done = [each for each in row["actions"] if not each["undone"]]
+    return _fault_lines({**row, "rules": armed, "actions": done})
 
 
 def _arm(device: ModelDevice, rules: Sequence[str]) -> None:

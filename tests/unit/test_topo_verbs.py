@@ -85,6 +85,9 @@ def test_graph_writes_a_file_or_to_stdout(tmp_path: Path) -> None:
     dot = command("graph", "quad-gpu", "--format", "dot").stdout
     assert dot.startswith('graph "rack quad-gpu" {')
     assert '"host0/gpu0" -- "host0/gpu1"' in dot
+    named = tmp_path / "out.dot"
+    assert command("graph", "quad-gpu", "-o", str(named)).exit_code == 0
+    assert named.read_text() == dot
 
 
 def test_a_file_that_cannot_be_written_is_bad_input(tmp_path: Path) -> None:

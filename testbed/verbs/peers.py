@@ -210,16 +210,19 @@ def _value_data(value: Decision | Measured | Unknown) -> dict[str, Any]:
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where to; stdout if not given.",
 )
-@format_option("svg", "dot", default="svg")
-def graph(file: str, settings: tuple[str, ...], output: Path | None, form: str) -> None:
+@format_option("svg", "dot", default=None)
+def graph(file: str, settings: tuple[str, ...], output: Path | None, form: str | None) -> None:
     """Draw the rack of topology FILE, or a RACK that runs, as a picture (SVG) or for Graphviz.
 
     Switches, devices, private links and the IOMMU groups that Linux will make. The SVG is one file
-    that needs nothing else, and is light or dark as the reader's browser is.
+    that needs nothing else, and is light or dark as the reader's browser is. Without --format the
+    output's name decides: `.dot` and `.gv` are for Graphviz, all else is SVG.
     """
     from testbed.topology import graph as graphs
     from testbed.topology import graph_dot, graph_svg
 
+    if form is None:
+        form = "dot" if output is not None and output.suffix in {".dot", ".gv"} else "svg"
     plan = plan_of(file, settings)
     picture = graphs.layout(plan)
     text = graph_svg.svg(picture) if form == "svg" else graph_dot.dot(picture)
