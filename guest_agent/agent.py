@@ -334,7 +334,8 @@ class Agent(KernelMethods):
     def _engine_open(
         self, *, device: str, kind: str, scratch: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        from guest_agent.hw.engine import Scratch, engine_class
+        from guest_agent.hw.drivers import engine_class
+        from guest_agent.hw.engine import Scratch
 
         driver = engine_class(kind)
         function = self._device("device", device)

@@ -162,20 +162,3 @@ def burst(engines: list[Engine], iova: int, access: str, timeout_s: float) -> di
         engine.start(iova, access)
     completed = all(engine.settled(watch) for engine in engines)
     return {"completed": completed, "elapsed_ns": watch.elapsed_ns()}
-
-
-def engine_class(kind: str) -> type[Engine]:
-    """The driver of that kind. :raises ParameterError: there is none."""
-    if kind == "edu":
-        from guest_agent.hw.edu import Edu  # noqa: PLC0415  loaded when needed
-
-        return Edu
-    if kind == "igb":
-        from guest_agent.hw.igb import Igb  # noqa: PLC0415  loaded when needed
-
-        return Igb
-    if kind in ("model", "model-nic"):
-        from guest_agent.hw.model import Model, ModelNic  # noqa: PLC0415  loaded when needed
-
-        return Model if kind == "model" else ModelNic
-    raise ParameterError(f"kind: {kind!r} is none of edu, igb, model, model-nic")

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from guest_agent.hw.drivers import engine_class
 from guest_agent.hw.edu import Edu
-from guest_agent.hw.engine import Scratch, burst, engine_class
+from guest_agent.hw.engine import Scratch, burst
 from guest_agent.hw.igb import Igb
 from guest_agent.pattern import pattern
 from guest_agent.rpc import ParameterError
