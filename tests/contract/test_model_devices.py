@@ -20,7 +20,7 @@ from testbed.results.record import DeviceRecord
 from testbed.topology.load import load_bytes
 from testbed.topology.placement import place
 from testbed.topology.plan import NodePlan
-from tests.contract.test_vfio_user_process import Process, Vfio, memory, runs, wait_for
+from tests.contract.model_process import Process, Vfio, memory, runs, wait_for
 
 RACK = b"""
 rack: devices

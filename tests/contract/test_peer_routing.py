@@ -23,7 +23,7 @@ from testbed.models.access import Cause
 from testbed.models.registers import Aperture, Common, Opcode
 from testbed.models.wire import Command
 from tests.contract.fake_monitor import MIB, FakeMachine
-from tests.contract.test_vfio_user_process import (
+from tests.contract.model_process import (
     Process,
     Vfio,
     memory,

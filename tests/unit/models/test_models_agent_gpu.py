@@ -1,62 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's GPU methods against the GPU model: MMU, page faults, links, batches."""
+"""The agent's GPU methods against the GPU model: MMU, page faults, batches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from guest_agent.pattern import pattern
 from guest_agent.rpc import ParameterError
-from testbed.models.gpu import GpuModel
-from testbed.models.link import LinkEnd
-from testbed.models.memory import SharedMemory
 from testbed.models.witness import Event
 from testbed.models.witness import Path as Way
-from tests.unit.models.agent_rig import MIB, RAM, VIDEO, VIDEO_BYTES, VRAM, Rig
-
-HUGE = 2 * MIB
-V = 0x7000_0000_0000
-
-
-class Gpu(Rig):
-    """A GPU opened with ``gpu.open``."""
-
-    def __init__(
-        self, name: str = "gpu0", links: tuple[LinkEnd, ...] = (), *, replayable: bool = True
-    ) -> None:
-        self.vram = SharedMemory.create(16 * MIB, name=f"{name}.vram")
-        self.model = GpuModel(name, self.vram, links)
-        super().__init__(self.model, "model", self.vram)
-        video = {"bar": VRAM, "index": 2, "offset": VIDEO, "size_bytes": VIDEO_BYTES}
-        opened = self.on("gpu.open", video=video, replayable=replayable)
-        assert opened == {"links": len(links), "video_bytes": 16 * MIB}
-
-    def map(self, virtual: int, size: int, address: int, where: str = "vram", **more: Any) -> None:
-        place: dict[str, Any] = {"space": where, "address": address}
-        if where == "link":
-            place["link"] = 0
-        self.on(
-            "gpu.map",
-            pages=[{"virtual": virtual, "size_bytes": size, "backing": place, **more}],
-        )
-
-    def run(self, *commands: dict[str, Any], **more: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = self.on("gpu.submit", commands=list(commands), **more)
-        return answer
-
-    def do(self, *commands: dict[str, Any], **more: Any) -> None:
-        answer = self.run(*commands, **more)
-        assert answer["completed"], answer
-
-    def read(self, offset: int, size: int) -> bytes:
-        return bytes(self.vram.view[offset : offset + size])
-
-    def write(self, offset: int, data: bytes) -> None:
-        self.vram.view[offset : offset + len(data)] = data
+from tests.unit.models.agent_rig import MIB, RAM, VIDEO_BYTES, VRAM
+from tests.unit.models.gpu_rig import HUGE, Gpu, V, at, copy, fill, page_at, signal, virtual
 
 
 @pytest.fixture
@@ -64,33 +21,6 @@ def gpu() -> Iterator[Gpu]:
     gpu = Gpu()
     yield gpu
     gpu.close()
-
-
-def at(space: str, address: int, **more: int) -> dict[str, Any]:
-    return {"space": space, "address": address, **more}
-
-
-def virtual(address: int) -> dict[str, Any]:
-    return at("virtual", address)
-
-
-def copy(source: dict[str, Any], target: dict[str, Any], size: int, **more: Any) -> dict[str, Any]:
-    return {"op": "copy", "source": source, "target": target, "size_bytes": size, **more}
-
-
-def fill(target: dict[str, Any], value: int, size: int = 8) -> dict[str, Any]:
-    return {"op": "fill", "target": target, "value": value, "size_bytes": size}
-
-
-def signal(target: dict[str, Any], value: int) -> dict[str, Any]:
-    return {"op": "signal", "target": target, "value": value}
-
-
-def page_at(address: int) -> dict[str, Any]:
-    return {"virtual": address, "size_bytes": 4096, "backing": at("vram", 0)}
-
-
-# --- page tables and batches
 
 
 @pytest.mark.parametrize("page", [4096, HUGE])
@@ -385,98 +315,6 @@ def test_touching_what_cannot_be_reached_is_an_error_and_leaves_nothing(gpu: Gpu
     gpu.map(V, 8192, 0)
     with pytest.raises(FileExistsError):
         gpu.on("gpu.fault_latency", count=2, backing=at("vram", 0), backing_bytes=4096, virtual=V)
-
-
-# --- links
-
-
-class Pair:
-    def __init__(self, folder: Path) -> None:
-        socket = folder / "link"
-        self.a = Gpu("gpu0", (LinkEnd(socket, listens=True, peer="gpu1", width=8),))
-        self.b = Gpu("gpu1", (LinkEnd(socket, listens=False, peer="gpu0"),))
-        self.settle("up")
-
-    def settle(self, state: str) -> None:
-        for _ in range(500):
-            self.a.qemu.turn()
-            self.b.qemu.turn()
-            if all(rig.on("gpu.links")[0]["state"] == state for rig in (self.a, self.b)):
-                return
-        raise AssertionError(state)
-
-    def export(self, rig: Gpu, mode: str, **more: int) -> None:
-        """The peer is another event loop, which must run for it to take note."""
-        answer = rig.on("gpu.link_export", link=0, mode=mode, timeout_s=0.0, **more)
-        for _ in range(50):
-            self.a.qemu.turn()
-            self.b.qemu.turn()
-        assert not rig.on("gpu.links")[0]["synchronizing"], answer
-
-
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
-    pair = Pair(tmp_path)
-    yield pair
-    pair.a.close()
-    pair.b.close()
-
-
-def test_a_physical_window_and_its_end(pair: Pair) -> None:
-    assert pair.a.on("gpu.links")[0] == {
-        "link": 0,
-        "state": "up",
-        "enabled": True,
-        "width": 8,
-        "peer_size_bytes": 0,
-        "export": "closed",
-        "synchronizing": False,
-    }
-    pair.export(pair.b, "physical", offset=MIB, size_bytes=8192)
-    assert pair.a.on("gpu.links")[0]["peer_size_bytes"] == 8192
-    pair.a.map(V, 8192, 0, "link")
-    pair.a.write(0, b"straight")
-    pair.a.do(copy(at("vram", 0), virtual(V + 8184), 8))
-    assert pair.b.read(MIB + 8184, 8) == b"straight"
-    answer = pair.a.run(copy(at("vram", 0), at("link", 8188, link=0), 8))
-    assert answer["status"] == {"cause": "link_refused", "address": 8192}
-    pair.b.qemu.turn()
-    assert "write by gpu0 is not exported" in str(pair.b.model.witness.trace())
-    pair.export(pair.b, "closed")
-    answer = pair.a.run(copy(at("vram", 0), at("link", 0, link=0), 8))
-    assert answer["status"] == {"cause": "link_refused", "address": 0}
-
-
-def test_a_virtual_window_is_an_address_space_of_its_own(pair: Pair) -> None:
-    space = pair.b.on("gpu.space")["space"]
-    pair.b.map(0x3000, 4096, 5 * MIB, space=space)
-    pair.export(pair.b, "virtual", space=space, size_bytes=1 << 30)
-    pair.a.do(signal(at("link", 0x3008, link=0), 6))
-    assert pair.b.read(5 * MIB + 8, 1) == b"\6"
-    assert pair.b.run(signal(virtual(0x3008), 6), timeout_s=0.05)["completed"] is False
-    pair.export(pair.b, "closed")
-    pair.b.on("gpu.drop_space", space=space)
-    with pytest.raises(ParameterError, match="space: there is no 1"):
-        pair.b.on("gpu.drop_space", space=space)
-
-
-@pytest.mark.parametrize("by", ["poll", "interrupt"])
-def test_a_link_goes_down_and_up(pair: Pair, by: str) -> None:
-    pair.export(pair.b, "physical", offset=MIB, size_bytes=8192)
-    if by == "interrupt":
-        pair.a.do({"op": "nop"}, by="interrupt")  # arms
-    assert pair.b.on("gpu.link_enable", link=0, on=False)["enabled"] is False
-    assert pair.a.on("gpu.link_wait", link=0, state="down", by=by) == {"reached": True}
-    answer = pair.a.run(signal(at("link", 0, link=0), 6))
-    assert answer["status"] == {"cause": "link_down", "address": 0}
-    assert pair.a.on("gpu.link_wait", link=0, state="up", timeout_s=0.02) == {"reached": False}
-    pair.b.on("gpu.link_enable", link=0, on=True)
-    pair.b.qemu.turn()
-    assert pair.a.on("gpu.link_wait", link=0, state="up", by=by) == {"reached": True}
-    pair.a.do(signal(at("link", 0, link=0), 6))
-
-
-# --- wrong parameters
 
 
 @pytest.mark.parametrize(
