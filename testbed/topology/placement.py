@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import assert_never
 
 from testbed.errors import Diagnostic, InputError
+from testbed.topology import virtual_functions
 from testbed.topology.checks import problems
 from testbed.topology.model import (
     IOMMU_NAME,
@@ -178,6 +179,8 @@ class _Placer:
 
         self._check_ids()
         self._check_buses()
+        for conflict in virtual_functions.conflicts(self._functions):
+            self._refuse_node(conflict, virtual_functions.ADVICE)
         hole_bytes = self._check_windows()
         return NodePlan(self._name, tuple(self._functions), hole_bytes, self._last_bus)
 

@@ -91,7 +91,7 @@ def test_slot_1_is_free_unless_an_iommu_stands_there() -> None:
 def test_a_gpus_functions() -> None:
     plan = planned(
         {"gpu": "g0", "vram": "1M", "engine": "igb", "doorbell": True},
-        {"gpu": "g1", "vram": "2M", "engine": "igb"},
+        {"gpu": "g1", "vram": "2M", "engine": "model"},
         {"gpu": "g2", "vram": "4M", "engine": "edu", "doorbell": True},
         {"nvme": "n", "size": "64M"},
     )
