@@ -41,7 +41,8 @@ from testbed.machine.command import (
 from testbed.machine.console import Console, read_tail
 from testbed.machine.lifecycle import StopDeadlines, Watch, stop_machine
 from testbed.machine.models import Models
-from testbed.machine.registry import RackRecord, find
+from testbed.machine.rack_record import RackRecord
+from testbed.machine.registry import find
 
 if TYPE_CHECKING:
     from testbed.guest.agent import AgentClient

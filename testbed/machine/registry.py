@@ -27,20 +27,19 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from testbed.errors import HostError, InputError, NoSuchRack, RackNameInUse, TestbedError
+from testbed.errors import HostError, InputError, NoSuchRack, RackNameInUse
 from testbed.machine.children import GONE_PREFIX, remove_runtime_folder, remove_tree
 from testbed.machine.keeper import SOCKET
+from testbed.machine.rack_record import RECORD, RackRecord, read_record
 from testbed.machine.sockets import ask
 
 LOCK = "lock"
-RECORD = "rack.json"
-RECORD_VERSION = 1
 NEW_PREFIX = ".new-"
 NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,38}[a-z0-9])?", re.ASCII | re.IGNORECASE)
 
@@ -58,59 +57,6 @@ class RackState(StrEnum):
     DEGRADED = "degraded"  # some of its processes ended
     DEAD = "dead"  # all of its machines ended; the keeper waits for `down`
     UNRESPONSIVE = "unresponsive"  # the keeper lives and does not answer
-
-
-@dataclass(frozen=True)
-class RackRecord:
-    """What the command that starts a rack leaves for later ones, as rack.json.
-
-    ``keys_file``  the SSH keys, mode 0600; None if the rack has none.
-    ``topology``, ``plan``, ``versions``  plain JSON values.
-    """
-
-    name: str
-    run_folder: Path
-    nodes: tuple[str, ...]
-    created_s: float = field(default_factory=time.time)
-    keys_file: Path | None = None
-    topology: Any = None
-    plan: Any = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object that :meth:`from_json` understands."""
-        return {
-            "version": RECORD_VERSION,
-            "name": self.name,
-            "run_folder": str(self.run_folder),
-            "nodes": list(self.nodes),
-            "created_s": self.created_s,
-            "keys_file": None if self.keys_file is None else str(self.keys_file),
-            "topology": self.topology,
-            "plan": self.plan,
-            "versions": dict(self.versions),
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> RackRecord:
-        """:raises HostError: another version of the testbed wrote it."""
-        if data.get("version") != RECORD_VERSION:
-            raise HostError(
-                f"this rack was started by another version of the testbed"
-                f" ({RECORD} version {data.get('version')}, not {RECORD_VERSION})",
-                hint="end it with that version's 'testbed down'",
-            )
-        keys_file = data["keys_file"]
-        return cls(
-            name=data["name"],
-            run_folder=Path(data["run_folder"]),
-            nodes=tuple(data["nodes"]),
-            created_s=data["created_s"],
-            keys_file=None if keys_file is None else Path(keys_file),
-            topology=data["topology"],
-            plan=data["plan"],
-            versions=data["versions"],
-        )
 
 
 @dataclass(frozen=True)
@@ -390,14 +336,6 @@ def _state(status: Mapping[str, Any]) -> RackState:
     if any(process["state"] == "ended" for process in processes):
         return RackState.DEGRADED
     return RackState.RUNNING
-
-
-def read_record(folder: Path) -> RackRecord | None:
-    """The rack.json there; None if there is none, or none of this version."""
-    try:
-        return RackRecord.from_json(json.loads((folder / RECORD).read_text()))
-    except (OSError, ValueError, KeyError, TypeError, TestbedError):
-        return None
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import HostError, NoSuchRack
-from testbed.machine.registry import RackRecord, RackState, find, list_racks, reserve
+from testbed.machine.rack_record import RackRecord
+from testbed.machine.registry import RackState, find, list_racks, reserve
 from testbed.machine.spawn import attach, end_rack, start_keeper
 from tests.contract.machine_fakes import alive, eventually, fake_qemu, run_python
 

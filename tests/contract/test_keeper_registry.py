@@ -14,9 +14,9 @@ import pytest
 
 from testbed.errors import HostError, InputError, NoSuchRack, RackNameInUse
 from testbed.machine.children import remove_runtime_folder
+from testbed.machine.rack_record import RackRecord
 from testbed.machine.registry import (
     NEW_PREFIX,
-    RackRecord,
     RackState,
     Reservation,
     clean,
