@@ -47,6 +47,19 @@ _EXIT_CODES = {
 
 
 @dataclass(frozen=True)
+class ConsoleSpan:
+    """How many bytes the console log of a machine had when a test began, and when it ended.
+
+    ``rack`` is the rack's folder in the run: ``rack``, ``rack-scalable``.
+    """
+
+    rack: str
+    node: str
+    begin_bytes: int
+    end_bytes: int
+
+
+@dataclass(frozen=True)
 class Outcome:
     """How one test ended.
 
@@ -55,6 +68,8 @@ class Outcome:
     ``reason``        one line: why it failed, was skipped, lost …; for a PASS what was shown.
     ``details``       more lines for a person (a traceback of an ERROR), or "".
     ``console_tail``  the last lines of the lost machine's console.
+    ``started_s``     when it began, in seconds since 1970; 0 if nobody noted it.
+    ``console``       what was written on consoles meanwhile: where it is in their logs.
     """
 
     requirements: tuple[str, ...]
@@ -65,6 +80,8 @@ class Outcome:
     duration_s: float = 0.0
     details: str = ""
     console_tail: str = ""
+    started_s: float = 0.0
+    console: tuple[ConsoleSpan, ...] = ()
 
     @property
     def title(self) -> str:
@@ -93,6 +110,11 @@ def combine(verdicts: Iterable[Verdict]) -> Verdict:
         if verdict in present:
             return verdict
     raise ValueError("no verdict to combine")
+
+
+def code_of(verdict: Verdict) -> ExitCode:
+    """What the process answers for a verdict."""
+    return _EXIT_CODES[verdict]
 
 
 def exit_code(outcomes: Iterable[Outcome]) -> ExitCode:

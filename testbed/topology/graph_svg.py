@@ -22,7 +22,8 @@ from testbed.topology.graph import (
     Rect,
 )
 
-_STYLE = """\
+# As the file itself has it; a page that holds the picture nests it (CSS Nesting).
+STYLE = """\
 :root { color-scheme: light dark }
 svg { background: #ffffff }
 text {
@@ -64,12 +65,15 @@ text {
 }"""
 
 
-def svg(picture: Picture) -> str:
-    """The file's text, with a newline at its end."""
-    return "\n".join(_lines(picture)) + "\n"
+def svg(picture: Picture, *, style: bool = True) -> str:
+    """The file's text, with a newline at its end.
+
+    :param style: with its style sheet; without for a page that has :data:`STYLE` already.
+    """
+    return "\n".join(_lines(picture, style)) + "\n"
 
 
-def _lines(picture: Picture) -> Iterator[str]:
+def _lines(picture: Picture, style: bool) -> Iterator[str]:
     width, height = _n(picture.width), _n(picture.height)
     yield (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}"'
@@ -78,7 +82,8 @@ def _lines(picture: Picture) -> Iterator[str]:
     yield f"<title>{_text(picture.title)}</title>"
     if picture.description:
         yield f"<desc>{_text(picture.description)}</desc>"
-    yield f"<style>\n{_STYLE}\n</style>"
+    if style:
+        yield f"<style>\n{STYLE}\n</style>"
     yield _words("title", MARGIN, MARGIN + 8, picture.title)
     yield _words("detail", MARGIN, MARGIN + 26, picture.description)
     for machine in picture.machines:

@@ -69,7 +69,7 @@ def text(matrix: Matrix, width: int) -> str:
     lines = ["peers: each row does DMA to the memory of each column", ""]
     for columns in _chunks(matrix, width):
         lines += [_table(matrix, columns, width), ""]
-    for label, meaning in _legend(matrix):
+    for label, meaning in legend(matrix):
         wrapped = wrap(meaning, width - _LABEL_WIDTH - 3) or [""]
         for part, name in zip_longest(wrapped, [label], fillvalue=""):
             lines.append(f"  {name:<{_LABEL_WIDTH}} {part}")
@@ -125,7 +125,7 @@ def _lines(matrix: Matrix, cell: Cell) -> list[str]:
     return [line for line, shown in zip(lines, _shown(matrix), strict=True) if shown]
 
 
-def _legend(matrix: Matrix) -> Iterator[tuple[str, str]]:
+def legend(matrix: Matrix) -> Iterator[tuple[str, str]]:
     """Only what occurs."""
     cells = list(matrix.cells.values())
     words = [word for cell in cells for word in cell.predicted.word.split("+")]

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as one HTML file that needs nothing else."""

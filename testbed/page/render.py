@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run folder → one HTML file (Jinja2) that works from ``file://`` and asks no network.
+
+All that is in a run folder may be a stranger's words. Everything is escaped by the template engine,
+control characters and those that turn the direction of text are shown as what they are, and the
+page's policy (Content-Security-Policy) allows exactly one style sheet and one script, by their
+hashes: nothing else runs or loads, even if something was forgotten here.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from testbed import __version__
+from testbed.page import files, logs, peers
+from testbed.page.load import RackFolder, Run, load_run, versions_of
+from testbed.page.matrix_view import MatrixView, matrix_view
+from testbed.page.view import (
+    WORST_FIRST,
+    Anchors,
+    RequirementView,
+    requirement_views,
+    safe_link,
+    shortened,
+    timeline,
+)
+from testbed.results.record import DeviceRecord, injected
+from testbed.results.verdicts import Outcome, Verdict, combine, count
+from testbed.topology import graph, graph_svg
+from testbed.topology.units import format_size
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+# Of one log, and of all logs of a run together: what is read at all.
+MOST_LOG_HEAD_BYTES = 128 << 10
+MOST_LOG_TAIL_BYTES = 256 << 10
+MOST_LOGS_BYTES = 4 << 20
+MOST_CALLS_BYTES = 32 << 20
+MOST_JSON = 200_000  # characters of the topology as text
+
+_LOGS = ("console.log", "qemu.log")
+_OBSERVATIONS = "observations.jsonl"
+KERNEL_LOG = "kernel log, as the agent read it"
+
+# C0 and C1 controls but tab and newline; marks that turn or isolate the direction of text.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+@dataclass(frozen=True)
+class NodeView:
+    """One machine: its logs."""
+
+    name: str
+    logs: tuple[logs.LogView, ...]
+
+
+@dataclass(frozen=True)
+class RackView:
+    """One rack: its picture, its matrix, its devices and its machines."""
+
+    name: str
+    anchor: str
+    problem: str
+    picture: Markup | None
+    matrix: MatrixView | None
+    devices: tuple[DeviceRecord, ...]
+    nodes: tuple[NodeView, ...]
+
+
+def render(run_dir: Path, *, against: Path | None = None) -> str:
+    """The page of a run, as the text of an HTML file.
+
+    :param run_dir: what ``testbed run`` or ``testbed repro`` left; nothing in it is trusted.
+    :param against: an earlier run to compare with.
+    :raises InputError: one of them is no run folder, or its record cannot be read.
+    """
+    run = load_run(run_dir)
+    anchors = Anchors()
+    names = {
+        function.bdf: function.name
+        for rack in run.racks[:1]
+        if rack.plan is not None and len(rack.plan.nodes) == 1
+        for node in rack.plan.nodes.values()
+        for function in node.functions
+    }
+    requirements = requirement_views(run.record.outcomes, anchors, names)
+    budget = _Budget()
+    racks = [_rack_view(run, rack, requirements, anchors, budget) for rack in run.racks]
+    outcomes = run.record.outcomes
+    counts = count(outcomes)
+    style, script = _asset("style.css"), _asset("page.js")
+    style = style.replace("/* PICTURE */", f".picture {{\n{graph_svg.STYLE}\n}}")
+    template = _environment().get_template("page.html.j2")
+    return template.render(
+        run=run,
+        record=run.record,
+        title=_title(run),
+        word=_word(run),
+        counts={verdict: counts[verdict] for verdict in WORST_FIRST if counts[verdict]},
+        requirements=requirements,
+        troubles=[
+            view for view in requirements if view.verdict not in (Verdict.PASS, Verdict.SKIP)
+        ],
+        timeline=timeline(requirements),
+        racks=racks,
+        injected=injected(run.record),
+        environment=_environment_of(run),
+        topology=_topology_text(run.record.topology),
+        compared=None,
+        against=against,
+        style=Markup(style),  # noqa: S704  (ours)
+        script=Markup(script),  # noqa: S704  (ours)
+        policy=_policy(style, script),
+        version=__version__,
+        Verdict=Verdict,
+        WORST_FIRST=WORST_FIRST,
+        kind_of=_kind_of,
+        safe_link=safe_link,
+        shortened=shortened,
+        size=format_size,
+    )
+
+
+def _title(run: Run) -> str:
+    reports = run.record.reports
+    if len(reports) == 1:
+        return reports[0].title
+    if reports:
+        return f"{len(reports)} bug reports"
+    return str(run.record.topology.get("rack") or "a run without a rack")
+
+
+def _word(run: Run) -> str:
+    """The verdict of the whole, in the words of who started it."""
+    reports = run.record.reports
+    if reports and len(reports) == len(run.record.outcomes):
+        words = {report.word for report in reports}
+        return words.pop() if len(words) == 1 else "MIXED"
+    if run.record.exit_code == 130:
+        return "INTERRUPTED"
+    outcomes = run.record.outcomes
+    return str(combine(outcome.verdict for outcome in outcomes)) if outcomes else "NO TESTS"
+
+
+# --- racks
+
+
+@dataclass
+class _Budget:
+    """How much of all logs may still be read."""
+
+    left_bytes: int = MOST_LOGS_BYTES
+
+
+def _rack_view(
+    run: Run,
+    rack: RackFolder,
+    requirements: Iterable[RequirementView],
+    anchors: Anchors,
+    budget: _Budget,
+) -> RackView:
+    prefix = rack.name.removesuffix(rack.label)
+    calls = {name: _calls(folder) for name, folder in rack.nodes.items()}
+    picture = table = None
+    if rack.plan is not None:
+        drawn = graph_svg.svg(graph.layout(rack.plan), style=False)
+        picture = Markup(drawn)  # noqa: S704  (the drawing escapes)
+        ours = _outcomes_of(run, rack, prefix)
+        table = matrix_view(rack.plan, peers.run_matrix(rack.plan, calls, ours))
+    tests = [test for view in requirements for test in view.tests]
+    nodes = []
+    for name, folder in rack.nodes.items():
+        marks = [
+            logs.Mark(span.begin_bytes, span.end_bytes, test.outcome.title, test.anchor)
+            for test in {test.anchor: test for test in tests}.values()
+            for span in test.outcome.console
+            if (span.rack, span.node) == (rack.label, name) and test.outcome.test.startswith(prefix)
+        ]
+        nodes.append(NodeView(name, tuple(_logs(folder, calls[name], marks, budget))))
+    in_record = (rack.name, rack.label) if run.parts == 1 else (rack.name,)
+    devices = [device for device in run.record.devices if device.rack in in_record]
+    return RackView(
+        rack.name,
+        anchors.new("rack", rack.name),
+        rack.problem,
+        picture,
+        table,
+        tuple(devices),
+        tuple(nodes),
+    )
+
+
+def _outcomes_of(run: Run, rack: RackFolder, prefix: str) -> list[Outcome]:
+    """Tests that were about this rack: a variant's are not about the main one, and reverse."""
+    if rack.label != "rack":
+        return []
+    return [outcome for outcome in run.record.outcomes if outcome.test.startswith(prefix)]
+
+
+def _calls(folder: Path) -> list[Mapping[str, Any]]:
+    """A node's observations; lines that are none are passed over."""
+    part = files.read(folder / _OBSERVATIONS, MOST_CALLS_BYTES)
+    found: list[Mapping[str, Any]] = []
+    for line in part.head.splitlines() if part else ():
+        try:
+            call = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(call, dict):
+            found.append(call)
+    return found
+
+
+def _logs(
+    folder: Path, calls: Iterable[Mapping[str, Any]], marks: list[logs.Mark], budget: _Budget
+) -> Iterable[logs.LogView]:
+    for name in _LOGS:
+        head = min(MOST_LOG_HEAD_BYTES, budget.left_bytes)
+        part = files.read(folder / name, head, min(MOST_LOG_TAIL_BYTES, budget.left_bytes - head))
+        if part is not None:
+            budget.left_bytes -= len(part.head) + len(part.tail)
+            own = marks if name == "console.log" else []
+            yield logs.view(name, part.head, part.tail, part.cut_bytes, own)
+    kernel = _kernel_log(calls)[: budget.left_bytes]
+    if kernel:
+        budget.left_bytes -= len(kernel)
+        yield logs.view(KERNEL_LOG, kernel)
+
+
+def _kernel_log(calls: Iterable[Mapping[str, Any]]) -> bytes:
+    """The records of ``kmsg.since`` in order, each once, as dmesg would print them."""
+    found: dict[int, str] = {}
+    for call in calls:
+        result = call.get("result")
+        records = result.get("records") if isinstance(result, dict) else None
+        if call.get("method") != "kmsg.since" or not isinstance(records, list):
+            continue
+        for record in records:
+            if isinstance(record, dict) and isinstance(record.get("sequence"), int):
+                time_us = record.get("time_us")
+                stamp = time_us / 1e6 if isinstance(time_us, int) else 0.0
+                text = str(record.get("text", "")).replace("\n", " ")
+                found[record["sequence"]] = f"[{stamp:12.6f}] {text}"
+    return "\n".join(found[number] for number in sorted(found)).encode(errors="replace")
+
+
+# --- the environment
+
+
+def _environment_of(run: Run) -> list[tuple[str, str]]:
+    record, versions = run.record, run.record.versions
+    if not versions and run.racks:
+        versions = versions_of(run.racks[0])
+    rows = [("command", " ".join(record.command)), ("started", record.started)]
+    rows.append(("testbed", record.tool_version))
+    for name, value in versions.items():
+        if name == "packages":
+            continue
+        if name == "kernels" and isinstance(value, dict):
+            for kernel, facts in value.items():
+                known = facts if isinstance(facts, dict) else {}
+                said = f"{known.get('release', '?')}, build-id {known.get('build_id', '?')}"
+                rows.append((f"kernel {kernel}", said))
+            continue
+        rows.append(
+            (name.replace("_", " "), value if isinstance(value, str) else json.dumps(value))
+        )
+    rows += [
+        (
+            f"host {name}".replace("_bytes", ""),
+            format_size(value)
+            if name.endswith("_bytes") and isinstance(value, int)
+            else str(value),
+        )
+        for name, value in record.host.items()
+    ]
+    return rows
+
+
+def _topology_text(topology: Mapping[str, Any]) -> str:
+    text = json.dumps(topology, indent=1, default=str)
+    return text if len(text) <= MOST_JSON else f"{text[:MOST_JSON]}\n… ({len(text):,} characters)"
+
+
+# --- the template engine
+
+
+def _kind_of(part: object) -> str:
+    return type(part).__name__
+
+
+def shown(value: object) -> object:
+    """What may be put into the page: invisible characters are shown by their number."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", value)
+    return value
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@cache
+def _asset(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Nothing but this style sheet and this script; no forms, no frames, no network."""
+    return (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; "
+        f"style-src '{_hash(style)}'; script-src '{_hash(script)}'"
+    )
+
+
+def _hash(text: str) -> str:
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
