@@ -78,6 +78,7 @@ class Recorder:
         self._sink = sink
         self._number = 0
         self._open: list[int] = []
+        self._chapter = 0
         self.dropped = 0
 
     @property
@@ -85,11 +86,17 @@ class Recorder:
         """The number of the event that is under way, 0 if none is: the cause of what it queues."""
         return self._open[-1] if self._open else 0
 
+    def chapter(self, kind: str, subject: str) -> int:
+        """A part of the story begins: it is the parent of all that has no other from now on."""
+        self._chapter = 0
+        self._chapter = self.note(kind, subject)
+        return self._chapter
+
     def note(self, kind: str, subject: str, cause: int = 0, **details: Any) -> int:
         """Something that takes no time; returns its number, for what it causes."""
         self._number += 1
         now_ns = self._clock.now_ns()
-        parent = self.current
+        parent = self.current or self._chapter
         self._put(Event(self._number, now_ns, 0, kind, subject, cause, parent, "", details))
         return self._number
 
@@ -102,7 +109,7 @@ class Recorder:
         self._number += 1
         span = Span(self._number, details)
         start_ns = self._clock.now_ns()
-        parent = self.current
+        parent = self.current or self._chapter
         self._open.append(span.number)
         error = ""
         try:

@@ -33,8 +33,10 @@ class Operation:
         after: Iterable[Fence],
         needs: Iterable[Fence],
         cause: int,
+        added_ns: int,
     ) -> None:
         self.name = name
+        self.added_ns = added_ns
         self.cause = cause  # the event that queued it
         self.fence = fence
         self.begin = begin
@@ -83,9 +85,9 @@ class Graph:
         :param after: what must have ended, well or not.
         :param needs: what must have ended well.
         """
-        due_ns = self._clock.now_ns() + self._timeout_ns
-        fence = Fence(context or self._context, name, due_ns, self._ask)
-        operation = Operation(name, fence, begin, after, needs, self._events.current)
+        now_ns = self._clock.now_ns()
+        fence = Fence(context or self._context, name, now_ns + self._timeout_ns, self._ask)
+        operation = Operation(name, fence, begin, after, needs, self._events.current, now_ns)
         self._waiting[id(fence)] = operation
         self._try(operation)
         return operation
@@ -169,6 +171,7 @@ class Graph:
     def _finish(self, operation: Operation, error: Exception | None) -> None:
         if self._waiting.pop(id(operation.fence), None) is None:
             return  # it was ended in between
-        what = str(operation.fence)
-        self._events.note("fence", what, operation.cause, failed=str(error or ""))
+        what, failed = str(operation.fence), str(error or "")
+        took_ns = self._clock.now_ns() - operation.added_ns
+        self._events.note("fence", what, operation.cause, failed=failed, took_ns=took_ns)
         operation.fence.signal(error)

@@ -33,6 +33,7 @@ class _Prepared:
     buffer: Buffer
     storage: Storage
     paths: Sequence[tuple[Attachment, Path]]
+    event: int  # what prepared it
 
 
 def paths_after(buffer: Buffer, placement: Placement) -> list[tuple[Attachment, Path]]:
@@ -86,13 +87,15 @@ def _prepare(buffer: Buffer, task: Task, placement: Placement) -> _Prepared:
         raise PinnedError(f"{buffer.name} is pinned by {', '.join(pinned)}")
     if placement not in buffer.placements:
         raise UnsupportedError(f"{buffer.name} cannot be in {placement.value} memory")
-    try:
-        paths = paths_after(buffer, placement)
-    except NoPathError as error:
-        raise UnsupportedError(
-            f"{buffer.name} cannot move to {placement.value} memory: {error}"
-        ) from error
-    return _Prepared(buffer, buffer.allocate(placement), paths)
+    way = f"{buffer.name}: to {placement.value} memory"
+    with buffer.core.events.span("prepare", buffer.name, way=way) as span:
+        try:
+            paths = paths_after(buffer, placement)
+        except NoPathError as error:
+            raise UnsupportedError(
+                f"{buffer.name} cannot move to {placement.value} memory: {error}"
+            ) from error
+        return _Prepared(buffer, buffer.allocate(placement), paths, span.number)
 
 
 def _commit(prepared: _Prepared, task: Task, cause: int) -> Fence:
@@ -101,7 +104,7 @@ def _commit(prepared: _Prepared, task: Task, cause: int) -> Fence:
     old, new = buffer.storage, prepared.storage
     source, target = old.backing, new.backing
     what = f"{buffer.name}: {source.placement.value} → {target.placement.value}"
-    with core.events.span("move", buffer.name, cause, way=what):
+    with core.events.span("move", buffer.name, cause or prepared.event, way=what):
         buffer.invalidate(task)
         for attachment, path in prepared.paths:
             attachment.path = path

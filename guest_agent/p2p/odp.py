@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from guest_agent.p2p.addresses import Address
     from guest_agent.p2p.attachment import Attachment, Mapping
     from guest_agent.p2p.buffer import Buffer
+    from guest_agent.p2p.fence import Fence
     from guest_agent.p2p.interconnect import Offer
 
 
@@ -119,7 +120,7 @@ class OnDemand:
         buffer, core = self._buffer, self._buffer.core
         self.counters.faults += 1
         with (
-            core.events.span("fault", str(self.attachment)),
+            core.events.span("fault", str(self.attachment)) as span,
             locked(self.task, buffer.resv),
         ):
             buffer.check_usable()
@@ -129,9 +130,17 @@ class OnDemand:
             if self._mapping is None:
                 self._mapping = self.attachment.map(self.task)
             if self._keep_alive_ns:
-                until_ns = core.clock.now_ns() + self._keep_alive_ns
-                self._alive = KeepAlive(self._line, "transfer after a fault", core.clock, until_ns)
-                buffer.add_fence(self.task, self.attachment, self._alive, Usage.BOOKKEEP)
+                now_ns = core.clock.now_ns()
+                until_ns = now_ns + self._keep_alive_ns
+                alive = KeepAlive(self._line, "transfer after a fault", core.clock, until_ns)
+                self._alive = alive
+                buffer.add_fence(self.task, self.attachment, alive, Usage.BOOKKEEP)
+                alive.when_signalled(lambda fence: self._told(fence, span.number, now_ns))
+
+    def _told(self, fence: Fence, cause: int, since_ns: int) -> None:
+        core = self._buffer.core
+        failed, took_ns = str(fence.error or ""), core.clock.now_ns() - since_ns
+        core.events.note("fence", str(fence), cause, failed=failed, took_ns=took_ns)
 
     def steps(self, offset: int, data: bytes | int, piece_bytes: int) -> Iterator[bytes]:
         """Transfer in pieces; yields after each fault (b"") and piece, when others may act.

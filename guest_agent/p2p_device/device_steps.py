@@ -123,6 +123,12 @@ def wait(room: Room, fence: str, timeout_s: float = 10.0) -> dict[str, Any]:
 
 
 @step
+def chapter(room: Room, title: str) -> dict[str, Any]:
+    """What follows belongs to that test."""
+    return {"number": room.core.events.chapter("test", title)}
+
+
+@step
 def settle(room: Room) -> dict[str, Any]:
     """Let everything queued happen."""
     return {"left": room.settle()}

@@ -11,7 +11,7 @@ from testbed.errors import CapabilityMissing
 from testbed.harness.racks import LiveRack
 from testbed.instruments.interface import Rack
 from testbed.instruments.mutations import Mutation
-from testbed.instruments.negotiation_board import NegotiationBoard
+from testbed.instruments.negotiation_board import NegotiationBoard, do
 from testbed.instruments.observer import Refuted
 from testbed.topology.plan import Role
 
@@ -27,7 +27,9 @@ def _node(rack: LiveRack) -> str:
 
 
 @pytest.fixture
-def board(rack: LiveRack, mutation: Mutation) -> Iterator[NegotiationBoard]:
+def board(
+    rack: LiveRack, mutation: Mutation, request: pytest.FixtureRequest
+) -> Iterator[NegotiationBoard]:
     """The board that all tests share, cleaned before it is given back.
 
     What a test leaves in use, with everything ended, is a leak and a FAIL.
@@ -37,6 +39,7 @@ def board(rack: LiveRack, mutation: Mutation) -> Iterator[NegotiationBoard]:
         return NegotiationBoard(booted, _node(rack), mutation)
 
     made = rack.once(("negotiation", _node(rack)), make, NegotiationBoard.close)
+    made.run(do("chapter", title=request.node.name.removeprefix("test_")))
     yield made
     if rack.is_running:
         left = made.clean()
