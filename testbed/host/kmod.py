@@ -42,6 +42,7 @@ _UNDEFINED = re.compile(r'modpost: "([^"]+)" \[[^\]]*\] undefined!')
 
 Option = Annotated[str, Field(pattern=r"^[A-Z0-9_]+$")]
 Symbol = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
+FileName = Annotated[str, Field(pattern=r"^\w+\.[ch]$")]
 
 
 class Needs(BaseModel):
@@ -50,12 +51,14 @@ class Needs(BaseModel):
     ``config``    options that have to be set, without ``CONFIG_``.
     ``symbols``   what the kernel has to export.
     ``optional``  what it may export: the sources see ``HAVE_NAME`` (upper case) if it does.
+    ``borrowed``  files of other modules that are compiled into this one too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     config: tuple[Option, ...] = ()
     symbols: tuple[Symbol, ...] = ()
     optional: tuple[Symbol, ...] = ()
+    borrowed: dict[Symbol, tuple[FileName, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def build(
     """
     sources = _sources(name)
     needs = _needs(sources)
+    sources += _borrowed(needs)
     _check(needs, tree)
     have = tuple(symbol for symbol in needs.optional if symbol in tree.symbols)
     content = [(path.name, path.read_bytes()) for path in sources]
@@ -123,6 +127,16 @@ def _sources(name: str) -> list[Path]:
     if not own:
         raise SetupError(f"there is no kernel module '{name}'", hint=", ".join(names()))
     return [*own, *sorted(folder.glob("*.h"))]
+
+
+def _borrowed(needs: Needs) -> list[Path]:
+    """:raises SetupError: there is no such file."""
+    folder = _sources_folder()
+    files = [folder / other / name for other, names in needs.borrowed.items() for name in names]
+    for file in files:
+        if not file.is_file():
+            raise SetupError(f"there is no file {file} for a kernel module to borrow")
+    return files
 
 
 def _needs(sources: list[Path]) -> Needs:

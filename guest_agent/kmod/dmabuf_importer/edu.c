@@ -7,7 +7,7 @@
 #include <linux/io-64-nonatomic-lo-hi.h>
 #include <linux/iopoll.h>
 
-#include "importer.h"
+#include "engine.h"
 
 #define EDU_SOURCE	0x80
 #define EDU_TARGET	0x88

@@ -3,7 +3,7 @@
 
 #include <linux/dma-mapping.h>
 
-#include "importer.h"
+#include "engine.h"
 
 static const struct engine_kind * const kinds[] = { &edu_kind, &gpu_model_kind };
 
@@ -30,7 +30,7 @@ int engine_open(struct engine *engine, struct pci_dev *pdev)
 	error = dma_set_mask_and_coherent(&pdev->dev, DMA_BIT_MASK(64));
 	if (error)
 		return error;
-	engine->registers = pcim_iomap_region(pdev, 0, "dmabuf_importer");
+	engine->registers = pcim_iomap_region(pdev, 0, KBUILD_MODNAME);
 	if (IS_ERR(engine->registers))
 		return PTR_ERR(engine->registers);
 	engine->bounce = dmam_alloc_coherent(&pdev->dev, BOUNCE_BYTES, &engine->bounce_at,

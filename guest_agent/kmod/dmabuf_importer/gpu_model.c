@@ -7,7 +7,7 @@
 #include <linux/delay.h>
 #include <linux/jiffies.h>
 
-#include "importer.h"
+#include "engine.h"
 
 #define IDENTITY	0x000
 #define CONTROL		0x020
@@ -23,6 +23,7 @@
 #define ENABLE		1
 #define HALTED		BIT(2)
 #define GONE		0xffffffff
+#define VRAM		0	/* aperture: offsets in its own video memory */
 #define SYSTEM		1	/* aperture: bus addresses */
 #define OPCODE_COPY	1
 #define FLAG_FENCE	1
@@ -60,7 +61,8 @@ static void gpu_stop(struct engine *engine)
 	writel(1, engine->registers + RESET);
 }
 
-static int gpu_copy(struct engine *engine, dma_addr_t from, dma_addr_t to, size_t size)
+static int run(struct engine *engine, u8 source_aperture, u64 from, u8 target_aperture, u64 to,
+	       size_t size)
 {
 	struct gpu_command *command = (struct gpu_command *)engine->scratch + engine->tail;
 	__le32 *fence = engine->scratch + FENCE_AT;
@@ -70,8 +72,8 @@ static int gpu_copy(struct engine *engine, dma_addr_t from, dma_addr_t to, size_
 	*command = (struct gpu_command){
 		.opcode = OPCODE_COPY,
 		.flags = FLAG_FENCE,
-		.source_aperture = SYSTEM,
-		.target_aperture = SYSTEM,
+		.source_aperture = source_aperture,
+		.target_aperture = target_aperture,
 		.fence_aperture = SYSTEM,
 		.source = cpu_to_le64(from),
 		.target = cpu_to_le64(to),
@@ -99,10 +101,24 @@ static int gpu_copy(struct engine *engine, dma_addr_t from, dma_addr_t to, size_
 	return error;
 }
 
+static int gpu_copy(struct engine *engine, dma_addr_t from, dma_addr_t to, size_t size)
+{
+	return run(engine, SYSTEM, from, SYSTEM, to, size);
+}
+
+static int gpu_copy_local(struct engine *engine, bool to_local, u64 local, dma_addr_t bus,
+			  size_t size)
+{
+	if (to_local)
+		return run(engine, SYSTEM, bus, VRAM, local, size);
+	return run(engine, VRAM, local, SYSTEM, bus, size);
+}
+
 const struct engine_kind gpu_model_kind = {
 	.vendor = 0x1234,
 	.device = 0xa9e0,
 	.start = gpu_start,
 	.stop = gpu_stop,
 	.copy = gpu_copy,
+	.copy_local = gpu_copy_local,
 };

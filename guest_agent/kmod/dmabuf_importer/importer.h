@@ -10,33 +10,7 @@
 #include <linux/workqueue.h>
 
 #include "command_file.h"
-
-#define BOUNCE_BYTES	4096
-
-struct engine;
-
-/* What is particular to a kind of device. "copy": by bus addresses; -EIO if it says it could not. */
-struct engine_kind {
-	u16 vendor, device;
-	int (*start)(struct engine *engine);
-	void (*stop)(struct engine *engine);
-	int (*copy)(struct engine *engine, dma_addr_t from, dma_addr_t to, size_t size);
-};
-
-/* A device that does DMA, and memory of its own that it copies from and to. */
-struct engine {
-	const struct engine_kind *kind;
-	struct pci_dev *pdev;
-	void __iomem *registers;
-	struct mutex lock;	/* one copy at a time */
-	void *bounce;
-	dma_addr_t bounce_at;
-	void *scratch;		/* a page for the kind's own use */
-	dma_addr_t scratch_at;
-	u32 tail, fence;	/* gpu_model.c */
-};
-
-extern const struct engine_kind edu_kind, gpu_model_kind;
+#include "engine.h"
 
 /* A piece of what was mapped last; remembered after the unmapping, for those that do not let go. */
 struct piece {
@@ -77,9 +51,6 @@ struct import {
 	struct delayed_work signal;
 	struct answer answer;
 };
-
-int engine_open(struct engine *engine, struct pci_dev *pdev);
-void engine_close(struct engine *engine);
 
 void import_init(struct import *import);
 int import_attach(struct import *import, struct engine *engine, int fd,
