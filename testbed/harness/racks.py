@@ -8,6 +8,7 @@ ended; replacing the machine only keeps one death from deciding all verdicts tha
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 from testbed.errors import CapabilityMissing, TestbedError
 from testbed.instruments.device_records import records
 from testbed.instruments.interface import Rack, RackNode, RackSource
+from testbed.machine.command import CONSOLE_LOG
 from testbed.results.record import DeviceRecord
 from testbed.topology.model import Topology
 from testbed.topology.plan import RackPlan
@@ -117,6 +119,19 @@ class LiveRack:
         if self._future is None or not self.is_running:
             return False
         return not all(node.alive for node in self._future.result().nodes.values())
+
+    def console_sizes(self) -> dict[tuple[str, str], int]:
+        """How many bytes its consoles have said so far, by the rack's folder and the node; neither
+        waits for the machine nor counts as use of it."""
+        if self._future is None or not self.is_running:
+            return {}
+        rack = self._future.result()
+        sizes: dict[tuple[str, str], int] = {}
+        for node in rack.nodes.values():
+            with contextlib.suppress(OSError):
+                log = node.log_dir / CONSOLE_LOG
+                sizes[rack.run_dir.name, node.name] = log.stat().st_size
+        return sizes
 
     def once(
         self, key: object, make: Callable[[Rack], T], close: Callable[[T], None] = lambda _: None

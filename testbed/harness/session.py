@@ -8,6 +8,7 @@ SKIP; any other exception is ERROR. The phases of a test combine to the worst. N
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from testbed.instruments.observer import Observer
 from testbed.payload.collection import Payload
 from testbed.results.record import DeviceRecord
 from testbed.results.report_record import ReportRecord
-from testbed.results.verdicts import Outcome, Verdict, combine
+from testbed.results.verdicts import ConsoleSpan, Outcome, Verdict, combine
 from testbed.topology.model import Topology
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class _Ending:
 _OBSERVER = pytest.StashKey[Observer]()
 _ENDINGS = pytest.StashKey[list[_Ending]]()
 _DURATION: pytest.StashKey[float] = pytest.StashKey()
+_BEGAN = pytest.StashKey[tuple[float, dict[tuple[str, str], int]]]()  # when, and consoles' sizes
 
 SESSION = pytest.StashKey["ConformanceSession"]()
 
@@ -150,6 +152,7 @@ class ConformanceSession:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Hold back what a gate forbids. CapabilityMissing: SKIP."""
+        item.stash[_BEGAN] = (time.time(), self._console_sizes())
         for gate in _marked(item, GATED_BY):
             self._check_gate(gate)
 
@@ -207,6 +210,8 @@ class ConformanceSession:
             duration_s=round(duration_s, 3),
             details=ending.details if ending else "",
             console_tail=ending.console_tail if ending else "",
+            started_s=round(item.stash[_BEGAN][0], 3),
+            console=self._consoles_since(item.stash[_BEGAN][1]),
         )
         if observer.parts:
             parts = observer.parts if verdict is Verdict.PASS else (*observer.parts, outcome)
@@ -222,6 +227,17 @@ class ConformanceSession:
                 except Exception as failure:  # the tests that follow still have their say
                     self._emit_failed_end(failure)
             rack.touched = False
+
+    def _console_sizes(self) -> dict[tuple[str, str], int]:
+        return {key: n for rack in self.pool.all() for key, n in rack.console_sizes().items()}
+
+    def _consoles_since(self, before: dict[tuple[str, str], int]) -> tuple[ConsoleSpan, ...]:
+        """Where the consoles that have said something since then have it in their logs."""
+        return tuple(
+            ConsoleSpan(*key, begin_bytes=before.get(key, 0), end_bytes=size)
+            for key, size in self._console_sizes().items()
+            if size > before.get(key, 0)
+        )
 
     def pytest_report_teststatus(
         self, report: pytest.CollectReport | pytest.TestReport

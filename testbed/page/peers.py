@@ -2,9 +2,9 @@
 """What a run's own evidence says of pairs of devices, for the peer matrix. Pure.
 
 The kernel's decisions are in the observations of a run whose tests asked for them
-(``p2p.map_types`` and ``p2p.distance``). Where bytes went is taken from judged outcomes alone: bytes
-at the destination as two witnesses read them, with the path that the device counted, or a fault of
-the device and the destination unchanged. What no test showed stays unknown, with the reason.
+(``p2p.map_types`` and ``p2p.distance``). Where bytes went is taken from judged outcomes alone: the
+bytes at the destination as two witnesses read them, with the path that the device counted, or a
+fault of the device and the destination unchanged. What no test showed stays unknown, with why.
 """
 
 from __future__ import annotations
