@@ -25,6 +25,7 @@ from testbed.errors import ExitCode, Interrupted, TestbedError
 VERBS = {
     "run": ("run", "Judge"),
     "repro": ("repro", "Judge"),
+    "bundle": ("bundle", "Judge"),
     "trace": ("trace", "Judge"),
     "up": ("racks", "Racks"),
     "down": ("racks", "Racks"),

@@ -38,6 +38,8 @@ TOPOLOGY_JSON = "topology.json"
 PLAN_JSON = "plan.json"
 COMMANDS_JSON = "commands.json"
 VERSIONS_JSON = "versions.json"
+KERNEL_CONFIG = "config-"  # and the beginning of the kernel's identity
+KEPT_IDENTITY = 16
 
 # Ten times what an emulated boot takes on two busy cores; a machine that is dead is noticed at
 # once, so only one that hangs is waited for that long.
@@ -139,8 +141,7 @@ def _start(
                 processes.append(models.models_command(plan, node))
             processes.append(commands[name])
         _write(run_dir / COMMANDS_JSON, [dataclasses.asdict(command) for command in processes])
-        versions = versions_of(installation, accelerator) | _own_versions(topology)
-        _write(run_dir / VERSIONS_JSON, versions)
+        versions = _keep_versions(run_dir, topology, installation, accelerator)
         access = AccessKeys(keys.client_private, keys.host_public)
         access.write(reservation.folder / KEYS_FILE)
         keeper = spawn.start_keeper(reservation, processes, run_folder=run_dir)
@@ -159,6 +160,22 @@ def _start(
             raise
     say(f"{rack.name}: all agents answered after {time.monotonic() - began_s:.1f} s")
     return rack
+
+
+def _keep_versions(
+    run_dir: Path, topology: Topology, installation: prepare.Installation, accelerator: str
+) -> dict[str, Any]:
+    """What the rack runs on, in its folder, with the kernels' configurations if they are known."""
+    versions = versions_of(installation, accelerator) | _own_versions(topology)
+    _write(run_dir / VERSIONS_JSON, versions)
+    for kernel in installation.kernels.values():
+        if kernel.config is not None:
+            file = run_dir / f"{KERNEL_CONFIG}{kernel.identity[:KEPT_IDENTITY]}"
+            try:
+                file.write_bytes(kernel.config.read_bytes())
+            except OSError as error:
+                raise HostError(f"cannot write {file}: {error.strerror}") from error
+    return versions
 
 
 def _own_versions(topology: Topology) -> dict[str, Any]:
@@ -214,7 +231,8 @@ def _saved(
 def _await_hello(node: RackNode, folder: Path, timeout_s: float) -> None:
     """The race of one machine's start: its end, a panic, the deadline, the agent's hello."""
     _ = node.monitor  # QEMU is up, or the error says why not
-    node.watch.wait_ready(timeout_s)
+    if not node.watch.hello_seen:
+        node.watch.wait_ready(timeout_s)
     _ = node.agent
     # The kernel has unpacked it long ago; it holds the machine's private host key.
     (folder / node.name / INITRD).unlink(missing_ok=True)

@@ -27,11 +27,13 @@ from testbed.harness import pytest_plugin
 from testbed.harness.engines import agreement, labelled
 from testbed.harness.session import ConformanceSession
 from testbed.host.facts import host_facts
+from testbed.host.places import write_places
 from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation, parse_mutation
 from testbed.payload.collection import Payload
 from testbed.results import junit, record
 from testbed.results.ktap import KtapStream
+from testbed.results.options import ALL_ENGINES, RunOptions, write_options
 from testbed.results.table import print_table
 from testbed.results.verdicts import Outcome, Verdict
 from testbed.topology.model import to_data
@@ -111,6 +113,7 @@ def run_engines(
     """
     out = stream or sys.stdout
     ktap = KtapStream(out)
+    _keep_options(choice, run_dir, engine=ALL_ENGINES)
     writer = _Writer(run_dir, command or sys.argv)
     ktap.plan(len(sources) + 1)
     found: dict[str, list[Outcome]] = {}
@@ -159,9 +162,17 @@ def run_suites(
         InputError: no such suite or file, or no test is left to run.
     """
     ktap = KtapStream(stream or sys.stdout)
+    _keep_options(choice, run_dir)
     writer = _Writer(run_dir, command or sys.argv)
     session = _run_session(choice, source, run_dir, ktap)
     return _conclude(writer, session, ktap, run_dir, console)
+
+
+def _keep_options(choice: Choice, run_dir: Path, *, engine: str = "") -> None:
+    """What was asked, and where: what it takes to make a bundle of the run."""
+    options = RunOptions("run", tuple(choice.suites), choice.keyword, str(choice.mutation), engine)
+    write_options(options, run_dir)
+    write_places(run_dir)
 
 
 def _conclude(

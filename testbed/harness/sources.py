@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from testbed import deploy, rack
+from testbed.errors import CapabilityMissing, InputError
 from testbed.instruments.interface import Rack
-from testbed.topology.model import Topology
+from testbed.topology.engines import ENGINES
+from testbed.topology.model import Topology, with_overrides
 from testbed.topology.placement import place
 from testbed.topology.plan import RackPlan
 
@@ -55,3 +57,17 @@ class RunningSource(TopologySource):
         if topology is self.topology:
             return self._rack
         return super().start(topology, label)
+
+
+def engine_sources(
+    topology: Topology, run_dir: Path, options: deploy.StartOptions
+) -> dict[str, TopologySource | CapabilityMissing]:
+    """The same rack with each engine, or why it cannot be; each in a folder of its own."""
+    sources: dict[str, TopologySource | CapabilityMissing] = {}
+    for engine in ENGINES:
+        try:
+            other = with_overrides(topology, engine=engine)
+            sources[engine] = TopologySource(other, run_dir / engine, options=options)
+        except InputError as error:  # igb is not for more than 14 ports
+            sources[engine] = CapabilityMissing(f"a rack with {engine} engines: {error}")
+    return sources

@@ -12,7 +12,7 @@ folder, no program, no real device.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from pydantic import ValidationError
 
 from testbed.errors import Diagnostic, InputError
 from testbed.host import paths
+from testbed.reports import strangers
 from testbed.reports.checks import problems
 from testbed.reports.model import SUFFIX, Environment, Report
 from testbed.topology import load as topologies
 from testbed.topology import variables
-from testbed.topology.checks import entries_with_places
-from testbed.topology.model import Passthrough, Topology, from_data, to_data, with_overrides
+from testbed.topology.model import Topology, from_data, to_data, with_overrides
 from testbed.topology.placement import attempt
 from testbed.topology.plan import RackPlan
 from testbed.topology.problem import DataPath, Problem, listing, nearest
@@ -36,7 +36,6 @@ from testbed.topology.validation import explain
 from testbed.topology.yaml_data import Parsed, parse
 
 WHOLE = "the report"
-_KERNEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+~-]*")
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Case:
     ``variables`` the values of its ``vars:``.
     ``qemu``      another QEMU than the tool root's, or None.
     ``content``   the file's bytes.
+    ``overrides`` what the command line said over it.
     """
 
     file: str
@@ -66,6 +66,7 @@ class Case:
     variables: Mapping[str, Any]
     qemu: str | None = None
     content: bytes = field(default=b"", repr=False)
+    overrides: Overrides = field(default_factory=Overrides)
 
     @property
     def name(self) -> str:
@@ -104,8 +105,13 @@ def load_bytes(
     folder: Path,
     overrides: Overrides | None = None,
     trust: bool = False,
+    resolved: Mapping[str, Any] | None = None,
 ) -> Case:
-    """The report in the bytes of a file called ``name`` in ``folder``."""
+    """The report in the bytes of a file called ``name`` in ``folder``.
+
+    :param resolved: its topology with the environment in it, as a record keeps it, instead of what
+        the report names.
+    """
     if len(content) > topologies.MOST_FILE_BYTES:
         raise InputError(f"{name}: larger than {topologies.MOST_FILE_BYTES} bytes")
     source = decode(name, content)
@@ -122,7 +128,7 @@ def load_bytes(
     except ValidationError as error:
         raise file.error(explain(error, Report, whole=WHOLE)) from None
     overrides = overrides or Overrides()
-    topology = _Racks(file, report, folder, trust).topology()
+    topology = _Racks(file, report, folder, trust).topology(resolved)
     if (overrides.kernel, overrides.iommu_mode, overrides.engine) != (None, None, None):
         topology = with_overrides(
             topology,
@@ -137,7 +143,7 @@ def load_bytes(
     if found:
         raise file.error(found)
     qemu = overrides.qemu or report.environment.qemu
-    return Case(name, report, topology, placed.plan, dict(values), qemu, content)
+    return Case(name, report, topology, placed.plan, dict(values), qemu, content, overrides)
 
 
 @dataclass(frozen=True)
@@ -164,9 +170,11 @@ class _Racks:
     folder: Path
     trust: bool
 
-    def topology(self) -> Topology:
+    def topology(self, resolved: Mapping[str, Any] | None) -> Topology:
         """As the report wants it, its environment put in; InputError."""
         prefix: DataPath = ()
+        if resolved is not None:
+            return self._resolved(resolved)
         if isinstance(self.report.topology, Mapping):
             topology, prefix = self._inline(self.report.topology), ("topology",)
         else:
@@ -175,6 +183,20 @@ class _Racks:
         if not self.trust and (found := list(self._strange(topology, prefix))):
             raise self.file.error(found)
         return self._in_environment(topology)
+
+    def _resolved(self, data: Mapping[str, Any]) -> Topology:
+        try:
+            topology = from_data(data, folder=self.folder)
+        except ValidationError as error:
+            found: Iterable[Problem] = explain(error, Topology)
+        else:
+            found = attempt(topology).problems
+        if not found:
+            topology = self._admitted(topology, ())
+            found = () if self.trust else tuple(strangers.uses(topology, (), ()))
+        if found:
+            raise self.file.error(Problem(("topology",), p.message, p.expected) for p in found)
+        return topology
 
     def _inline(self, data: Mapping[str, Any]) -> Topology:
         if self.report.settings:
@@ -241,18 +263,10 @@ class _Racks:
 
     def _strange(self, topology: Topology, prefix: DataPath) -> Iterator[Problem]:
         """What of this host a stranger's report would use."""
-        expected = "--trust, if you do"
-        for name, node in topology.nodes.items():
-            place: DataPath = (*prefix, "nodes", name) if prefix else ("topology",)
-            if not _is_name(node.kernel):
-                message = f"the kernel '{node.kernel}' is a path on this host"
-                yield Problem((*place, "kernel"), message, expected)
-            for entry, path in entries_with_places(node.pcie, (*place, "pcie")):
-                if isinstance(entry, Passthrough):
-                    message = f"'{entry.name}' is a real device of this host"
-                    yield Problem(path, message, expected)
+        yield from strangers.uses(topology, prefix, ("topology",))
+        expected = strangers.EXPECTED
         environment = self.report.environment
-        if environment.kernel is not None and not _is_name(environment.kernel):
+        if environment.kernel is not None and not strangers.is_kernel_name(environment.kernel):
             message = f"the kernel '{environment.kernel}' is a path on this host"
             yield Problem(("environment", "kernel"), message, expected)
         if environment.qemu is not None:
@@ -291,11 +305,6 @@ def _put_environment(node: dict[str, Any], environment: Environment) -> None:
     node["kernel_args"] = [*node["kernel_args"], *environment.kernel_args]
 
 
-def _is_name(kernel: str) -> bool:
-    """A kernel from the package mirror, not one in a file (:mod:`testbed.host.prepare`)."""
-    return _KERNEL_NAME.fullmatch(kernel) is not None and not Path(kernel).exists()
-
-
 def _below(path: DataPath, problem: Problem) -> Problem:
     """The problem of a part of the report, in the whole."""
     return Problem(
@@ -305,6 +314,13 @@ def _below(path: DataPath, problem: Problem) -> Problem:
         problem.nearest,
         problem.at_key,
     )
+
+
+def is_shipped_topology(word: str) -> bool:
+    """A topology of that name comes with the testbed."""
+    from testbed.chosen_topology import shipped_topologies  # noqa: PLC0415  seldom used
+
+    return word in shipped_topologies()
 
 
 def shipped_reports() -> dict[str, Path]:

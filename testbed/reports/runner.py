@@ -12,12 +12,14 @@ from typing import Any
 
 from testbed.errors import ExitCode, HostError
 from testbed.host.facts import host_facts
+from testbed.host.places import write_places
 from testbed.instruments.interface import RackSource
 from testbed.reports.judge import Word
 from testbed.reports.load import Case
 from testbed.reports.outcome import exit_code, outcome_of, record_of
 from testbed.reports.reproduce import Finding, reproduce
 from testbed.results import junit, record
+from testbed.results.options import RunOptions, write_options
 from testbed.topology.model import to_data
 
 REPORT_YAML = "report.yaml"  # the report as it was given
@@ -84,11 +86,24 @@ def _folders(cases: Sequence[Case], run_dir: Path) -> list[Path]:
 def _keep(case: Case, folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
+        write_options(options_of(case), folder)
+        write_places(folder)
         (folder / REPORT_YAML).write_bytes(case.content)
         text = json.dumps(resolved(case), indent=1, default=str)
         (folder / REPORT_JSON).write_text(text + "\n")
     except OSError as error:
         raise HostError(f"cannot write into {folder}: {error.strerror}") from error
+
+
+def options_of(case: Case) -> RunOptions:
+    """What the command line said over the report."""
+    said = case.overrides
+    return RunOptions(
+        "repro",
+        engine=said.engine or "",
+        kernel=said.kernel or "",
+        iommu_mode=said.iommu_mode or "",
+    )
 
 
 def resolved(case: Case) -> Mapping[str, Any]:

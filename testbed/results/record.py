@@ -170,15 +170,27 @@ def load_record(path: Path) -> RunRecord:
     Raises:
         InputError: it cannot be read, is no JSON, of another version, or not of the format.
     """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        message = f"cannot be read: {error.strerror}"
+        raise InputError(diagnostics=[Diagnostic(str(path), 0, 0, message)]) from error
+    return parse_record(str(path), content)
+
+
+def parse_record(name: str, content: bytes) -> RunRecord:
+    """The record in the bytes of a file called ``name``.
+
+    Raises:
+        InputError: it is no JSON, of another version, or not of the format.
+    """
 
     def refuse(message: str, hint: str = "") -> InputError:
-        return InputError(diagnostics=[Diagnostic(str(path), 0, 0, message)], hint=hint)
+        return InputError(diagnostics=[Diagnostic(name, 0, 0, message)], hint=hint)
 
     try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise refuse(f"cannot be read: {error.strerror}") from error
-    except ValueError as error:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise refuse(f"is no JSON: {error}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA:
@@ -192,7 +204,7 @@ def load_record(path: Path) -> RunRecord:
     except ValidationError as error:
         raise InputError(
             diagnostics=[
-                Diagnostic(str(path), 0, 0, f"{'.'.join(map(str, e['loc']))}: {e['msg']}")
+                Diagnostic(name, 0, 0, f"{'.'.join(map(str, e['loc']))}: {e['msg']}")
                 for e in error.errors()
             ]
         ) from error

@@ -15,10 +15,11 @@ from testbed.chosen_topology import find_topology as find_topology  # noqa: PLC0
 from testbed.chosen_topology import load_topology as load_topology  # noqa: PLC0414
 from testbed.chosen_topology import parse_settings as parse_settings  # noqa: PLC0414
 from testbed.errors import InputError
+from testbed.topology.engines import ENGINES
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-ENGINES = ("model", "igb", "edu")
+
 IOMMU_MODES = ("off", "passthrough", "lazy", "strict")
 
 
@@ -149,6 +150,21 @@ def kernel_word(kernel: str | None, modules: str | None, tree: str | None) -> st
 def print_json(kind: str, body: Mapping[str, Any]) -> None:
     """A versioned JSON document on stdout; ``kind`` is like ``testbed.ps/1``."""
     click.echo(json.dumps({"format": kind, **body}, indent=2, default=str))
+
+
+def run_folder(output: Path | None, name: str) -> Path:
+    """The folder for what a run leaves: the one that was asked for, or a fresh one for ``name``.
+
+    :raises InputError: it cannot be made.
+    """
+    from testbed import deploy
+
+    run_dir = output or deploy.new_run_dir(name)
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
+    return run_dir
 
 
 def say(text: str) -> None:

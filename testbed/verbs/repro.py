@@ -16,6 +16,7 @@ from testbed.verbs.common import (
     override_options,
     parse_settings,
     print_json,
+    run_folder,
     say,
     settings_option,
     trust_option,
@@ -59,14 +60,19 @@ def repro(
 
     A FILE is a *.report.yaml (docs/reports.md), a folder of them, or the name of a shipped one
     (--list). SKIP names a missing capability, LOST a machine that died otherwise than reported.
+    Or FILE is a bundle (`testbed bundle`, docs/bundles.md), of a report or of suites, which is
+    replayed: what differs from where it was made is listed, and for suites REPRODUCED says that
+    each requirement ended as it did there.
 
     Exit codes suit a bisection that builds first (docs/reports.md): 0 FIXED, 1 REPRODUCED,
     125 DIFFERENT, SKIP or LOST (skip this commit), 128 ERROR (stop). With --expect: 0 as expected,
-    1 otherwise, 3 LOST, 125 SKIP, 128 ERROR. 2 is bad input.
+    1 otherwise, 3 LOST, 125 SKIP, 128 ERROR. 2 is bad input. A bundle of suites in which nothing
+    was bad is 0 if REPRODUCED.
     """
     from rich.console import Console
 
     from testbed import deploy
+    from testbed.bundle import archive, replay
     from testbed.harness.sources import TopologySource
     from testbed.reports import load, printing
     from testbed.reports.judge import Word
@@ -74,6 +80,7 @@ def repro(
     from testbed.reports.reproduce import Finding
     from testbed.reports.runner import run_reports
     from testbed.verbs.install import install
+    from testbed.verbs.replaying import replay_bundle
 
     if only_list:
         for path in load.shipped_reports().values():
@@ -83,6 +90,12 @@ def repro(
     if not files:
         raise InputError("which report?", hint="FILE…, or --list for the shipped ones")
     overrides = load.Overrides(kernel, iommu_mode, engine, qemu)
+    wanted = Word(expect.upper()) if expect else None
+    if any(archive.is_bundle(Path(word)) for word in files):
+        if len(files) > 1:
+            raise InputError("a bundle is replayed alone", hint="one FILE")
+        asked = replay.Wanted(parse_settings(settings), overrides, trust, wanted)
+        return replay_bundle(Path(files[0]), asked, output, form)
     cases: list[load.Case] = []
     wrong: list[Diagnostic] = []
     for path in [path for word in files for path in load.find_reports(word)]:
@@ -96,11 +109,7 @@ def repro(
             wrong += error.diagnostics
     if wrong:
         raise InputError(diagnostics=wrong)
-    run_dir = output or deploy.new_run_dir(cases[0].name if len(cases) == 1 else "reports")
-    try:
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
+    run_dir = run_folder(output, cases[0].name if len(cases) == 1 else "reports")
     say(f"run folder: {run_dir}")
 
     def source(case: load.Case, folder: Path) -> TopologySource:
@@ -113,7 +122,6 @@ def repro(
         if form == "text":
             click.echo("\n".join(printing.lines(case, finding)))
 
-    wanted = Word(expect.upper()) if expect else None
     findings, code = run_reports(
         cases,
         run_dir,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import click
 
-from testbed.errors import CapabilityMissing, InputError
+from testbed.errors import InputError
 from testbed.verbs.common import (
-    ENGINES,
     engine_option,
     load_topology,
     override_options,
     parse_settings,
+    run_folder,
     say,
     settings_option,
     trust_option,
@@ -100,12 +100,11 @@ def run(
     from testbed import deploy
     from testbed.harness import runner
     from testbed.harness.report_items import ReportOptions
-    from testbed.harness.sources import RunningSource, TopologySource
+    from testbed.harness.sources import RunningSource, TopologySource, engine_sources
     from testbed.instruments.mutations import parse_mutation
     from testbed.reports.load import Overrides
     from testbed.reports.model import SUFFIX
     from testbed.results import record
-    from testbed.topology.model import with_overrides
     from testbed.topology.placement import place
     from testbed.verbs.install import install_for
 
@@ -130,27 +129,16 @@ def run(
             trust=trust,
         )
     payload = words.payload(suites, kernel, place(wanted) if wanted else None)
-    run_dir = output or deploy.new_run_dir(rack or (wanted.rack if wanted else "run"))
-    try:
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
+    run_dir = run_folder(output, rack or (wanted.rack if wanted else "run"))
     overrides = Overrides(kernel, iommu_mode, None if engine == "all" else engine, qemu)
     reports = ReportOptions(parse_settings(settings) if only_reports else {}, overrides, trust)
     choice = runner.Choice(suites, keyword, chosen, reports, payload)
     stream = io.StringIO() if form == "json" else sys.stdout
-    if wanted is not None:
-        install_for([wanted], qemu=qemu)
+    installation = install_for([wanted], qemu=qemu) if wanted is not None else None
     say(f"run folder: {run_dir}")
-    options = deploy.StartOptions(trust=trust, warm=warm)
+    options = deploy.StartOptions(installation=installation, trust=trust, warm=warm)
     if wanted is not None and engine == "all":
-        sources: dict[str, TopologySource | CapabilityMissing] = {}
-        for each in ENGINES:
-            try:
-                other = with_overrides(wanted, engine=each)
-                sources[each] = TopologySource(other, run_dir / each, options=options)
-            except InputError as error:  # igb is not for more than 14 ports
-                sources[each] = CapabilityMissing(f"a rack with {each} engines: {error}")
+        sources = engine_sources(wanted, run_dir, options)
         result = runner.run_engines(choice, sources, run_dir, stream=stream)
     else:
         source = (
