@@ -35,10 +35,10 @@ from testbed.page.view import (
     shortened,
     timeline,
 )
+from testbed.results.changes import changes
 from testbed.results.record import DeviceRecord, injected
 from testbed.results.verdicts import Outcome, Verdict, combine, count
 from testbed.topology import graph, graph_svg
-from testbed.topology.units import format_size
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -86,6 +86,7 @@ def render(run_dir: Path, *, against: Path | None = None) -> str:
     :raises InputError: one of them is no run folder, or its record cannot be read.
     """
     run = load_run(run_dir)
+    earlier = load_run(against) if against is not None else None
     anchors = Anchors()
     names = {
         function.bdf: function.name
@@ -117,8 +118,9 @@ def render(run_dir: Path, *, against: Path | None = None) -> str:
         injected=injected(run.record),
         environment=_environment_of(run),
         topology=_topology_text(run.record.topology),
-        compared=None,
-        against=against,
+        judged_by_word=_is_judged_by_word(run),
+        compared=changes(earlier.record, run.record) if earlier else None,
+        against=earlier.record if earlier else None,
         style=Markup(style),  # noqa: S704  (ours)
         script=Markup(script),  # noqa: S704  (ours)
         policy=_policy(style, script),
@@ -128,7 +130,6 @@ def render(run_dir: Path, *, against: Path | None = None) -> str:
         kind_of=_kind_of,
         safe_link=safe_link,
         shortened=shortened,
-        size=format_size,
     )
 
 
@@ -141,10 +142,15 @@ def _title(run: Run) -> str:
     return str(run.record.topology.get("rack") or "a run without a rack")
 
 
+def _is_judged_by_word(run: Run) -> bool:
+    """It is all bug reports: REPRODUCED and FIXED say more than FAIL and PASS."""
+    return bool(run.record.reports) and len(run.record.reports) == len(run.record.outcomes)
+
+
 def _word(run: Run) -> str:
     """The verdict of the whole, in the words of who started it."""
     reports = run.record.reports
-    if reports and len(reports) == len(run.record.outcomes):
+    if _is_judged_by_word(run):
         words = {report.word for report in reports}
         return words.pop() if len(words) == 1 else "MIXED"
     if run.record.exit_code == 130:
@@ -276,15 +282,11 @@ def _environment_of(run: Run) -> list[tuple[str, str]]:
         rows.append(
             (name.replace("_", " "), value if isinstance(value, str) else json.dumps(value))
         )
-    rows += [
-        (
-            f"host {name}".replace("_bytes", ""),
-            format_size(value)
-            if name.endswith("_bytes") and isinstance(value, int)
-            else str(value),
-        )
-        for name, value in record.host.items()
-    ]
+    for name, value in record.host.items():
+        if name.endswith("_bytes") and isinstance(value, int):
+            rows.append((f"host {name.removesuffix('_bytes')}", f"{value / 2**30:.1f} GiB"))
+        else:
+            rows.append((f"host {name}", str(value)))
     return rows
 
 

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verbs that show what runs said: as a page, and against one another."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from testbed.errors import InputError
+from testbed.verbs.common import format_option, print_json, say
+
+DEFAULT_FILE = "page.html"
+
+
+@click.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    "-o",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
+    help=f"Where to, `-` for stdout; {DEFAULT_FILE} in the run folder if not given.",
+)
+@click.option(
+    "--against",
+    metavar="RUN",
+    type=click.Path(path_type=Path),
+    help="Also show what changed since this earlier run.",
+)
+def page(run: Path, output: Path | None, against: Path | None) -> None:
+    """Make one HTML file of the run folder RUN: verdicts, evidence, rack, peers, logs.
+
+    It needs nothing else and asks no network: open it from a disk, send it, print it. Prints the
+    file's name.
+    """
+    from testbed.page.render import render
+    from testbed.results.record import write_atomically
+
+    text = render(run, against=against)
+    if output is not None and str(output) == "-":
+        click.echo(text, nl=False)
+        return
+    target = output or run / DEFAULT_FILE
+    try:
+        write_atomically(target, text.encode(errors="replace"))
+    except OSError as error:
+        raise InputError(f"cannot write {target}: {error.strerror}") from None
+    say(f"{target} is written ({len(text) // 1024} KiB)")
+    click.echo(target)
+
+
+@click.command()
+@click.argument("before", metavar="RUN_A", type=click.Path(path_type=Path))
+@click.argument("after", metavar="RUN_B", type=click.Path(path_type=Path))
+@format_option("text", "json")
+def diff(before: Path, after: Path, form: str) -> int:
+    """Say what changed from run folder RUN_A to RUN_B: verdicts, environment, figures.
+
+    Exit codes: 0 no verdict changed (environment and figures may have), 1 some verdict is new,
+    gone, broken, fixed or otherwise, 2 one of them is no run folder.
+    """
+    from testbed.page.load import load_run
+    from testbed.results.changes import changes
+    from testbed.results.changes_text import lines
+
+    found = changes(load_run(before).record, load_run(after).record)
+    if form == "json":
+        print_json(
+            "testbed.diff/1",
+            {"before": str(before), "after": str(after), **dataclasses.asdict(found)},
+        )
+    else:
+        click.echo("\n".join(lines(found)))
+    return 0 if found.is_same else 1
