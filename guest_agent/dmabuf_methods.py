@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from guest_agent.kernel_methods import registry
-from guest_agent.p2p.dmabuf import BOUNCE_BYTES, DmaBufs
+from guest_agent.p2p.command_file import BOUNCE_BYTES
+from guest_agent.p2p.dmabuf import DmaBufs
 from guest_agent.rpc import ParameterError
 
 TYPE_CHECKING = False

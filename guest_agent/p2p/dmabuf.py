@@ -13,6 +13,7 @@ import os
 from guest_agent import sysfs
 from guest_agent.hw.binding import Binding
 from guest_agent.hw.region import Region
+from guest_agent.p2p.command_file import ANSWER_BYTES, BOUNCE_OFFSET, ask, open_file, tell
 from guest_agent.rpc import ParameterError
 
 TYPE_CHECKING = False
@@ -20,38 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 EXPORTER, IMPORTER = "dmabuf_exporter", "dmabuf_importer"
-BOUNCE_BYTES = 4096
-_BOUNCE_OFFSET = 0x100000  # of the importer's file
-_ANSWER_BYTES = 8192
 _PEEK_BYTES = 64
-
-
-def _command(fd: int, command: str) -> list[dict[str, Any]]:
-    """The answer's lines; numbers are integers. Raises OSError: the command makes no sense."""
-    try:
-        os.pwrite(fd, command.encode(), 0)
-        text = os.pread(fd, _ANSWER_BYTES, 0).decode()
-    except OSError as error:
-        raise OSError(error.errno, f"{command}: {error.strerror}") from None
-    return [
-        {key: _value(value) for key, value in (word.split("=", 1) for word in line.split())}
-        for line in text.splitlines()
-    ]
-
-
-def _value(word: str) -> int | str:
-    try:
-        return int(word, 0)
-    except ValueError:
-        return word
-
-
-def _ask(module: str, command: str) -> dict[str, Any]:
-    fd = os.open(f"/dev/{module}", os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return _command(fd, command)[0]
-    finally:
-        os.close(fd)
 
 
 class DmaBufs:
@@ -82,7 +52,7 @@ class DmaBufs:
         self._check_free(name)
         command = f"export {words}"
         if not by_child:
-            answer = _ask(EXPORTER, command)
+            answer = ask(EXPORTER, command)
             fd = answer.pop("fd", -1)
         else:
             answer, fd = _export_in_child(command)
@@ -108,7 +78,7 @@ class DmaBufs:
 
     def exporter(self, verb: str, name: str, *words: object) -> dict[str, Any]:
         """``revoke``, ``restore``, ``move`` or ``state`` of a buffer."""
-        return _ask(EXPORTER, " ".join(map(str, (verb, self.buffer(name), *words))))
+        return ask(EXPORTER, " ".join(map(str, (verb, self.buffer(name), *words))))
 
     def mmap(self, name: str, size_bytes: int) -> dict[str, Any]:
         """Map the dma-buf itself into this process and read its first bytes."""
@@ -122,8 +92,8 @@ class DmaBufs:
     def importer(self, name: str, command: str) -> list[dict[str, Any]]:
         """A command of an import; it is made by the first."""
         if name not in self._imports:
-            self._imports[name] = os.open(f"/dev/{IMPORTER}", os.O_RDWR | os.O_CLOEXEC)
-        return _command(self._imports[name], command)
+            self._imports[name] = open_file(IMPORTER)
+        return tell(self._imports[name], command)
 
     def close_import(self, name: str) -> None:
         """Unmap, detach, and forget an import."""
@@ -132,11 +102,11 @@ class DmaBufs:
 
     def put(self, name: str, data: bytes) -> None:
         """Write the memory that the importing device copies from."""
-        os.pwrite(self._imports[name], data, _BOUNCE_OFFSET)
+        os.pwrite(self._imports[name], data, BOUNCE_OFFSET)
 
     def get(self, name: str, size_bytes: int) -> bytes:
         """Read the memory that the importing device copies to."""
-        return os.pread(self._imports[name], size_bytes, _BOUNCE_OFFSET)
+        return os.pread(self._imports[name], size_bytes, BOUNCE_OFFSET)
 
     def view(self, bdf: str, bar: int, offset: int) -> Region:
         """A page of a BAR, as this machine's CPU sees it."""
@@ -176,13 +146,13 @@ def _export_in_child(command: str) -> tuple[dict[str, Any], int]:
         pid = os.fork()
         if not pid:
             try:
-                answer = _ask(EXPORTER, command)
+                answer = ask(EXPORTER, command)
                 fd = answer.pop("fd", -1)
                 socket.send_fds(theirs, [json.dumps(answer).encode()], [fd] * (fd >= 0))
             finally:
                 os._exit(0)
         theirs.close()
-        data, fds, _, _ = socket.recv_fds(ours, _ANSWER_BYTES, 1)
+        data, fds, _, _ = socket.recv_fds(ours, ANSWER_BYTES, 1)
         os.waitpid(pid, 0)
     if not data:
         raise OSError(0, f"{command}: the exporting process died")

@@ -34,6 +34,12 @@ class Mutation(StrEnum):
     NEAR_PAIR = "near-pair"
     WRONG_CPU = "wrong-cpu"
     HIDE_NEAREST = "hide-nearest"
+    # Of suite p2p-hmm.
+    HMM_MIGRATE_ALL = "hmm-migrate-all"
+    HMM_NO_CHECK = "hmm-no-check"
+    HMM_FAKE_PAGE = "hmm-fake-page"
+    HMM_ANY_GROUP = "hmm-any-group"
+    HMM_NO_GROUP = "hmm-no-group"
     # Of the protocol core in the agent (guest_agent/p2p_device/breaks.py).
     NEGO_FIRST_OFFER = "nego-first-offer"
     NEGO_SWALLOW_ERRNO = "nego-swallow-errno"
@@ -77,6 +83,11 @@ DESCRIPTIONS = {
 
 
 def parse_mutation(name: str) -> Mutation:
+    Mutation.HMM_MIGRATE_ALL: "other owners' pages are migrated, whatever way leads to them",
+    Mutation.HMM_NO_CHECK: "other owners' pages are used by bus address, and no way is looked for",
+    Mutation.HMM_FAKE_PAGE: "a device-private page itself is mapped, which is no memory",
+    Mutation.HMM_ANY_GROUP: "a device says that it is of the owner's group, and is not",
+    Mutation.HMM_NO_GROUP: "the owner's own device does not say whose it is",
     """The mutation called ``name``; "" and "none" break nothing.
 
     Raises:

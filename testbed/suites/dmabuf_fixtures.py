@@ -93,7 +93,7 @@ def opened(
             pair,
             iommu,
             through_host and not why_not_shown(iommu),
-            _bus_address(node, pair.exporter),
+            bus_address(node, pair.exporter),
             watch_machine(node),
             vfio,
         )
@@ -132,7 +132,8 @@ def _release(exchange: Exchange) -> None:
         exchange.call("release")
 
 
-def _bus_address(node: RackNode, exporter: Function) -> int:
+def bus_address(node: RackNode, exporter: Function) -> int:
+    """Where the BAR of a video memory is. CapabilityMissing: it has no address."""
     for device in node.agent.call("pci.tree")["devices"]:
         if device["bdf"] == exporter.bdf:
             for bar in device["bars"]:
