@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -140,7 +140,8 @@ def test_view(outcome: Outcome, anchor: str, names: Mapping[str, str]) -> TestVi
     figures = [item for item in outcome.evidence if isinstance(item, Counter)]
     notes = [item.text for item in outcome.evidence if isinstance(item, Note)]
     quiet = dict.fromkeys(str(i) for i in outcome.evidence if isinstance(i, NoFaultSeen))
-    longest = max(map(len, (faults, ranges, mappings, figures, notes)))
+    kinds: tuple[Sized, ...] = (faults, ranges, mappings, figures, notes)
+    longest = max(map(len, kinds))
     cut = f"only the first {MOST_ROWS} of each kind of evidence are shown"
     return TestView(
         outcome,

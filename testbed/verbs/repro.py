@@ -74,6 +74,7 @@ def repro(
     from testbed import deploy
     from testbed.bundle import archive, replay
     from testbed.harness.sources import TopologySource
+    from testbed.history.store import remember
     from testbed.reports import load, printing
     from testbed.reports.judge import Word
     from testbed.reports.outcome import record_of
@@ -131,6 +132,7 @@ def repro(
         say=say,
         found=found,
     )
+    remember(run_dir, say)
     if form == "json":
         records = [record_of(*pair, wanted) for pair in zip(cases, findings, strict=True)]
         print_json(

@@ -101,6 +101,7 @@ def run(
     from testbed.harness import runner
     from testbed.harness.report_items import ReportOptions
     from testbed.harness.sources import RunningSource, TopologySource, engine_sources
+    from testbed.history.store import remember
     from testbed.instruments.mutations import parse_mutation
     from testbed.reports.load import Overrides
     from testbed.reports.model import SUFFIX
@@ -147,6 +148,7 @@ def run(
             else TopologySource(wanted, run_dir, options=options)
         )
         result = runner.run_suites(choice, source, run_dir, stream=stream)
+    remember(run_dir, say)
     if form == "json":
         click.echo((run_dir / record.FILE_NAME).read_text())
     return result.code
