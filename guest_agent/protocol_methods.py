@@ -107,7 +107,7 @@ def protocol_open(
 ) -> dict[str, list[str]]:
     """Each member: ``{name, container, engine, iova, iova_bytes}``, addresses that are free in its
     container; a GPU's ``vram``: ``{bar, index, offset, size_bytes}``, and ``links``: numbers by
-    port. ``topology``: see ``topology_of``. ``broken``: a deliberate break (``breaks``).
+    port. ``topology``: see ``topology_from``. ``broken``: a deliberate break (``breaks``).
     """
     if agent.room is not None:
         raise ParameterError("protocol.open: there is a room already")
@@ -124,16 +124,34 @@ def protocol_open(
 
 
 @registry.method("protocol.rules")
-def protocol_rules(agent: Agent, *, policy: str = "", forwards: bool = True) -> dict[str, str]:
-    """Go on under another policy, with or without the host's answers."""
+def protocol_rules(
+    agent: Agent,
+    *,
+    policy: str = "",
+    forwards: bool = True,
+    topology: dict[str, Any] | None = None,
+) -> dict[str, str]:
+    """Go on under another policy, with or without the host's answers, with other facts."""
     from guest_agent.p2p.policies import policy_of  # noqa: PLC0415  seldom
     from guest_agent.p2p_device.room import HostForwarder  # noqa: PLC0415  seldom
 
     room = _room(agent)
+    if topology is not None:
+        room.know(topology)
     if policy:
         room.core.policy = policy_of(policy)
     room.forward(HostForwarder() if forwards else None)
     return {"policy": room.core.policy.name}
+
+
+@registry.method("protocol.break")
+def protocol_break(agent: Agent, *, name: str) -> dict[str, str]:
+    """A deliberate break (``breaks``) instead of the one in force, if any; "" mends."""
+    room = _room(agent)
+    breaks().mend()
+    breaks().apply(name)
+    room.broken = bool(name)
+    return {"broken": name}
 
 
 @registry.method("protocol.run")

@@ -128,7 +128,7 @@ if TYPE_CHECKING:
     from guest_agent.p2p.resv import Acquire, Reservation, Usage, locked
     from guest_agent.p2p.revoke import enforce, overdue, path_lost
     from guest_agent.p2p.rules import RULES, Rule, Task
-    from guest_agent.p2p.topology import Fabric, Link, TableTopology
+    from guest_agent.p2p.topology import Fabric, Link, TableTopology, topology_from
     from guest_agent.p2p.ual import FabricBackend, UalState
 
 _NAMES = {
@@ -159,7 +159,7 @@ _NAMES = {
     "resv": "Acquire Reservation Usage locked",
     "revoke": "enforce overdue path_lost",
     "rules": "RULES Rule Task",
-    "topology": "Fabric Link TableTopology",
+    "topology": "Fabric Link TableTopology topology_from",
     "ual": "FabricBackend UalState",
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -234,6 +234,8 @@ class Buffer:
                 live = attachment.live = Live(self.storage.take(), path, address)
             backend.map(live.storage.backing, path, live.address, writable=writable)
         except OSError as error:
+            if attachment.live is not None:  # an address that cannot be used is not kept
+                self.end_live(attachment, attachment.live)
             name = attachment.importer.name
             raise ReachError(f"{name} offered {path} and cannot use it: {error}", name) from error
         live.writable = writable

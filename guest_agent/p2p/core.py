@@ -57,7 +57,7 @@ class Core:
         self.unmap_timeout_ns = unmap_timeout_ns
         self.fence_timeout_ns = fence_timeout_ns
         self.buffers: dict[str, Buffer] = {}
-        self._topology = topology
+        self.topology = topology  # the next negotiation asks this one
         self.forwarder = forwarder
 
     def export(
@@ -103,7 +103,7 @@ class Core:
         with self.events.span("negotiate", subject) as span:
             try:
                 outcome = negotiate(
-                    self._topology,
+                    self.topology,
                     exporter,
                     importer,
                     self.policy,

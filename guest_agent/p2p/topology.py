@@ -15,6 +15,7 @@ from guest_agent.p2p.interconnect import FABRIC_KINDS, PRIVATE_KINDS, Facts, Kin
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping
+    from typing import Any
 
     from guest_agent.p2p.interconnect import Offer
 
@@ -67,7 +68,8 @@ class TableTopology:
     ) -> None:
         self._pcie = pcie
         self._system = system
-        self._links = {(link.kind, *end): link for link in links for end in link.ends}
+        self.links = tuple(links)
+        self._links = {(link.kind, *end): link for link in self.links for end in link.ends}
         self._fabrics = tuple(fabrics)
         self._places = places or {}
 
@@ -103,3 +105,38 @@ class TableTopology:
 
     def _fabric_of(self, device: str) -> Fabric | None:
         return next((each for each in self._fabrics if device in each.devices), None)
+
+
+def topology_from(tables: Mapping[str, Any], fabrics: Iterable[Fabric] = ()) -> TableTopology:
+    """A topology from plain data.
+
+    ``pcie``: a list of ``{exporter, importer}`` with either ``no_way`` (why) or facts; ``system``:
+    device → facts; ``links``: a list of ``{kind, name, ends, width}``. Facts are ``hops``,
+    ``redirects``, ``host_bridge``, ``iommu``, ``width``, ``distance``; see :class:`Facts`.
+
+    :raises UnknownKindError: a link of a type that is none.
+    """
+    pcie: dict[tuple[str, str], Facts | NoWay] = {
+        (each["exporter"], each["importer"]): (
+            NoWay(each["no_way"]) if each.get("no_way") else _facts(each)
+        )
+        for each in tables["pcie"]
+    }
+    system = {device: _facts(each) for device, each in tables["system"].items()}
+    return TableTopology(pcie, system, [_link(each) for each in tables["links"]], fabrics)
+
+
+def _facts(each: Mapping[str, Any]) -> Facts:
+    return Facts(
+        each["hops"],
+        tuple(each["redirects"]),
+        each["host_bridge"],
+        each["iommu"],
+        each["width"],
+        distance=each.get("distance", 0),
+    )
+
+
+def _link(each: Mapping[str, Any]) -> Link:
+    one, other = each["ends"]
+    return Link(Kind.parse(each["kind"]), each["name"], (tuple(one), tuple(other)), each["width"])

@@ -6,8 +6,23 @@ Each takes out one thing that the protocols promise, until :func:`mend`.
 
 from __future__ import annotations
 
-from guest_agent.p2p import attachment, buffer, graph, hmm, moves, negotiation, odp
+import contextlib
+
+from guest_agent.p2p import (
+    attachment,
+    buffer,
+    graph,
+    hmm,
+    matching,
+    moves,
+    negotiation,
+    odp,
+    resv,
+    revoke,
+    topology,
+)
 from guest_agent.p2p.errors import NoPathError
+from guest_agent.p2p.interconnect import PRIVATE_KINDS, Kind
 from guest_agent.p2p.report import Refusal
 from guest_agent.p2p_device import backend
 from guest_agent.rpc import ParameterError
@@ -51,6 +66,112 @@ def _swallow_errno() -> None:
         return refused and Refusal(95, refused.reason)
 
     _put(negotiation, "_ask", swallow)
+
+
+def _new_address() -> None:
+    """An address is given back with the last mapping, so that the next map finds another."""
+    unmap = buffer.Buffer.unmap
+
+    def and_forget(self: buffer.Buffer, task: Any, of: Any, mapping: Any) -> None:
+        unmap(self, task, of, mapping)
+        if of.live is mapping.live and not mapping.live.count:
+            self.end_live(of, mapping.live)
+
+    _put(buffer.Buffer, "unmap", and_forget)
+
+
+def _one_kind() -> None:
+    """All importers of a buffer use one type of interconnect: the latest ends the others' use."""
+    attach = buffer.Buffer.attach
+
+    def alone(self: buffer.Buffer, task: Any, importer: Any) -> Any:
+        made = attach(self, task, importer)
+        for each in self.attachments:
+            if each.path.kind is not made.path.kind:
+                revoke.take_away(each)
+        return made
+
+    _put(buffer.Buffer, "attach", alone)
+
+
+def _no_fall_back() -> None:
+    """What cannot be mapped is not tried another way."""
+    _put(attachment.Attachment, "map_or_fall_back", attachment.Attachment.map)
+
+
+def _unasked_host() -> None:
+    """A virtual interconnect is taken without the host's word."""
+    ask = negotiation._ask
+
+    def unasked(path: Any, *others: Any) -> Refusal | None:
+        return None if path.kind is Kind.VIRTUAL else ask(path, *others)
+
+    _put(negotiation, "_ask", unasked)
+
+
+def _any_scatter_list() -> None:
+    """A scatter list is handed to whoever wants one, wherever it leads."""
+    _put(matching, "refusal", lambda _: "")
+
+
+def _any_link() -> None:
+    """Links of one type meet, whatever they are connected to."""
+    meeting = topology.TableTopology.meeting
+
+    def anywhere(self: topology.TableTopology, offer: Any) -> Any:
+        found = meeting(self, offer)
+        return offer.kind.value if found and offer.kind in PRIVATE_KINDS else found
+
+    _put(topology.TableTopology, "meeting", anywhere)
+
+
+def _trust_static() -> None:
+    """Whoever wants device memory gets it, also who cannot let go of it."""
+    _put(buffer.Buffer, "_suited", lambda self, _: list(self.placements))
+
+
+def _believe_importer() -> None:
+    """A mapping that could not be made counts as made."""
+    whole = backend.DeviceBackend
+    map_, unmap = whole.map, whole.unmap
+
+    def believe(self: backend.DeviceBackend, *args: Any, writable: bool) -> None:
+        with contextlib.suppress(OSError):
+            map_(self, *args, writable=writable)
+
+    def forget(self: backend.DeviceBackend, *args: Any) -> None:
+        with contextlib.suppress(OSError):
+            unmap(self, *args)
+
+    _put(whole, "map", believe)
+    _put(whole, "unmap", forget)
+
+
+def _unmap_again() -> None:
+    """Who unmaps what it has unmapped is not told."""
+    unmap = buffer.Buffer.unmap
+
+    def again(self: buffer.Buffer, task: Any, of: Any, mapping: Any) -> None:
+        if not mapping.closed:
+            unmap(self, task, of, mapping)
+
+    _put(buffer.Buffer, "unmap", again)
+
+
+def _dead_fences() -> None:
+    """The fences of an importer that died stay as they are."""
+    died = buffer.Buffer.importer_died
+
+    def alone(self: buffer.Buffer, task: Any, of: Any, why: str) -> None:
+        of.fences = []
+        died(self, task, of, why)
+
+    _put(buffer.Buffer, "importer_died", alone)
+
+
+def _forgive_late() -> None:
+    """Who does not unmap in time is named, and keeps what it has."""
+    _put(revoke, "take_all_away", lambda _: None)
 
 
 def _skip_fence() -> None:
@@ -137,6 +258,49 @@ def _no_keep_alive() -> None:
     _put(odp.OnDemand, "__init__", without)
 
 
+def _fault_at_once() -> None:
+    """A page fault is served while the copy is under way."""
+    wait = resv.Reservation.wait
+
+    def at_once(self: resv.Reservation, clock: Any, usage: Any, *more: Any) -> None:
+        if usage is not resv.Usage.KERNEL:
+            wait(self, clock, usage, *more)
+
+    _put(resv.Reservation, "wait", at_once)
+
+
+def _page_over_pcie() -> None:
+    """A page is never used over a link."""
+    decide = hmm.decide
+
+    def without_owner(core: Any, page: Any, device: str, _: Any, *offers: Any) -> hmm.Decision:
+        return decide(core, page, device, None, *offers)
+
+    _put(hmm, "decide", without_owner)
+
+
+def _foreign_migrates() -> None:
+    """A page that cannot be used over a link is migrated, though PCIe would do."""
+    decide = hmm.decide
+
+    def no_pcie(core: Any, page: Any, device: str, owner: Any, own: Any, offers: Any) -> Any:
+        left = [offer for offer in offers if offer.kind is not Kind.PCIE]
+        return decide(core, page, device, owner, own, left)
+
+    _put(hmm, "decide", no_pcie)
+
+
+def _migrate_unseen() -> None:
+    """A page migrates, and who has it in its tables keeps the place where it was."""
+    migrate = hmm.Mirror._migrate
+
+    def unseen(self: hmm.Mirror, cause: int) -> None:
+        self._tables.clear()
+        migrate(self, cause)
+
+    _put(hmm.Mirror, "_migrate", unseen)
+
+
 def _any_owner() -> None:
     """A device joins the first group that has any member it is linked to."""
 
@@ -171,12 +335,27 @@ def _allow_cycle() -> None:
 BREAKS: dict[str, Callable[[], None]] = {
     "first-offer": _first_offer,
     "swallow-errno": _swallow_errno,
+    "new-address": _new_address,
+    "one-kind": _one_kind,
+    "no-fall-back": _no_fall_back,
+    "unasked-host": _unasked_host,
+    "any-scatter-list": _any_scatter_list,
+    "any-link": _any_link,
+    "trust-static": _trust_static,
+    "forgive-late": _forgive_late,
+    "believe-importer": _believe_importer,
+    "unmap-again": _unmap_again,
+    "dead-fences": _dead_fences,
     "skip-fence": _skip_fence,
     "strand-importer": _strand_importer,
     "ignore-pin": _ignore_pin,
     "half-move": _half_move,
     "keep-mapping": _keep_mapping,
     "no-keep-alive": _no_keep_alive,
+    "fault-at-once": _fault_at_once,
+    "page-over-pcie": _page_over_pcie,
+    "foreign-migrates": _foreign_migrates,
+    "migrate-unseen": _migrate_unseen,
     "any-owner": _any_owner,
     "one-address": _one_address,
     "allow-cycle": _allow_cycle,

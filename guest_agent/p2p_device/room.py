@@ -10,12 +10,12 @@ from guest_agent.p2p.attachment import Importer
 from guest_agent.p2p.clock import MonotonicClock
 from guest_agent.p2p.core import Core
 from guest_agent.p2p.hmm import OwnerGroups
-from guest_agent.p2p.interconnect import Constraints, Facts, Kind, NoWay, Offer, Placement
+from guest_agent.p2p.interconnect import Constraints, Kind, Offer, Placement
 from guest_agent.p2p.policies import policy_of
 from guest_agent.p2p.report import Refusal
 from guest_agent.p2p.resv import locked
 from guest_agent.p2p.rules import Task
-from guest_agent.p2p.topology import Link, TableTopology
+from guest_agent.p2p.topology import topology_from
 from guest_agent.p2p_device.backend import DeviceBackend
 from guest_agent.rpc import ParameterError
 
@@ -68,7 +68,7 @@ class HostForwarder:
 
 
 class Room:
-    """:param topology: ``{pcie, system, links}``: see :func:`topology_of`."""
+    """:param topology: ``{pcie, system, links}``: see :func:`topology_from`."""
 
     def __init__(
         self,
@@ -80,12 +80,13 @@ class Room:
         forwards: bool,
     ) -> None:
         clock = MonotonicClock()
-        self.links = tuple(_link(each) for each in topology["links"])
+        known = topology_from(topology)
+        self.links = known.links
         self.backend = DeviceBackend(members, buffers, clock)
         self.forwarder = HostForwarder() if forwards else None
         self.core = Core(
             self.backend,
-            topology_of(topology, self.links),
+            known,
             clock,
             policy=policy_of(policy),
             forwarder=self.forwarder,
@@ -100,6 +101,12 @@ class Room:
         self.on_demand: dict[str, OnDemand] = {}
         self.mirrors: dict[str, Mirror] = {}
         self.owners = OwnerGroups(self.are_linked)
+
+    def know(self, topology: Object[str, Any]) -> None:
+        """From now on these are the facts."""
+        known = topology_from(topology)
+        self.links = known.links
+        self.core.topology = known
 
     def forward(self, forwarder: HostForwarder | None) -> None:
         """From now on the host is asked through this one, or nobody is."""
@@ -245,39 +252,6 @@ def placements_of(name: str, words: list[str]) -> tuple[Placement, ...]:
         return tuple(Placement(word) for word in words)
     except ValueError:
         raise ParameterError(f"{name}.placements: device and system, not {words}") from None
-
-
-def topology_of(tables: Object[str, Any], links: tuple[Link, ...]) -> TableTopology:
-    """The core's topology from the host's tables.
-
-    ``pcie``: a list of ``{exporter, importer}`` with either ``no_way`` (why) or facts; ``system``:
-    device → facts. Facts are ``hops``, ``redirects``, ``host_bridge``, ``iommu``, ``width``,
-    ``distance``; see :class:`Facts`.
-    """
-    pcie: dict[tuple[str, str], Facts | NoWay] = {
-        (each["exporter"], each["importer"]): (
-            NoWay(each["no_way"]) if each.get("no_way") else _facts(each)
-        )
-        for each in tables["pcie"]
-    }
-    system = {device: _facts(each) for device, each in tables["system"].items()}
-    return TableTopology(pcie, system, links)
-
-
-def _facts(each: Object[str, Any]) -> Facts:
-    return Facts(
-        each["hops"],
-        tuple(each["redirects"]),
-        each["host_bridge"],
-        each["iommu"],
-        each["width"],
-        distance=each.get("distance", 0),
-    )
-
-
-def _link(each: Object[str, Any]) -> Link:
-    one, other = each["ends"]
-    return Link(Kind.parse(each["kind"]), each["name"], (tuple(one), tuple(other)), each["width"])
 
 
 def _named(what: str, table: Object[str, T], name: str) -> T:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from guest_agent.p2p.errors import GoneError
 from guest_agent.p2p.hmm import Mirror, Page
 from guest_agent.p2p.interconnect import Placement
 from guest_agent.p2p.odp import OnDemand
@@ -161,7 +162,11 @@ def cycle(room: Room) -> dict[str, Any]:
             "refused": {"type": type(error).__name__, "errno": error.errno, "message": str(error)},
             "begun": begun,
         }
-    one.fence.wait(clock, clock.now_ns() + 1_000_000_000)
+    try:
+        one.fence.wait(clock, clock.now_ns() + 1_000_000_000)
+    finally:  # what waits for itself would be waited for until its deadline
+        for operation in (one, two):
+            graph.fail(operation.fence, GoneError("it waits for itself"))
     return {"begun": begun}
 
 

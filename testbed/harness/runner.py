@@ -51,11 +51,17 @@ SUITES = {
         "p2p_negotiation.py",
         "p2p_negotiation_life.py",
         "p2p_negotiation_sharing.py",
+        "p2p_negotiation_bad.py",
     ),
     "p2p-fabric": ("p2p_fabric.py", "p2p_fabric_windows.py", "p2p_fabric_loss.py"),
-    "p2p-dmabuf": ("p2p_dmabuf.py", "p2p_dmabuf_life.py", "p2p_dmabuf_vfio.py"),
-}
+    "p2p-dmabuf": (
+        "p2p_dmabuf.py",
+        "p2p_dmabuf_life.py",
+        "p2p_dmabuf_moves.py",
+        "p2p_dmabuf_vfio.py",
+    ),
     "p2p-hmm": ("p2p_hmm.py",),
+}
 # Suites that run what the user brings; `all` does not mean them.
 KSELFTEST = "kselftest"
 PAYLOAD_SUITES = {KSELFTEST: ("kselftest.py",)}

@@ -24,13 +24,8 @@ from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Refuted
 from testbed.instruments.paths import DeviceWitness, PathWatch
 from testbed.results.judging import Judgement
-from testbed.topology.model import Topology
-from testbed.topology.oracle import (
-    ingress_port,
-    ports_above,
-    redirecting_ports,
-)
-from testbed.topology.plan import Function, NodePlan, RackPlan, Role
+from testbed.topology.interconnects import Offer, links_of, offers_of, tables
+from testbed.topology.plan import Function, Role
 
 EVENTS = "protocol-events.jsonl"
 BUFFERS_AT = 1 << 20  # in each video memory
@@ -40,7 +35,6 @@ PREFIX = "nego-"
 _CALL_TIMEOUT_S = 120.0  # the first loads the whole core: seconds on an emulated CPU, more if busy
 
 Step = Mapping[str, Any]
-Offer = dict[str, Any]
 
 
 def do(name: str, /, **parts: Any) -> dict[str, Any]:
@@ -51,7 +45,10 @@ def do(name: str, /, **parts: Any) -> dict[str, Any]:
 class NegotiationBoard:
     """Everything of one node opened, and a room of the protocol core in its agent."""
 
-    def __init__(self, rack: Rack, node: str, mutation: Mutation) -> None:
+    def __init__(
+        self, rack: Rack, node: str, mutation: Mutation, policy: str = "best-quality"
+    ) -> None:
+        self.policy = policy  # under which every test begins
         self.node: RackNode = rack.nodes[node]
         plan = self.node.plan
         gpus = [f for f in plan.by_role(Role.ENGINE) if f.kind == "model"]
@@ -59,6 +56,7 @@ class NegotiationBoard:
         self.gpus = [f.device for f in gpus]
         self.nics = [f.device for f in nics]
         self.links, self.link_numbers = links_of(rack.plan, node)
+        self._topology = rack.topology
         self._events_file: Path = rack.run_dir / EVENTS
         self._after = 0
         self.vram: dict[str, Memory] = {}
@@ -69,10 +67,12 @@ class NegotiationBoard:
         self.call(
             "open",
             members=members,
-            topology=tables(plan, rack.topology, self.links, [*self.gpus, *self.nics]),
+            topology=self.facts(),
+            policy=policy,
             broken=mutation.removeprefix(PREFIX) if mutation.startswith(PREFIX) else "",
         )
         self.unused: dict[str, int] = self.call("clean")["left"]
+        self.broken = ""  # the break in force, of this board alone
 
     def _open(self, index: int, function: Function) -> dict[str, Any]:
         device = function.device
@@ -146,13 +146,24 @@ class NegotiationBoard:
                 file.writelines(json.dumps({"node": self.node.name, **e}) + "\n" for e in found)
         return found
 
+    def break_(self, mutation: Mutation) -> None:
+        """Break the core until the end of the test: what it leaves in use then is no leak."""
+        self.broken = mutation
+        self.call("break", name=mutation.removeprefix(PREFIX))
+
+    def mend(self) -> None:
+        """End the break, and everything in the room; what it leaves in use counts as unused."""
+        self.unused = self.clean()["left"]
+        self.broken = ""
+        self.call("break", name="")
+
     def clean(self) -> dict[str, Any]:
         """End everything in the room, and keep its events."""
         self.events()
         ends = [end for link in self.links for end in link["ends"]]
         self.run(*(do("link", device=device, port=port, up=True) for device, port in ends))
         left: dict[str, Any] = self.call("clean")
-        self.call("rules", policy="best-quality", forwards=True)
+        self.call("rules", policy=self.policy, forwards=True, topology=self.facts())
         self.events()
         return left
 
@@ -162,23 +173,16 @@ class NegotiationBoard:
         for bench in self._benches:
             bench.close()
 
-    # --- offers
+    # --- what the core is told
+
+    def facts(self, *, trusted: bool = True) -> dict[str, Any]:
+        """The facts of all paths; ``trusted``: on a host bridge that Linux lets peers through."""
+        devices = [*self.gpus, *self.nics]
+        return tables(self.node.plan, self._topology, self.links, devices, trusted=trusted)
 
     def gpu_offers(self, device: str, *kinds: str) -> list[Offer]:
         """A GPU's list: its links, PCIe, RAM; of these ``kinds`` if any are named, in order."""
-        links = [
-            {"kind": link["kind"], "device": device, "port": port}
-            for link in self.links
-            for name, port in link["ends"]
-            if name == device
-        ]
-        known: dict[str, list[Offer]] = {
-            "link": links,
-            "pcie": [{"kind": "pcie", "device": device}],
-            "scatter-list": [{"kind": "scatter-list", "device": device}],
-            "system": [{"kind": "system", "device": device, "placements": ["system"]}],
-        }
-        return [offer for kind in kinds or ("link", "pcie", "system") for offer in known[kind]]
+        return offers_of(self.links, device, *kinds)
 
     # --- what was seen
 
@@ -211,91 +215,6 @@ def refusal_of(answers: Sequence[Any]) -> dict[str, Any] | None:
     return None
 
 
-def links_of(plan: RackPlan, node: str) -> tuple[list[dict[str, Any]], dict[tuple[str, str], int]]:
-    """The private links between GPU models of a node, as the core's tables want them; and by
-    (device, port) the GPU's own number of each, which counts all of its links.
-
-    A link is named after its ends (``gpu0-gpu1``), and so are its ports.
-    """
-    links: list[dict[str, Any]] = []
-    numbers: dict[tuple[str, str], int] = {}
-    counts: dict[str, int] = {}
-    for link in plan.topology.links:
-        ends = [(at, gpu) for at, _, gpu in (end.partition("/") for end in link.between)]
-        if not all(_is_model(plan, *end) for end in ends):
-            continue  # there is no such wire
-        inside = link.kind != "ual" and all(at == node for at, _ in ends)
-        name = "-".join(gpu for _, gpu in ends)
-        for at, gpu in ends:
-            if at != node:
-                continue
-            if inside:
-                numbers[gpu, name] = counts.get(gpu, 0)
-            counts[gpu] = counts.get(gpu, 0) + 1
-        if inside:
-            pairs = [[gpu, name] for _, gpu in ends]
-            links.append({"kind": link.kind, "name": name, "ends": pairs, "width": link.width})
-    return links, numbers
-
-
-def _is_model(plan: RackPlan, node: str, device: str) -> bool:
-    return any(f.kind == "model" for f in plan.nodes[node].of_device(device))
-
-
-def tables(
-    plan: NodePlan, topology: Topology, links: Sequence[Mapping[str, Any]], devices: Sequence[str]
-) -> dict[str, Any]:
-    """What the core is told of the node: facts of each path, from its placement."""
-    spec = topology.nodes[plan.name]
-    redirecting = redirecting_ports(plan, spec)
-    iommu = spec.iommu.kind != "none" and spec.iommu.mode not in ("off", "passthrough")
-    engines = {f.device: f for f in plan.by_role(Role.ENGINE)}
-    memories = {f.device: f for f in plan.by_role(Role.VRAM)}
-    pcie = []
-    for exporter in devices:
-        for importer in devices:
-            if exporter != importer and exporter in memories:
-                peer, requester = memories[exporter], engines[importer]
-                facts = pcie_facts(plan, requester, peer, redirecting, iommu=iommu)
-                pcie.append({"exporter": exporter, "importer": importer, **facts})
-    system = {
-        device: {
-            "hops": len(ports_above(plan, engines[device])),
-            "redirects": [],
-            "host_bridge": True,
-            "iommu": iommu,
-            "width": 16,
-        }
-        for device in devices
-    }
-    return {"pcie": pcie, "system": system, "links": list(links)}
-
-
-def pcie_facts(
-    plan: NodePlan,
-    requester: Function,
-    peer: Function,
-    redirecting: frozenset[str],
-    *,
-    iommu: bool,
-) -> dict[str, Any]:
-    """Hops, redirects and who translates, on the way of the requester's DMA to the peer."""
-    up, down = ports_above(plan, requester), ports_above(plan, peer)
-    common = [port for port in up if port in down]
-    ingress = ingress_port(plan, requester, peer)
-    redirects = [ingress.name] if ingress is not None and ingress.bdf in redirecting else []
-    host_bridge = not common or bool(redirects)
-    hops = len(up) + len(down) - 2 * len(common)
-    return {
-        "hops": hops,
-        "redirects": redirects,
-        "host_bridge": host_bridge,
-        "iommu": iommu and host_bridge,
-        "width": 16,
-        "distance": hops,
-    }
-
-
 def require_three(board: NegotiationBoard, *, chain: bool = False) -> tuple[str, str, str]:
     """``(a, b, c)``: a and b are linked, a and c are not; in a ``chain`` b and c are linked too.
 
@@ -313,4 +232,4 @@ def require_three(board: NegotiationBoard, *, chain: bool = False) -> tuple[str,
     )
 
 
-__all__ = ["NegotiationBoard", "Offer", "Step", "do", "links_of", "require_three", "tables"]
+__all__ = ["NegotiationBoard", "Offer", "Step", "do", "require_three"]

@@ -6,8 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from testbed.instruments.negotiation_board import links_of, refusal_of, tables
+from testbed.instruments.negotiation_board import refusal_of
 from testbed.topology import load
+from testbed.topology.interconnects import links_of, tables
 from testbed.topology.placement import place
 
 ROOT = Path(__file__).parents[2]

@@ -16,6 +16,7 @@ from guest_agent.p2p_device.steps import STEPS, run
 from guest_agent.rpc import ParameterError
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.negotiation_board import PREFIX
+from tests.breaks.negotiation_breaks import GUARDS
 
 EMPTY: dict[str, Any] = {"pcie": [], "system": {}, "links": []}
 
@@ -62,6 +63,10 @@ def test_a_break_changes_the_core_and_is_mended(name: str) -> None:
     assert breaks._whole
     breaks.mend()
     assert [dict(vars(e)) for e in (negotiation, moves, hmm.Mirror, hmm.OwnerGroups)] == whole
+
+
+def test_each_break_has_a_test_that_it_must_fail() -> None:
+    assert {mutation.removeprefix(PREFIX) for mutation, _, _ in GUARDS} == set(breaks.BREAKS)
 
 
 def test_each_break_is_a_mutation_and_nothing_else_is_a_break() -> None:
