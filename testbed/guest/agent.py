@@ -105,6 +105,7 @@ class AgentClient:
                     "node": self.node,
                     "method": method,
                     "params": params,
+                    "at_s": round(time.time() - elapsed_s, 3),  # since 1970, as outcomes have it
                     "elapsed_s": round(elapsed_s, 6),
                     **({"error": error} if error is not None else {"result": reply.get("result")}),
                 }

@@ -96,6 +96,7 @@ class Manifest(_Strict):
     version: int = Field(ge=1, le=1)
     toolroot: PackageSet
     toolchain: PackageSet
+    browser: PackageSet
     headers: Headers
     guest: PackageSet
     image: GuestFiles

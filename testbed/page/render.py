@@ -27,9 +27,11 @@ from testbed.page import files, logs, peers
 from testbed.page.load import RackFolder, Run, load_run, versions_of
 from testbed.page.matrix_view import MatrixView, matrix_view
 from testbed.page.view import (
+    MOST_CALLS,
     WORST_FIRST,
     Anchors,
     RequirementView,
+    calls_by_test,
     requirement_views,
     safe_link,
     shortened,
@@ -55,6 +57,9 @@ KERNEL_LOG = "kernel log, as the agent read it"
 
 # C0 and C1 controls but tab and newline; marks that turn or isolate the direction of text.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+Calls = list[Mapping[str, Any]]  # a node's observations
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,21 @@ def render(run_dir: Path, *, against: Path | None = None) -> str:
         for node in rack.plan.nodes.values()
         for function in node.functions
     }
-    requirements = requirement_views(run.record.outcomes, anchors, names)
+    observed = {rack.name: _observed(rack) for rack in run.racks}
+    made = [
+        (float(call["at_s"]), node, call)
+        for nodes in observed.values()
+        for node, some in nodes.items()
+        for call in some
+        if isinstance(call.get("at_s"), int | float)
+    ]
+    calls = calls_by_test(run.record.outcomes, made)
+    requirements = requirement_views(run.record.outcomes, anchors, names, calls)
     budget = _Budget()
-    racks = [_rack_view(run, rack, requirements, anchors, budget) for rack in run.racks]
+    racks = [
+        _rack_view(run, rack, requirements, anchors, budget, observed[rack.name])
+        for rack in run.racks
+    ]
     outcomes = run.record.outcomes
     counts = count(outcomes)
     style, script = _asset("style.css"), _asset("page.js")
@@ -125,9 +142,7 @@ def render(run_dir: Path, *, against: Path | None = None) -> str:
         script=Markup(script),  # noqa: S704  (ours)
         policy=_policy(style, script),
         version=__version__,
-        Verdict=Verdict,
-        WORST_FIRST=WORST_FIRST,
-        kind_of=_kind_of,
+        most_calls=MOST_CALLS,
         safe_link=safe_link,
         shortened=shortened,
     )
@@ -175,9 +190,9 @@ def _rack_view(
     requirements: Iterable[RequirementView],
     anchors: Anchors,
     budget: _Budget,
+    calls: Mapping[str, Calls],
 ) -> RackView:
     prefix = rack.name.removesuffix(rack.label)
-    calls = {name: _calls(folder) for name, folder in rack.nodes.items()}
     picture = table = None
     if rack.plan is not None:
         drawn = graph_svg.svg(graph.layout(rack.plan), style=False)
@@ -214,10 +229,14 @@ def _outcomes_of(run: Run, rack: RackFolder, prefix: str) -> list[Outcome]:
     return [outcome for outcome in run.record.outcomes if outcome.test.startswith(prefix)]
 
 
-def _calls(folder: Path) -> list[Mapping[str, Any]]:
+def _observed(rack: RackFolder) -> dict[str, Calls]:
+    return {name: _calls(folder) for name, folder in rack.nodes.items()}
+
+
+def _calls(folder: Path) -> Calls:
     """A node's observations; lines that are none are passed over."""
     part = files.read(folder / _OBSERVATIONS, MOST_CALLS_BYTES)
-    found: list[Mapping[str, Any]] = []
+    found: Calls = []
     for line in part.head.splitlines() if part else ():
         try:
             call = json.loads(line)
@@ -296,10 +315,6 @@ def _topology_text(topology: Mapping[str, Any]) -> str:
 
 
 # --- the template engine
-
-
-def _kind_of(part: object) -> str:
-    return type(part).__name__
 
 
 def shown(value: object) -> object:

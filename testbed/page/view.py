@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Any
 from urllib.parse import urlsplit
 
 from testbed.results.evidence import (
@@ -22,6 +25,8 @@ from testbed.results.verdicts import Outcome, Verdict, combine
 
 MOST_ROWS = 200  # of one kind of evidence of one test
 MOST_TEXT = 16_000  # characters of a traceback or a console's tail
+MOST_CALLS = 80  # of one test
+_ROUNDED_S = 0.005  # the times in a record have whole milliseconds
 WORST_FIRST = (Verdict.FAIL, Verdict.LOST, Verdict.ERROR, Verdict.SKIP, Verdict.PASS)
 
 
@@ -45,10 +50,22 @@ class FaultRow:
 
 
 @dataclass(frozen=True)
-class TestView:
-    """One test: its outcome, its evidence by kind, and where it stands in time.
+class Call:
+    """One call of a machine's agent; ``start_s`` counts from the test's start."""
 
-    ``cut``  what was left out, in words.
+    node: str
+    method: str
+    start_s: float
+    duration_s: float
+    error: str
+
+
+@dataclass(frozen=True)
+class TestView:
+    """One test: its outcome, its evidence by kind, and what was asked of its machines.
+
+    ``cut``    what was left out, in words.
+    ``calls``  of the machines' agents while it ran, in order; empty if nobody noted when.
     """
 
     outcome: Outcome
@@ -60,6 +77,7 @@ class TestView:
     figures: tuple[Counter, ...] = ()
     notes: tuple[str, ...] = ()
     cut: str = ""
+    calls: tuple[Call, ...] = ()
 
     @property
     def is_good(self) -> bool:
@@ -103,23 +121,29 @@ class Anchors:
 
 
 def requirement_views(
-    outcomes: Sequence[Outcome], anchors: Anchors, names: Mapping[str, str]
+    outcomes: Sequence[Outcome],
+    anchors: Anchors,
+    names: Mapping[str, str],
+    calls: Mapping[int, Sequence[Call]],
 ) -> list[RequirementView]:
     """Every requirement, in order of identifiers, then tests of none.
 
     :param names: what stands at an address of the rack, ``0000:03:00.1`` → ``gpu0.engine``.
+    :param calls: what was asked of machines in each test, by its position.
     """
-    groups: dict[tuple[bool, str], list[Outcome]] = {}
-    for outcome in outcomes:
+    groups: dict[tuple[bool, str], list[int]] = {}
+    for position, outcome in enumerate(outcomes):
         for requirement in outcome.requirements or ("",):
-            groups.setdefault((not requirement, requirement or outcome.test), []).append(outcome)
+            groups.setdefault((not requirement, requirement or outcome.test), []).append(position)
     views = []
-    for (_, title), group in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1])):
+    for (_, title), positions in sorted(groups.items(), key=lambda item: item[0]):
+        group = [outcomes[position] for position in positions]
         verdict = combine(outcome.verdict for outcome in group)
         reason = next(outcome.reason for outcome in group if outcome.verdict is verdict)
         anchor = anchors.new("r", title)
         tests = tuple(
-            test_view(outcome, anchors.new("t", title, outcome.test), names) for outcome in group
+            view_of_test(each, anchors.new("t", title, each.test), names, calls.get(position, ()))
+            for position, each in zip(positions, group, strict=True)
         )
         words = " ".join([title, verdict, *(o.test for o in group), *(o.reason for o in group)])
         duration_s = sum(outcome.duration_s for outcome in group)
@@ -129,7 +153,9 @@ def requirement_views(
     return views
 
 
-def test_view(outcome: Outcome, anchor: str, names: Mapping[str, str]) -> TestView:
+def view_of_test(
+    outcome: Outcome, anchor: str, names: Mapping[str, str], calls: Sequence[Call]
+) -> TestView:
     """One outcome with its evidence sorted by kind."""
     by_kind: dict[str, list[Evidence]] = {}
     for item in outcome.evidence:
@@ -153,6 +179,7 @@ def test_view(outcome: Outcome, anchor: str, names: Mapping[str, str]) -> TestVi
         tuple(figures[:MOST_ROWS]),
         tuple(notes[:MOST_ROWS]),
         cut if longest > MOST_ROWS else "",
+        tuple(calls),
     )
 
 
@@ -204,6 +231,34 @@ def shortened(text: str, most: int = MOST_TEXT) -> tuple[str, int]:
 # --- time
 
 
+def calls_by_test(
+    outcomes: Sequence[Outcome], made: Iterable[tuple[float, str, Mapping[str, Any]]]
+) -> dict[int, list[Call]]:
+    """The calls of each test by its position: those between its start and the next one's.
+
+    A session runs its tests one after the other. Calls before the first test belong to none.
+
+    :param made: each call's time, its node, and what was noted of it; in any order.
+    """
+    starts = sorted((o.started_s, position) for position, o in enumerate(outcomes) if o.started_s)
+    found: dict[int, list[Call]] = {}
+    for at_s, node, call in sorted(made, key=itemgetter(0)):
+        before = bisect_right(starts, (at_s + _ROUNDED_S, len(outcomes))) - 1
+        if before < 0:
+            continue
+        started_s, position = starts[before]
+        calls = found.setdefault(position, [])
+        if len(calls) > MOST_CALLS:
+            continue
+        error = call.get("error")
+        said = str(error.get("message", "failed")) if isinstance(error, dict) else ""
+        took = call.get("elapsed_s")
+        spent_s = float(took) if isinstance(took, int | float) else 0.0
+        since_s = max(0.0, at_s - started_s)
+        calls.append(Call(node, str(call.get("method"))[:80], since_s, spent_s, said[:300]))
+    return found
+
+
 @dataclass(frozen=True)
 class Bar:
     """A test in the timeline; ``start_s`` counts from the first test's start."""
@@ -241,7 +296,7 @@ def timeline(requirements: Sequence[RequirementView]) -> Timeline:
     bars = []
     for test in sorted(tests, key=lambda each: each.outcome.started_s):
         start_s = test.outcome.started_s - first_s
-        lane = next((n for n, end in enumerate(ends) if end <= start_s), len(ends))
+        lane = next((n for n, end in enumerate(ends) if end <= start_s + _ROUNDED_S), len(ends))
         ends[lane : lane + 1] = [start_s + test.outcome.duration_s]
         bars.append(Bar(test, start_s, test.outcome.duration_s, lane))
     return Timeline(tuple(bars), max([*ends, 0.001]), max(1, len(ends)), exact=True)
