@@ -24,9 +24,13 @@ from testbed.errors import ExitCode, Interrupted, TestbedError
 # verb → (module of testbed.verbs, section of the help)
 VERBS = {
     "run": ("run", "Judge"),
+    "matrix": ("matrix", "Judge"),
     "repro": ("repro", "Judge"),
     "bundle": ("bundle", "Judge"),
     "trace": ("trace", "Judge"),
+    "page": ("page", "Read runs"),
+    "diff": ("page", "Read runs"),
+    "history": ("history", "Read runs"),
     "up": ("racks", "Racks"),
     "down": ("racks", "Racks"),
     "ps": ("racks", "Racks"),

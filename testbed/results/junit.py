@@ -9,6 +9,7 @@ for (a guest's console is full of them) are shown as ``\\xNN``.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,6 +21,7 @@ FILE_NAME = "junit.xml"
 # XML 1.0, section 2.2: everything that is not a Char.
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
+_NUMBERS = ("tests", "failures", "errors", "skipped", "time")
 _ELEMENTS = {
     Verdict.FAIL: "failure",
     Verdict.SKIP: "skipped",
@@ -35,26 +37,47 @@ def write_junit(record: RunRecord, path: Path) -> None:
 
 def to_junit(record: RunRecord) -> bytes:
     """The XML document, UTF-8 with its declaration."""
-    counts = count(record.outcomes)
-    numbers = {
-        "tests": str(len(record.outcomes)),
-        "failures": str(counts[Verdict.FAIL]),
-        "errors": str(counts[Verdict.LOST] + counts[Verdict.ERROR]),
-        "skipped": str(counts[Verdict.SKIP]),
-        "time": f"{record.duration_s:.3f}",
-    }
-    root = ElementTree.Element("testsuites", numbers)
-    suite = ElementTree.SubElement(
-        root, "testsuite", {"name": "testbed", "timestamp": record.started, **numbers}
+    suite = suite_element(
+        "testbed",
+        record.outcomes,
+        started=record.started,
+        duration_s=record.duration_s,
+        properties={name: str(value) for name, value in sorted(record.versions.items())},
     )
-    properties = ElementTree.SubElement(suite, "properties")
-    for name, value in sorted(record.versions.items()):
-        _property(properties, name, str(value))
-    for outcome in record.outcomes:
-        _test_case(suite, outcome)
+    numbers = {name: suite.attrib[name] for name in _NUMBERS}
+    root = ElementTree.Element("testsuites", numbers)
+    root.append(suite)
     ElementTree.indent(root)
     document: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
     return document + b"\n"
+
+
+def suite_element(
+    name: str,
+    outcomes: Sequence[Outcome],
+    *,
+    started: str,
+    duration_s: float,
+    properties: Mapping[str, str],
+) -> ElementTree.Element:
+    """One ``testsuite`` with these tests in it; ``properties`` in their order."""
+    counts = count(outcomes)
+    numbers = {
+        "tests": str(len(outcomes)),
+        "failures": str(counts[Verdict.FAIL]),
+        "errors": str(counts[Verdict.LOST] + counts[Verdict.ERROR]),
+        "skipped": str(counts[Verdict.SKIP]),
+        "time": f"{duration_s:.3f}",
+    }
+    suite = ElementTree.Element(
+        "testsuite", {"name": _clean(name), "timestamp": started, **numbers}
+    )
+    parent = ElementTree.SubElement(suite, "properties")
+    for each, value in properties.items():
+        _property(parent, each, value)
+    for outcome in outcomes:
+        _test_case(suite, outcome)
+    return suite
 
 
 def _test_case(suite: ElementTree.Element, outcome: Outcome) -> None:

@@ -16,7 +16,7 @@ from testbed.results.verdicts import Verdict, combine, count
 
 _SHOWN = 3  # injected faults in the summary; the record has all
 
-_STYLES = {
+STYLES = {
     Verdict.PASS: "green",
     Verdict.FAIL: "bold red",
     Verdict.SKIP: "yellow",
@@ -36,7 +36,7 @@ def print_table(record: RunRecord, run_dir: Path, console: Console) -> None:
         passed = result.tests.get(Verdict.PASS, 0)
         table.add_row(
             result.requirement,
-            Text(result.verdict, style=_STYLES[result.verdict]),
+            Text(result.verdict, style=STYLES[result.verdict]),
             f"{passed}/{sum(result.tests.values())}",
             Text(one_line(result.reason)),
         )
@@ -44,7 +44,7 @@ def print_table(record: RunRecord, run_dir: Path, console: Console) -> None:
     for outcome in record.outcomes:
         if not outcome.requirements and outcome.verdict is not Verdict.PASS:
             console.print(
-                Text(f"{outcome.verdict} ", style=_STYLES[outcome.verdict]),
+                Text(f"{outcome.verdict} ", style=STYLES[outcome.verdict]),
                 Text(f"{outcome.test}: {one_line(outcome.reason)}"),
                 sep="",
             )

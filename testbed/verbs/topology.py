@@ -141,14 +141,18 @@ def _shell_lines(words: tuple[str, ...]) -> str:
 
 
 @click.command()
-@click.argument("what", type=click.Choice(["topology", "report"]), default="topology")
+@click.argument("what", type=click.Choice(["topology", "report", "matrix"]), default="topology")
 def schema(what: str) -> None:
-    """Print the JSON Schema of topology files, or of bug reports, for an editor."""
+    """Print the JSON Schema of topology files, bug reports or matrix files, for an editor."""
     from testbed.topology import schema as schemas
 
     document = schemas.json_schema()
     if what == "report":
-        from testbed.reports.reference import json_schema
+        from testbed.reports import reference as reports
 
-        document = json_schema()
+        document = reports.json_schema()
+    elif what == "matrix":
+        from testbed.matrix import reference as matrices
+
+        document = matrices.json_schema()
     click.echo(json.dumps(document, indent=2))

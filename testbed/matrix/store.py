@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a matrix run: what is finished, atomically; one harness at a time.
+
+``matrix.yaml``            the file as it was
+``cells/NAME/cell.json``   a finished cell; ``cells/NAME/N/`` its N-th attempt's logs and record
+``matrix.json``, ``junit.xml``, ``index.html``   the whole, made again at each end
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from testbed.errors import Diagnostic, HostError, InputError
+from testbed.host import paths
+from testbed.matrix.cells import Cell
+from testbed.matrix.records import CELL_FILE, CellRecord, load_cell, write_cell
+from testbed.topology.problem import nearest
+
+CELLS = "cells"
+COPY = "matrix.yaml"
+LOCK = "lock"
+LAST = "last"
+RUNS = "matrices"
+
+
+class Store:
+    """One run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While this harness works in it. :raises InputError: another one does."""
+        self._make(self.folder / CELLS)
+        with (self.folder / LOCK).open("w") as file:
+            os.set_inheritable(file.fileno(), False)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another testbed works on {self.folder}", hint="wait until it has ended"
+                ) from None
+            yield
+
+    def keep_file(self, content: bytes) -> None:
+        """The matrix file as it was read."""
+        (self.folder / COPY).write_bytes(content)
+
+    def finished(self, cells: Sequence[Cell]) -> dict[str, CellRecord]:
+        """By cell name, what has ended before; by key, so a changed file's new cells have not."""
+        found: dict[str, CellRecord] = {}
+        by_key = {}
+        for path in sorted((self.folder / CELLS).glob(f"*/{CELL_FILE}")):
+            try:
+                record = load_cell(path)
+            except InputError:
+                continue  # written by another version, or damaged: it runs again
+            by_key[record.key] = record
+        for cell in cells:
+            if cell.key in by_key:
+                found[cell.name] = replace(by_key[cell.key], name=cell.name)
+        return found
+
+    def attempt(self, cell: Cell) -> Path:
+        """A fresh folder for the next attempt."""
+        folder = self.folder / CELLS / cell.name
+        self._make(folder)
+        number = 1 + max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0)
+        attempt = folder / str(number)
+        self._make(attempt)
+        return attempt
+
+    def keep(self, record: CellRecord, attempt: Path | None) -> CellRecord:
+        """Note that a cell is finished; durable when this returns. :raises HostError: it cannot."""
+        folder = self.folder / CELLS / record.name
+        if attempt is not None and any(attempt.iterdir()):
+            record = replace(record, folder=str(attempt.relative_to(self.folder)))
+        try:
+            self._make(folder)
+            write_cell(record, folder)
+        except OSError as error:
+            raise HostError(f"cannot write {folder / CELL_FILE}: {error.strerror}") from error
+        return record
+
+    @staticmethod
+    def _make(folder: Path) -> None:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise HostError(f"cannot make {folder}: {error.strerror}") from error
+
+
+def runs_dir() -> Path:
+    """Where matrix runs are kept if no folder is given."""
+    return paths.state_dir() / RUNS
+
+
+def new_run(name: str) -> Path:
+    """A fresh folder's path in the state folder, not made yet."""
+    return runs_dir() / f"{name}-{secrets.token_hex(2)}"
+
+
+def find_run(word: str) -> Path:
+    """A run's folder: a path, the name of one in the state folder, or `last`.
+
+    :raises InputError: there is none.
+    """
+    if Path(word).is_dir():
+        return Path(word).resolve()
+    known = sorted(p.name for p in runs_dir().glob("*") if (p / CELLS).is_dir())
+    if word == LAST and known:
+        return runs_dir() / known[-1]
+    if word in known:
+        return runs_dir() / word
+    expected = f"a folder, {LAST}, or a run in {runs_dir()}"
+    raise InputError(
+        diagnostics=[Diagnostic(word, 0, 0, "no such run", expected, nearest(word, [*known, LAST]))]
+    )
