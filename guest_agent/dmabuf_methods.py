@@ -123,9 +123,24 @@ def _restore(agent: Agent, *, name: str) -> dict[str, Any]:
 
 
 @registry.method("dmabuf.move")
-def _move(agent: Agent, *, name: str, to: str, timeout_ms: int) -> dict[str, Any]:
-    """``to``: ``vram`` or ``system``."""
-    return _bufs(agent).exporter("move", name, to, timeout_ms)
+def _move(
+    agent: Agent, *, name: str, to: str, timeout_ms: int, copy_ms: int | None = None
+) -> dict[str, Any]:
+    """``to``: ``vram`` or ``system``; ``copy_ms``: its contents follow, behind a fence."""
+    queued = () if copy_ms is None else (copy_ms,)
+    return _bufs(agent).exporter("move", name, to, timeout_ms, *queued)
+
+
+@registry.method("dmabuf.careless")
+def _careless(agent: Agent, *, name: str, words: list[str]) -> dict[str, Any]:
+    """What the exporter shall do wrong from now on: the module's words."""
+    return _bufs(agent).exporter("careless", name, *words)
+
+
+@registry.method("dmabuf.abandon")
+def _abandon(agent: Agent, *, name: str) -> dict[str, Any]:
+    """Wrong: the exporter frees the pages of a buffer that others have mapped."""
+    return _bufs(agent).exporter("abandon", name)
 
 
 @registry.method("dmabuf.state")
@@ -146,8 +161,13 @@ def _attach(
 @registry.method("dmabuf.map")
 def _map(agent: Agent, *, name: str) -> dict[str, Any]:
     """``{errno, entries, bytes, list}``: the scatter list that the exporter made."""
-    first, *rest = _bufs(agent).importer(name, "map")
-    return {"entries": 0, "bytes": 0, **first, "list": rest}
+    return _list(_bufs(agent).importer(name, "map"))
+
+
+@registry.method("dmabuf.show")
+def _show(agent: Agent, *, name: str) -> dict[str, Any]:
+    """As ``dmabuf.map``, of what is mapped already; ENODEV if nothing is."""
+    return _list(_bufs(agent).importer(name, "show"))
 
 
 @registry.method("dmabuf.import")
@@ -204,6 +224,11 @@ def _poke(
 ) -> dict[str, Any]:
     _bufs(agent).view(device, bar, offset).write(0, bytes.fromhex(hex))
     return {}
+
+
+def _list(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    first, *rest = lines
+    return {"entries": 0, "bytes": 0, **first, "list": rest}
 
 
 def _copy(direction: str, offset: int, size_bytes: int, how: str) -> str:

@@ -77,7 +77,7 @@ class DmaBufs:
         del self._buffers[name]
 
     def exporter(self, verb: str, name: str, *words: object) -> dict[str, Any]:
-        """``revoke``, ``restore``, ``move`` or ``state`` of a buffer."""
+        """``revoke``, ``restore``, ``move``, ``state`` … of a buffer."""
         return ask(EXPORTER, " ".join(map(str, (verb, self.buffer(name), *words))))
 
     def mmap(self, name: str, size_bytes: int) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from typing import Any
 from guest_agent.pattern import pattern
 from testbed.instruments.bench import CLAIM
 from testbed.instruments.cases import route_between
+from testbed.instruments.dmabuf_breaks import Break, break_of
 from testbed.instruments.faults import FaultWatch
 from testbed.instruments.interface import RackNode
 from testbed.instruments.memory import VRAM_BAR, sha256
+from testbed.instruments.mutations import Mutation
 from testbed.instruments.paths import DeviceWitness, PathWatch
 from testbed.instruments.reasons import reasons_of
 from testbed.instruments.translations import TranslationWatch
@@ -45,6 +47,7 @@ DYNAMIC = ("dynamic",)
 PEER = ("dynamic", "peer2peer")
 REVOCABLE = (*PEER, "revocable")
 PINNED = (*PEER, "pinned")
+ON_DEMAND = (*REVOCABLE, "ondemand")
 
 STALE, WRITTEN, READ = 41, 42, 43  # seeds of patterns
 
@@ -144,6 +147,7 @@ class Exchange:
 
     ``by_iova``  the device is given addresses that the IOMMU translates.
     ``vfio``     VFIO has the exporter's function, and lets nobody else look at its memory.
+    ``mutation`` what is broken on purpose.
     """
 
     node: RackNode = field(repr=False)
@@ -153,11 +157,17 @@ class Exchange:
     bus_address: int
     machine_watched: bool
     vfio: bool = False
+    mutation: Mutation = Mutation.NONE
     _numbers: count[int] = field(default_factory=count, repr=False)
 
     def call(self, method: str, **params: Any) -> Any:
         """One of the agent's methods about dma-bufs."""
         return self.node.agent.call(f"dmabuf.{method}", **params)
+
+    @property
+    def broken(self) -> Break:
+        """What the mutation breaks here."""
+        return break_of(self.mutation)
 
     def name(self, kind: str) -> str:
         """One that was not used yet."""
@@ -177,20 +187,25 @@ class Exchange:
         """
         wanted = ranges or (Range(BUFFER_OFFSET, BUFFER_BYTES),)
         name = self.name("buffer")
+        given = self.broken.ranges([(each.offset, each.size_bytes) for each in wanted])
+        broken_mode = self.broken.modes.get(mode, mode)
         answer = self.call(
             "export",
             name=name,
             device=self.pair.exporter.bdf,
             bar=VRAM_BAR,
-            mode=mode,
-            ranges=[{"offset": r.offset, "size_bytes": r.size_bytes} for r in wanted],
-            revocable=revocable,
+            mode=broken_mode,
+            ranges=[{"offset": offset, "size_bytes": size} for offset, size in given],
+            revocable=revocable and mode == broken_mode,
             chunk_bytes=chunk_bytes,
             by_child=by_child,
         )
-        if mode == "pages" and not answer["errno"]:
+        if broken_mode == "pages" and not answer["errno"]:
             wanted = (Range(answer["offset"], wanted[0].size_bytes),)
-        return Buffer(self, name, answer["errno"], wanted)
+        buffer = Buffer(self, name, answer["errno"], wanted)
+        if self.broken.exporter and not buffer.errno:
+            buffer.call("careless", words=list(self.broken.exporter))
+        return buffer
 
     def export_vfio(self, container: int, *ranges: Range, flags: int = 0) -> Buffer:
         """As :meth:`export`, by the kernel's own VFIO exporter."""
@@ -269,6 +284,7 @@ class Buffer:
         ``options``: ``mask`` (bits of its addresses), ``delay`` (milliseconds before it unmaps).
         """
         words = [*manners, *(f"{key}={value}" for key, value in options.items())]
+        words = self.exchange.broken.manners(words)
         name = self.exchange.name("import")
         answer = self.exchange.call(
             "attach",
@@ -281,6 +297,10 @@ class Buffer:
 
     def call(self, method: str, **params: Any) -> Any:
         """``revoke``, ``restore``, ``move``, ``state``, ``mmap`` or ``close``."""
+        if method == "revoke" and self.exchange.mutation is Mutation.SKIP_REVOKE:
+            return {"fences": 0, "unmaps": 0, "fences_ns": 0, "unmaps_ns": 0, "mapped": ""}
+        if method == "close" and self.exchange.mutation is Mutation.FREE_EARLY:
+            self.exchange.call("abandon", name=self.name)
         return self.exchange.call(method, name=self.name, **params)
 
 
@@ -296,7 +316,13 @@ class Import:
 
     def map(self) -> Mapped:
         """Map the attachment; what was mapped before is remembered if this fails."""
-        answer = self.exchange.call("map", name=self.name)
+        return self._listed(self.exchange.call("map", name=self.name))
+
+    def show(self) -> Mapped:
+        """What is mapped now, by whomever; ENODEV if nothing is."""
+        return self._listed(self.exchange.call("show", name=self.name))
+
+    def _listed(self, answer: dict[str, Any]) -> Mapped:
         entries = tuple(
             Entry(each["address"], each["length"], bool(each["bus"]), bool(each["page"]))
             for each in answer["list"]

@@ -37,6 +37,7 @@ class Mutation(StrEnum):
     KEEP_PROVIDER = "keep-provider"
     KEEP_PLUGGED = "keep-plugged"
     # Of suite p2p-dmabuf; so are bar-address, wrong-page, short-map and skip-unmap.
+    NO_MISTAKE = "no-mistake"
     NULL_PAGE = "null-page"
     NO_CHECK = "no-check"
     GIVE_PAGES = "give-pages"
@@ -102,6 +103,7 @@ DESCRIPTIONS = {
     Mutation.HIDE_NEAREST: "the provider that is nearest is not on offer",
     Mutation.KEEP_PROVIDER: "a provider of memory is not unbound",
     Mutation.KEEP_PLUGGED: "a device is not pulled out of its slot",
+    Mutation.NO_MISTAKE: "exporters that are wrong on purpose are right",
     Mutation.NULL_PAGE: "the exporter lets in who needs the CPU, with a list without pages",
     Mutation.NO_CHECK: "the exporter asks nobody whether there is a path to its importer",
     Mutation.GIVE_PAGES: "a buffer for devices only has pages",

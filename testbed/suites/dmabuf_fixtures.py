@@ -17,6 +17,7 @@ from testbed.instruments.dmabuf import EXPORTER, IMPORTER, BufferPair, Exchange,
 from testbed.instruments.faults import watch_machine
 from testbed.instruments.interface import RackNode
 from testbed.instruments.memory import VRAM_BAR
+from testbed.instruments.mutations import Mutation
 from testbed.instruments.reasons import why_not_shown
 from testbed.suites.kernel_fixtures import is_trusted_amd, kernel_module
 from testbed.suites.p2p_kernel import ROUTER
@@ -33,13 +34,16 @@ ArrangeBuffers = Callable[..., Exchange]
 
 
 @pytest.fixture
-def arrange_buffers(rack: LiveRack, variant: Callable[[str], LiveRack]) -> Iterator[ArrangeBuffers]:
+def arrange_buffers(
+    rack: LiveRack, variant: Callable[[str], LiveRack], mutation: Mutation
+) -> Iterator[ArrangeBuffers]:
     """``arrange_buffers(...)``: a pair and its modules, or a SKIP that says what the rack lacks.
 
     ``routes``    which pairs show it, in this order.
     ``allowed``   False: also a pair that the kernel allows no peer-to-peer DMA.
     ``variant``   the rack's variant to use, "" for the rack itself, whose IOMMU must translate.
     ``vfio``      the exporter is left to VFIO.
+    ``broken``    what is broken on purpose, instead of what the run breaks.
     """
     with ExitStack() as stack:
 
@@ -49,6 +53,7 @@ def arrange_buffers(rack: LiveRack, variant: Callable[[str], LiveRack]) -> Itera
             allowed: bool = True,
             name: str = "",
             vfio: bool = False,
+            broken: Mutation = mutation,
         ) -> Exchange:
             live = variant(name) if name else rack
             live.get()
@@ -63,7 +68,7 @@ def arrange_buffers(rack: LiveRack, variant: Callable[[str], LiveRack]) -> Itera
             if not name and (why := why_not_shown(iommu)):
                 raise CapabilityMissing(why)
             return stack.enter_context(
-                opened(node, pair, iommu, through_host=through_host, vfio=vfio)
+                opened(node, pair, iommu, through_host=through_host, vfio=vfio, mutation=broken)
             )
 
         yield make
@@ -77,6 +82,7 @@ def opened(
     *,
     through_host: bool,
     vfio: bool = False,
+    mutation: Mutation = Mutation.NONE,
 ) -> Iterator[Exchange]:
     """Inside the block the two modules drive the pair's functions; what was made is given back.
 
@@ -96,6 +102,7 @@ def opened(
             bus_address(node, pair.exporter),
             watch_machine(node),
             vfio,
+            mutation,
         )
         stack.callback(_release, exchange)
         exchange.call("bind", device=pair.importer.bdf, module=IMPORTER)

@@ -29,6 +29,7 @@ from testbed.instruments.dmabuf import (
     Range,
     judge_errno,
 )
+from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer, Refuted
 from testbed.results.judging import PAGE_BYTES
 from testbed.suites.dmabuf_fixtures import ArrangeBuffers
@@ -48,11 +49,15 @@ class VfioExporter:
 
     def decode(self, *, on: bool) -> None:
         """Turn its memory decoding on or off."""
+        if self.exchange.mutation is Mutation.SKIP_REVOKE:
+            return
         device = self.exchange.pair.exporter.bdf
         self.exchange.call("vfio_decode", container=self.container, device=device, on=on)
 
     def reset(self) -> None:
         """Reset the function alone; CapabilityMissing if it cannot be."""
+        if self.exchange.mutation is Mutation.SKIP_REVOKE:
+            return
         exporter = self.exchange.pair.exporter
         answer = self.exchange.call("vfio_reset", container=self.container, device=exporter.bdf)
         if not answer["reset"]:

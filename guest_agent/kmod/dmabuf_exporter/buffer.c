@@ -7,6 +7,7 @@
 #include <linux/slab.h>
 
 #include "buffer.h"
+#include "plain_fence.h"
 
 DEFINE_MUTEX(buffers_lock);
 LIST_HEAD(buffers);
@@ -27,6 +28,7 @@ static bool can_use_vram(struct dma_buf_attachment *attach)
 }
 
 #define ATTACH_MOVE_MS 2000
+#define COPY_NOW (-1)
 
 static int buffer_attach(struct dma_buf *dmabuf, struct dma_buf_attachment *attach)
 {
@@ -45,11 +47,13 @@ static int buffer_attach(struct dma_buf *dmabuf, struct dma_buf_attachment *atta
 	case PAGES:
 		return reachable(buffer, attach->dev) ? 0 : -EOPNOTSUPP;
 	case PROVIDER:
+	case WRAP_LENGTH:
+	case WRAP_OFFSET:
 		return can_use_vram(attach) ? 0 : -EOPNOTSUPP;
 	case MOVABLE:
 		if (can_use_vram(attach) || in_system)
 			return 0;
-		return buffer_move(buffer, true, ATTACH_MOVE_MS);
+		return buffer_move(buffer, true, ATTACH_MOVE_MS, COPY_NOW);
 	default:
 		return 0;
 	}
@@ -70,14 +74,26 @@ static void buffer_unpin(struct dma_buf_attachment *attach)
 static struct sg_table *map_table(struct buffer *buffer, struct dma_buf_attachment *attach,
 				  enum dma_data_direction direction)
 {
+	struct sg_table *table;
+	int error;
+
+	if (buffer->mode == PAGES && !buffer->memory)
+		return ERR_PTR(-ENODEV);
 	if (buffer->mode == PAGES || buffer->in_system)
 		return memory_map_pages(buffer, attach->dev, direction);
 	if (buffer->mode == BUS_ADDRESS || buffer->mode == NO_CHECK)
 		return memory_map_addresses(buffer, attach->dev, direction);
 	if (buffer->mode == MOVABLE && !can_use_vram(attach))
 		return ERR_PTR(-EBUSY);	/* it was moved back since this one attached */
-	return dma_buf_phys_vec_to_sgt(attach, buffer->provider, buffer->ranges, buffer->count,
-				       buffer->size, direction);
+	table = dma_buf_phys_vec_to_sgt(attach, buffer->provider, buffer->ranges, buffer->count,
+					buffer->size, direction);
+	if (IS_ERR(table) || (buffer->mode != WRAP_LENGTH && buffer->mode != WRAP_OFFSET))
+		return table;
+	error = wrap_table(buffer, table);
+	if (!error)
+		return table;
+	dma_buf_free_sgt(attach, table, direction);
+	return ERR_PTR(error);
 }
 
 static struct sg_table *buffer_map(struct dma_buf_attachment *attach,
@@ -87,7 +103,7 @@ static struct sg_table *buffer_map(struct dma_buf_attachment *attach,
 	struct mapping *mapping;
 	struct sg_table *table;
 
-	if (buffer->revoked || !buffer->live)
+	if ((buffer->revoked && !(buffer->careless & KEEP_OPEN)) || !buffer->live)
 		return ERR_PTR(-ENODEV);
 	mapping = kzalloc(sizeof(*mapping), GFP_KERNEL);
 	if (!mapping)
@@ -110,7 +126,8 @@ static void buffer_unmap(struct dma_buf_attachment *attach, struct sg_table *tab
 	struct buffer *buffer = buffer_of(attach->dmabuf);
 	struct mapping *mapping, *next;
 	bool provided = buffer->mode == PROVIDER || buffer->mode == NULL_PAGE ||
-			buffer->mode == MOVABLE;
+			buffer->mode == MOVABLE || buffer->mode == WRAP_LENGTH ||
+			buffer->mode == WRAP_OFFSET;
 
 	list_for_each_entry_safe(mapping, next, &buffer->mappings, node) {
 		if (mapping->table != table)
@@ -129,6 +146,7 @@ static void buffer_unmap(struct dma_buf_attachment *attach, struct sg_table *tab
 
 void buffer_free(struct buffer *buffer)
 {
+	buffer_end_copy(buffer);
 	if (buffer->memory)
 		pci_free_p2pmem(buffer->pdev, buffer->memory, buffer->size);
 	memory_put_system(buffer);
@@ -182,7 +200,10 @@ static struct released let_go(struct buffer *buffer, unsigned int timeout_ms)
 
 	list_for_each_entry(attach, &buffer->dmabuf->attachments, node)
 		released.told += dma_buf_attach_revocable(attach);
-	dma_buf_invalidate_mappings(buffer->dmabuf);
+	if (!(buffer->careless & NO_TELL))
+		dma_buf_invalidate_mappings(buffer->dmabuf);
+	if (buffer->careless & NO_WAIT)
+		return released;
 	left = dma_resv_wait_timeout(resv, DMA_RESV_USAGE_BOOKKEEP, false,
 				     msecs_to_jiffies(timeout_ms));
 	released.fences_ns = ktime_get_ns() - began;
@@ -208,7 +229,57 @@ struct released buffer_revoke(struct buffer *buffer, unsigned int timeout_ms)
 	return released;
 }
 
-int buffer_move(struct buffer *buffer, bool to_system, unsigned int timeout_ms)
+/* Runs without the reservation lock: whoever has a mapping waits for the fence. */
+void buffer_copy_later(struct work_struct *work)
+{
+	struct buffer *buffer = container_of(work, struct buffer, copy.work);
+	int error = buffer->careless & NO_COPY ? 0 : memory_copy(buffer, buffer->in_system);
+
+	if (buffer->careless & EARLY_FENCE)
+		return;
+	if (error)
+		dma_fence_set_error(buffer->copying, error);
+	dma_fence_signal(buffer->copying);
+}
+
+/* A copy that has not begun is not made any more; one that has is waited for. */
+void buffer_end_copy(struct buffer *buffer)
+{
+	if (!buffer->copying)
+		return;
+	if (cancel_delayed_work_sync(&buffer->copy) && !dma_fence_is_signaled(buffer->copying)) {
+		dma_fence_set_error(buffer->copying, -ENODEV);
+		dma_fence_signal(buffer->copying);
+	}
+	dma_fence_put(buffer->copying);
+	buffer->copying = NULL;
+}
+
+/* Called with the reservation lock held, like the copy at once. */
+static int queue_copy(struct buffer *buffer, unsigned int copy_ms)
+{
+	struct dma_fence *fence;
+
+	buffer_end_copy(buffer);	/* which has been waited for: its fence is in the reservation */
+	fence = plain_fence_in(buffer->dmabuf->resv, DMA_RESV_USAGE_KERNEL);
+	if (IS_ERR(fence))
+		return PTR_ERR(fence);
+	buffer->copying = fence;
+	if (buffer->careless & EARLY_FENCE)
+		dma_fence_signal(fence);
+	schedule_delayed_work(&buffer->copy, msecs_to_jiffies(copy_ms));
+	return 0;
+}
+
+/* A copy in "copy_ms" is queued behind a fence; COPY_NOW: it is made before this returns. */
+static int copy_contents(struct buffer *buffer, bool to_system, int copy_ms)
+{
+	if (copy_ms != COPY_NOW)
+		return queue_copy(buffer, copy_ms);
+	return buffer->careless & NO_COPY ? 0 : memory_copy(buffer, to_system);
+}
+
+int buffer_move(struct buffer *buffer, bool to_system, unsigned int timeout_ms, int copy_ms)
 {
 	struct released released;
 	int error = 0;
@@ -220,13 +291,13 @@ int buffer_move(struct buffer *buffer, bool to_system, unsigned int timeout_ms)
 		error = -ENODEV;
 	else if (buffer->in_system == to_system)
 		goto done;
-	else if (buffer->pins)
+	else if (buffer->pins && !(buffer->careless & IGNORE_PIN))
 		error = -EBUSY;
 	if (error)
 		goto done;
 	buffer->revoked = true;	/* so that nobody maps it meanwhile */
 	released = let_go(buffer, timeout_ms);
-	error = released.fences ?: released.unmaps ?: memory_copy(buffer, to_system);
+	error = released.fences ?: released.unmaps ?: copy_contents(buffer, to_system, copy_ms);
 	if (!error)
 		buffer->in_system = to_system;
 	buffer->revoked = false;

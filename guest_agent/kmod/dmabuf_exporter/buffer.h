@@ -9,6 +9,7 @@
 #include <linux/pci.h>
 #include <linux/types.h>
 #include <linux/wait.h>
+#include <linux/workqueue.h>
 
 /*
  * How a buffer is exported.
@@ -19,8 +20,31 @@
  * NULL_PAGE	wrong: as PROVIDER, but whoever asks for the CPU's sake is let in, too
  * BUS_ADDRESS	wrong: nothing is mapped; importers get the BAR's own address
  * NO_CHECK	wrong: mapped for anyone, whatever p2pdma thinks of the path
+ * WRAP_LENGTH	wrong: as PROVIDER, of whose lists lengths had 32 bits until they were mended
+ * WRAP_OFFSET	wrong: as PROVIDER, of whose lists offsets had 32 bits until they were mended
  */
-enum mode { PAGES, PROVIDER, MOVABLE, NULL_PAGE, BUS_ADDRESS, NO_CHECK };
+enum mode {
+	PAGES, PROVIDER, MOVABLE, NULL_PAGE, BUS_ADDRESS, NO_CHECK, WRAP_LENGTH, WRAP_OFFSET
+};
+
+/*
+ * What else an exporter does wrong, on purpose.
+ *
+ * NO_TELL	importers are not told that their mappings end
+ * NO_WAIT	neither fences nor unmapping are waited for
+ * KEEP_OPEN	what was revoked can be mapped again
+ * IGNORE_PIN	what is pinned moves
+ * NO_COPY	a move leaves the contents behind
+ * EARLY_FENCE	a move's fence signals before its copy is made
+ */
+enum careless {
+	NO_TELL = BIT(0),
+	NO_WAIT = BIT(1),
+	KEEP_OPEN = BIT(2),
+	IGNORE_PIN = BIT(3),
+	NO_COPY = BIT(4),
+	EARLY_FENCE = BIT(5),
+};
 
 /*
  * One exported buffer. Below "mappings", everything is guarded by the reservation lock.
@@ -31,6 +55,8 @@ enum mode { PAGES, PROVIDER, MOVABLE, NULL_PAGE, BUS_ADDRESS, NO_CHECK };
  * @memory	PAGES: where p2pmem was allocated
  * @system	MOVABLE: the same number of pages of system memory
  * @pins	MOVABLE: importers that must not see it move
+ * @copy	MOVABLE: copies the contents to where the buffer is by then
+ * @copying	signals when that is done; memory management's (KERNEL) in the reservation
  */
 struct buffer {
 	struct list_head node;
@@ -50,6 +76,9 @@ struct buffer {
 	bool revoked;
 	bool in_system;
 	unsigned int pins;
+	unsigned int careless;
+	struct delayed_work copy;
+	struct dma_fence *copying;
 	unsigned int count;
 	struct phys_vec ranges[] __counted_by(count);
 };
@@ -76,7 +105,9 @@ extern const struct dma_buf_ops for_devices, for_all;
 struct buffer *buffer_of(struct dma_buf *dmabuf);
 void buffer_free(struct buffer *buffer);
 struct released buffer_revoke(struct buffer *buffer, unsigned int timeout_ms);
-int buffer_move(struct buffer *buffer, bool to_system, unsigned int timeout_ms);
+int buffer_move(struct buffer *buffer, bool to_system, unsigned int timeout_ms, int copy_ms);
+void buffer_copy_later(struct work_struct *work);
+void buffer_end_copy(struct buffer *buffer);
 
 int memory_get_system(struct buffer *buffer);
 void memory_put_system(struct buffer *buffer);
@@ -90,5 +121,7 @@ struct sg_table *memory_map_addresses(struct buffer *buffer, struct device *devi
 				      enum dma_data_direction direction);
 void memory_unmap(struct buffer *buffer, struct device *device, struct sg_table *table,
 		  enum dma_data_direction direction);
+
+int wrap_table(struct buffer *buffer, struct sg_table *table);
 
 #endif

@@ -7,13 +7,19 @@
  *   export FUNCTION BAR MODE REVOCABLE CHUNK OFFSET:LENGTH...	→ fd size offset
  *   revoke FD MS		no more mappings; wait for fences and unmapping
  *   restore FD			mappings again
- *   move FD vram|system MS	a movable buffer
+ *   move FD vram|system MS [COPY_MS]	a movable buffer; with COPY_MS its contents follow that much
+ *				later, behind a fence
  *   state FD			who has it mapped, and where it is
+ *   careless FD WORD...		do more things wrong: no-tell no-wait keep-open ignore-pin no-copy
+ *				early-fence (buffer.h)
+ *   abandon FD			wrong: give its pages away while others have them mapped
  *
- * MODE is pages, provider, movable, or one of the wrong ones: null-page, bus-address, no-check
- * (buffer.h); CHUNK is for no-check: how much it maps at once, 0 for all. With REVOCABLE 1 only importers that can be told of a revoke may attach. Of pages the
- * kernel chooses the offset. A function is driven by this module through driver_override;
- * unbinding it revokes all its buffers, for good.
+ * MODE is pages, provider, movable, or one of the wrong ones: null-page, bus-address, no-check,
+ * wrap-length, wrap-offset
+ * (buffer.h); CHUNK is for no-check: how much it maps at once, 0 for all. With REVOCABLE 1 only
+ * importers that can be told of a revoke may attach. Of pages the kernel chooses the offset. A
+ * function is driven by this module through driver_override; unbinding it revokes all its buffers,
+ * for good.
  */
 
 #include <linux/dma-resv.h>
@@ -36,6 +42,12 @@ static const char * const mode_names[] = {
 	[NULL_PAGE] = "null-page",
 	[BUS_ADDRESS] = "bus-address",
 	[NO_CHECK] = "no-check",
+	[WRAP_LENGTH] = "wrap-length",
+	[WRAP_OFFSET] = "wrap-offset",
+};
+
+static const char * const careless_names[] = {
+	"no-tell", "no-wait", "keep-open", "ignore-pin", "no-copy", "early-fence",
 };
 
 static struct pci_driver driver;
@@ -159,6 +171,7 @@ static int do_export(void *context, struct answer *answer, int count, char **wor
 	buffer->live = true;
 	INIT_LIST_HEAD(&buffer->mappings);
 	init_waitqueue_head(&buffer->unmapped);
+	INIT_DELAYED_WORK(&buffer->copy, buffer_copy_later);
 
 	device_lock(&pdev->dev);
 	fd = pdev->dev.driver == &driver.driver ? prepare(buffer, bar, words + 5) : -EPERM;
@@ -203,8 +216,9 @@ static void say_mappings(struct answer *answer, struct buffer *buffer)
 	list_for_each_entry(mapping, &buffer->mappings, node)
 		say(answer, "%s%s", mapping->node.prev == &buffer->mappings ? "" : ",",
 		    dev_name(mapping->attach->dev));
-	say(answer, " revoked=%d in_system=%d pins=%u\n", buffer->revoked, buffer->in_system,
-	    buffer->pins);
+	say(answer, " revoked=%d in_system=%d pins=%u copying=%d\n", buffer->revoked,
+	    buffer->in_system, buffer->pins,
+	    buffer->copying && !dma_fence_is_signaled(buffer->copying));
 	dma_resv_unlock(buffer->dmabuf->resv);
 }
 
@@ -248,14 +262,60 @@ static int do_move(void *context, struct answer *answer, int count, char **words
 {
 	struct buffer *buffer;
 	unsigned int timeout_ms;
+	int copy_ms = -1;
 
-	if (count != 3 || kstrtouint(words[2], 0, &timeout_ms) ||
+	if (count < 3 || count > 4 || kstrtouint(words[2], 0, &timeout_ms) ||
+	    (count == 4 && (kstrtoint(words[3], 0, &copy_ms) || copy_ms < 0)) ||
 	    (strcmp(words[1], "vram") && strcmp(words[1], "system")))
 		return -EINVAL;
 	buffer = buffer_by_fd(words[0]);
 	if (IS_ERR(buffer))
 		return PTR_ERR(buffer);
-	say_errno(answer, buffer_move(buffer, !strcmp(words[1], "system"), timeout_ms));
+	say_errno(answer, buffer_move(buffer, !strcmp(words[1], "system"), timeout_ms, copy_ms));
+	dma_buf_put(buffer->dmabuf);
+	return 0;
+}
+
+static int do_careless(void *context, struct answer *answer, int count, char **words)
+{
+	unsigned int careless = 0;
+	struct buffer *buffer;
+	int i, which;
+
+	if (count < 2)
+		return -EINVAL;
+	for (i = 1; i < count; i++) {
+		which = match_string(careless_names, ARRAY_SIZE(careless_names), words[i]);
+		if (which < 0)
+			return -EINVAL;
+		careless |= BIT(which);
+	}
+	buffer = buffer_by_fd(words[0]);
+	if (IS_ERR(buffer))
+		return PTR_ERR(buffer);
+	dma_resv_lock(buffer->dmabuf->resv, NULL);
+	buffer->careless = careless;
+	dma_resv_unlock(buffer->dmabuf->resv);
+	say_errno(answer, 0);
+	dma_buf_put(buffer->dmabuf);
+	return 0;
+}
+
+static int do_abandon(void *context, struct answer *answer, int count, char **words)
+{
+	struct buffer *buffer;
+
+	if (count != 1)
+		return -EINVAL;
+	buffer = buffer_by_fd(words[0]);
+	if (IS_ERR(buffer))
+		return PTR_ERR(buffer);
+	dma_resv_lock(buffer->dmabuf->resv, NULL);
+	if (buffer->memory)
+		pci_free_p2pmem(buffer->pdev, buffer->memory, buffer->size);
+	buffer->memory = NULL;
+	dma_resv_unlock(buffer->dmabuf->resv);
+	say_errno(answer, 0);
 	dma_buf_put(buffer->dmabuf);
 	return 0;
 }
@@ -280,6 +340,8 @@ static const struct command commands[] = {
 	{ "restore", do_restore },
 	{ "move", do_move },
 	{ "state", do_state },
+	{ "careless", do_careless },
+	{ "abandon", do_abandon },
 };
 
 struct session {
@@ -368,6 +430,7 @@ static void driver_remove(struct pci_dev *pdev)
 		buffer->live = false;
 		buffer->provider = NULL;
 		dma_resv_unlock(buffer->dmabuf->resv);
+		buffer_end_copy(buffer);
 		if (buffer->memory)
 			pci_free_p2pmem(pdev, buffer->memory, buffer->size);
 		buffer->memory = NULL;
@@ -398,6 +461,7 @@ static void __exit exporter_exit(void)
 {
 	misc_deregister(&device);
 	pci_unregister_driver(&driver);
+	rcu_barrier();	/* fences name functions of ours until they are freed */
 }
 module_exit(exporter_exit);
 

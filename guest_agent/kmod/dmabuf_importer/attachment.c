@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /* An importer's side of a dma-buf: attach, map, use by device or CPU, be told that it ends. */
 
+#include <linux/delay.h>
 #include <linux/dma-mapping.h>
 #include <linux/dma-resv.h>
 #include <linux/iosys-map.h>
@@ -11,9 +12,12 @@
 #include <linux/slab.h>
 
 #include "importer.h"
+#include "plain_fence.h"
 
 #define SHOWN_ENTRIES	64
 #define FENCE_WAIT_MS	5000
+#define FAULT_TRIES	100
+#define FAULT_TRY_MS	10
 
 /* The reservation lock is held. */
 static void unmap_now(struct import *import)
@@ -55,18 +59,6 @@ static const struct dma_buf_attach_ops importer_ops[2][2] = {	/* [peer2peer][rev
 	  { .allow_peer2peer = true, .invalidate_mappings = invalidate } },
 };
 
-static const char *fence_name(struct dma_fence *fence)
-{
-	return "dmabuf_importer";
-}
-
-static const struct dma_fence_ops fence_ops = {
-	.get_driver_name = fence_name,
-	.get_timeline_name = fence_name,
-};
-
-static DEFINE_SPINLOCK(fence_lock);
-
 static void signal_later(struct work_struct *work)
 {
 	struct import *import = container_of(work, struct import, signal.work);
@@ -96,6 +88,8 @@ int import_attach(struct import *import, struct engine *engine, int fd,
 	import->engine = engine;
 	import->manners = *manners;
 	import->invalidated = 0;
+	import->faults = 0;
+	import->fault_ns = import->waited_ns = 0;
 	if (manners->dynamic)
 		attach = dma_buf_dynamic_attach(
 			import->dmabuf, device,
@@ -173,38 +167,78 @@ static int remember(struct import *import, struct sg_table *table)
 	return 0;
 }
 
-int import_map(struct import *import)
+/*
+ * A dynamic importer may have been given what is still being moved or cleared. Before it touches
+ * that, it waits for the fences of memory management; so do we, before each access.
+ */
+static int wait_for_contents(struct import *import)
+{
+	u64 began = ktime_get_ns();
+	long left;
+
+	if (import->manners.hasty)
+		return 0;
+	left = dma_resv_wait_timeout(import->dmabuf->resv, DMA_RESV_USAGE_KERNEL, false,
+				     msecs_to_jiffies(FENCE_WAIT_MS));
+	import->waited_ns = ktime_get_ns() - began;
+	return left > 0 ? 0 : left ?: -ETIMEDOUT;
+}
+
+/* The reservation lock is held. */
+static int map_now(struct import *import)
 {
 	struct sg_table *table;
-	int error = 0;
+	int error;
 	u64 began;
-	long left;
+
+	if (import->table)
+		return -EBUSY;
+	began = ktime_get_ns();
+	table = dma_buf_map_attachment(import->attach, DMA_BIDIRECTIONAL);
+	import->map_ns = ktime_get_ns() - began;
+	if (IS_ERR(table))
+		return PTR_ERR(table);
+	import->pending = !dma_resv_test_signaled(import->dmabuf->resv, DMA_RESV_USAGE_KERNEL);
+	import->table = table;
+	error = remember(import, table);
+	if (error)
+		unmap_now(import);
+	return error;
+}
+
+int import_map(struct import *import)
+{
+	int error;
 
 	if (!import->attach)
 		return -ENOTCONN;
 	dma_resv_lock(import->dmabuf->resv, NULL);
-	if (import->table) {
-		error = -EBUSY;
-		goto unlock;
-	}
-	began = ktime_get_ns();
-	table = dma_buf_map_attachment(import->attach, DMA_BIDIRECTIONAL);
-	import->map_ns = ktime_get_ns() - began;
-	if (IS_ERR(table)) {
-		error = PTR_ERR(table);
-		goto unlock;
-	}
-	import->table = table;
-	error = remember(import, table);
-	/* A dynamic importer may have been given what is still being moved or cleared. */
-	left = dma_resv_wait_timeout(import->dmabuf->resv, DMA_RESV_USAGE_KERNEL, false,
-				     msecs_to_jiffies(FENCE_WAIT_MS));
-	if (left <= 0)
-		error = left ?: -ETIMEDOUT;
-	if (error)
-		unmap_now(import);
-unlock:
+	error = map_now(import);
 	dma_resv_unlock(import->dmabuf->resv);
+	return error;
+}
+
+/*
+ * The device found nothing mapped: wait for the contents, and map. The engine's lock is not held:
+ * who moves the buffer meanwhile waits for an unmapping, which takes it.
+ */
+static int import_fault(struct import *import)
+{
+	u64 began = ktime_get_ns();
+	int error = -ENODEV, tries;
+
+	/* While the buffer is on the move nobody maps it; one that was revoked stays so. */
+	for (tries = 0; error == -ENODEV && tries < FAULT_TRIES; tries++) {
+		if (tries)
+			msleep(FAULT_TRY_MS);
+		dma_resv_lock(import->dmabuf->resv, NULL);
+		error = wait_for_contents(import) ?: map_now(import);
+		dma_resv_unlock(import->dmabuf->resv);
+	}
+	if (error == -EBUSY)	/* by somebody else */
+		return 0;
+	import->fault_ns = ktime_get_ns() - began;
+	import->faults += !error;
 	return error;
 }
 
@@ -220,26 +254,18 @@ void import_unmap(struct import *import)
 /* Keep the buffer busy (BOOKKEEP) until some time has gone by. */
 int import_fence(struct import *import, unsigned int after_ms)
 {
+	struct dma_fence *fence;
 	struct dma_resv *resv;
-	int error;
 
 	if (!import->attach || import->fence)
 		return import->fence ? -EBUSY : -ENOTCONN;
 	resv = import->dmabuf->resv;
-	import->fence = kzalloc(sizeof(*import->fence), GFP_KERNEL);
-	if (!import->fence)
-		return -ENOMEM;
-	dma_fence_init(import->fence, &fence_ops, &fence_lock, dma_fence_context_alloc(1), 1);
 	dma_resv_lock(resv, NULL);
-	error = dma_resv_reserve_fences(resv, 1);
-	if (!error)
-		dma_resv_add_fence(resv, import->fence, DMA_RESV_USAGE_BOOKKEEP);
+	fence = plain_fence_in(resv, DMA_RESV_USAGE_BOOKKEEP);
 	dma_resv_unlock(resv);
-	if (error) {
-		dma_fence_put(import->fence);
-		import->fence = NULL;
-		return error;
-	}
+	if (IS_ERR(fence))
+		return PTR_ERR(fence);
+	import->fence = fence;
 	schedule_delayed_work(&import->signal, msecs_to_jiffies(after_ms));
 	return 0;
 }
@@ -296,11 +322,20 @@ int import_dma(struct import *import, bool to_buffer, u64 offset, size_t size, b
 	size_t done = 0;
 	int error = 0;
 
-	if (!engine || !import->pieces)
+	if (!engine || !import->attach || (!import->pieces && !import->manners.ondemand))
 		return -ENOTCONN;
-	mutex_lock(&engine->lock);
-	if (!stale && !READ_ONCE(import->table))
-		error = -ENODEV;
+	while (true) {
+		mutex_lock(&engine->lock);
+		/* Under this lock who was told unmaps nothing. */
+		if (stale || READ_ONCE(import->table) || !import->manners.ondemand)
+			break;
+		mutex_unlock(&engine->lock);
+		error = import_fault(import);
+		if (error)
+			return error;
+	}
+	if (!stale)
+		error = READ_ONCE(import->table) ? wait_for_contents(import) : -ENODEV;
 	while (!error && done < size) {
 		dma_addr_t theirs, ours = engine->bounce_at + done;
 		u64 left = find_piece(import, offset + done, &theirs);
@@ -342,6 +377,7 @@ int import_cpu_pages(struct import *import, bool to_buffer, u64 offset, size_t s
 		error = -ENODEV;
 	else if (!import->table->orig_nents)
 		error = -EOPNOTSUPP;
+	error = error ?: wait_for_contents(import);
 	if (error)
 		goto unlock;
 	for_each_sgtable_sg(import->table, entry, i) {

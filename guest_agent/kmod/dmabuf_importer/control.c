@@ -6,9 +6,10 @@
  * one buffer. At offset 0x100000 of the file are the 4 KiB of memory that the device copies from
  * and to.
  *
- *   attach FUNCTION FD WORD...		words: dynamic peer2peer revocable pinned stubborn
- *					delay=MS mask=BITS
+ *   attach FUNCTION FD WORD...		words: dynamic peer2peer revocable pinned ondemand
+ *					stubborn hasty delay=MS mask=BITS (importer.h)
  *   map | unmap | detach
+ *   show				the list that is mapped now, as map answers
  *   dma to|from OFFSET SIZE [stale]	the device copies into the buffer, or out of it
  *   cpu to|from OFFSET SIZE pages|vmap	the CPU does
  *   fence MS				keep the buffer busy that long
@@ -46,6 +47,10 @@ static int parse_manners(struct manners *manners, int count, char **words)
 			manners->pinned = true;
 		else if (!strcmp(words[i], "stubborn"))
 			manners->stubborn = true;
+		else if (!strcmp(words[i], "ondemand"))
+			manners->ondemand = true;
+		else if (!strcmp(words[i], "hasty"))
+			manners->hasty = true;
 		else if (sscanf(words[i], "delay=%u", &manners->delay_ms) != 1 &&
 			 sscanf(words[i], "mask=%u", &manners->mask) != 1)
 			return -EINVAL;
@@ -54,6 +59,8 @@ static int parse_manners(struct manners *manners, int count, char **words)
 		return -EINVAL;
 	/* Only a dynamic importer can say these of itself. */
 	if ((manners->peer2peer || manners->revocable || manners->pinned) && !manners->dynamic)
+		return -EINVAL;
+	if (manners->ondemand && !manners->revocable)
 		return -EINVAL;
 	return 0;
 }
@@ -91,6 +98,16 @@ static int do_map(void *context, struct answer *answer, int count, char **words)
 		say_errno(answer, error);
 	else
 		import_say_table(import, answer);
+	return 0;
+}
+
+static int do_show(void *context, struct answer *answer, int count, char **words)
+{
+	struct import *import = context;
+
+	if (!import->attach)
+		return -ENOTCONN;
+	import_say_table(import, answer);
 	return 0;
 }
 
@@ -162,15 +179,18 @@ static int do_state(void *context, struct answer *answer, int count, char **word
 {
 	struct import *import = context;
 
-	say(answer, "attached=%d mapped=%d invalidated=%u map_ns=%llu unmap_ns=%llu\n",
+	say(answer, "attached=%d mapped=%d invalidated=%u map_ns=%llu unmap_ns=%llu ",
 	    !!import->attach, !!READ_ONCE(import->table), import->invalidated, import->map_ns,
 	    import->unmap_ns);
+	say(answer, "pending=%d faults=%u fault_ns=%llu waited_ns=%llu\n", import->pending,
+	    import->faults, import->fault_ns, import->waited_ns);
 	return 0;
 }
 
 static const struct command commands[] = {
 	{ "attach", do_attach },
 	{ "map", do_map },
+	{ "show", do_show },
 	{ "unmap", do_unmap },
 	{ "detach", do_detach },
 	{ "dma", do_dma },

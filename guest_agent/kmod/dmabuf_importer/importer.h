@@ -24,7 +24,9 @@ struct manners {
 	bool peer2peer;		/* says that it can do without pages */
 	bool revocable;		/* can be told that mappings end */
 	bool pinned;
+	bool ondemand;		/* maps when its device finds nothing mapped */
 	bool stubborn;		/* is told, and unmaps nothing */
+	bool hasty;		/* waits for no fence of memory management's */
 	unsigned int delay_ms;	/* is told, and takes that long to unmap */
 	unsigned int mask;	/* bits of its addresses */
 };
@@ -34,6 +36,8 @@ struct manners {
  *
  * @table	mapped now; guarded by the buffer's reservation lock
  * @invalidated	how often we were told; guarded likewise
+ * @pending	contents were still on their way when it was mapped last
+ * @faults	how often the device found nothing mapped, and it was mapped for it
  */
 struct import {
 	struct list_head node;
@@ -44,6 +48,9 @@ struct import {
 	struct sg_table *table;
 	unsigned int invalidated;
 	u64 map_ns, unmap_ns;		/* how long the last ones took */
+	bool pending;
+	unsigned int faults;
+	u64 fault_ns, waited_ns;	/* the last one; the last wait for contents */
 	struct delayed_work unmap;
 	unsigned int pieces_count;
 	struct piece *pieces;
