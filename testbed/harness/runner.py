@@ -32,6 +32,7 @@ from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation, parse_mutation
 from testbed.payload.collection import Payload
 from testbed.results import junit, record
+from testbed.payload.multiboot import MachinePrograms
 from testbed.results.ktap import KtapStream
 from testbed.results.options import ALL_ENGINES, RunOptions, write_options
 from testbed.results.table import print_table
@@ -64,7 +65,8 @@ SUITES = {
 }
 # Suites that run what the user brings; `all` does not mean them.
 KSELFTEST = "kselftest"
-PAYLOAD_SUITES = {KSELFTEST: ("kselftest.py",)}
+KVM_UNIT_TESTS = "kvm-unit-tests"
+PAYLOAD_SUITES = {KSELFTEST: ("kselftest.py",), KVM_UNIT_TESTS: ("kvm_unit_tests.py",)}
 DEFAULT_SUITE = "p2p-iommu"
 ALL_SUITES = "all"
 PYTEST_LOG = "pytest.log"
@@ -90,14 +92,16 @@ class Choice:
         (``path[::test]``); none means the first suite.
     ``keyword``   as pytest's ``-k``; the gates of what it chooses run too.
     ``reports``   what the command line says over bug reports among the suites.
-    ``payload``   what the suite ``kselftest`` runs.
+    ``policy``    of the suite ``p2p-negotiation``; "" is its default.
+    ``payload``   what the suite ``kselftest`` or ``kvm-unit-tests`` runs.
     """
 
     suites: Sequence[str] = ()
     keyword: str = ""
     mutation: Mutation = Mutation.NONE
     reports: ReportOptions | None = None
-    payload: Payload | None = None
+    policy: str = field(default="", kw_only=True)
+    payload: Payload | MachinePrograms | None = None
 
 
 def run_engines(

@@ -23,6 +23,7 @@ from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer
 from testbed.payload.collection import Payload
+from testbed.payload.multiboot import MachinePrograms
 from testbed.results.record import DeviceRecord
 from testbed.results.report_record import ReportRecord
 from testbed.results.verdicts import ConsoleSpan, Outcome, Verdict, combine
@@ -64,7 +65,6 @@ class ConformanceSession:
     :param on_plan: is told how many tests there will be.
     :param on_outcome: is told each outcome as soon as it is there.
     :param on_parts: is told the outcomes of a test that ran other tests.
-    :param payload: what such a test runs, if the session has one.
     :param on_end: is called last, when the racks have ended.
     :param report_options: for bug reports among the tests; pytest's own options if None.
     :param payload: what a test runs that runs other tests, if the session has one.
@@ -80,7 +80,7 @@ class ConformanceSession:
         on_parts: Callable[[str, Sequence[Outcome]], None] = lambda _name, _parts: None,
         on_end: Callable[[ConformanceSession], object] = lambda _: None,
         report_options: ReportOptions | None = None,
-        payload: Payload | None = None,
+        payload: Payload | MachinePrograms | None = None,
     ) -> None:
         self.pool = RackPool(source)
         self.payload = payload

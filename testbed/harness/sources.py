@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from testbed import deploy, rack
+from testbed import bare, deploy, rack
 from testbed.errors import CapabilityMissing, InputError
 from testbed.instruments.interface import Rack
 from testbed.topology.engines import ENGINES
@@ -38,6 +38,17 @@ class TopologySource:
         """Boot; LaunchError, LostError."""
         return deploy.start(
             topology, run_dir=self._run_dir / label, options=self._options, say=self._say
+        )
+
+    def run_program(self, program: Path, label: str, timeout_s: float) -> bare.ProgramEnd:
+        """Run a program in the kernel's place, on a machine as the first node's; HostError."""
+        return bare.run_program(
+            self.topology,
+            program,
+            run_dir=self._run_dir / label,
+            timeout_s=timeout_s,
+            options=self._options,
+            say=self._say,
         )
 
 

@@ -77,6 +77,8 @@ def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:
         argv += [
             *("-kernel", str(context.kernel)),
             *("-initrd", str(context.initrd)),
+    elif context.program:
+        argv += _program(context)
             *("-append", " ".join(kernel_words(node, context))),
         ]
     memory = _memory(plan)
@@ -89,6 +91,15 @@ def _memory(plan: NodePlan) -> tuple[MemoryFd, ...]:
     return tuple(
         MemoryFd(f.memory_fd, f.name, f.vram_size_bytes or int(f.options["size_bytes"]))
         for f in plan.functions
+def _program(context: LaunchContext) -> list[str]:
+    """What kvm-unit-tests wants of a machine (its ``x86/run``): QEMU ends with 2 * status + 1."""
+    return [
+        *_device("pc-testdev", {}),
+        *_device("isa-debug-exit", {"iobase": 0xF4, "iosize": 4}),
+        *("-kernel", str(context.kernel)),
+    ]
+
+
         if f.memory_fd
     )
 

@@ -51,6 +51,8 @@ class LaunchContext:
     ``console_verbose``  the guest prints its whole log on the console while it boots.
     ``start``        boot; boot to be saved; or restore from MACHINE_STATE, without kernel.
     """
+    ``program``      ``kernel`` is no kernel but a test program in its place: it speaks on the serial
+        port and ends the machine through ``isa-debug-exit`` (kvm-unit-tests).
 
     qemu: tuple[str, ...]
     environment: Mapping[str, str]
@@ -62,6 +64,7 @@ class LaunchContext:
     console_verbose: bool = False
     start: Start = Start.BOOT
 
+    program: bool = False
 
 @dataclass(frozen=True)
 class MemoryFd:

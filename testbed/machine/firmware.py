@@ -22,8 +22,9 @@ def quick_firmware(node: Node, context: LaunchContext) -> str:
     """The firmware's file for ``-bios``, or "" if this machine starts with QEMU's default.
 
     AMD's table of IOMMUs is made while the firmware's bus numbers hold (QEMU hw/i386/acpi-build.c,
-    ``build_amd_iommu``). qboot sets no memory types (MTRR), which matters to a real processor.
+    ``build_amd_iommu``). qboot sets no memory types (MTRR), which matters to a real processor. A
+    program in the kernel's place expects every BAR to have an address.
     """
-    if context.accelerator != "tcg" or node.iommu.kind == "amd":
+    if context.program or context.accelerator != "tcg" or node.iommu.kind == "amd":
         return ""
     return context.quick_firmware

@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One case for each program and device."""
     session = metafunc.config.stash[SESSION]
     payload = session.payload
-    if payload is None:
+    if not isinstance(payload, Payload):
         raise pytest.UsageError("kselftest: whose? give --kernel-tree or --collection")
     found = list(cases(payload, session.pool.source.plan))
     marks = pytest.mark.timeout(payload.deadline_s + _ROOM_S)

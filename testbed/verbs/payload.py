@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of `testbed run kselftest`."""
+"""The options of `testbed run kselftest` and `testbed run kvm-unit-tests`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from testbed.errors import InputError
 
 if TYPE_CHECKING:
     from testbed.payload.collection import Payload
+    from testbed.payload.multiboot import MachinePrograms
     from testbed.topology.plan import RackPlan
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -27,26 +28,42 @@ class PayloadWords:
     collection: str | None = None
     devices: tuple[str, ...] = ()
     timeout_s: float | None = None
+    tree: Path | None = None
+    programs: tuple[str, ...] = ()
 
     def payload(
         self, suites: Sequence[str], kernel: str | None, plan: RackPlan | None
-    ) -> Payload | None:
-        """What the suite `kselftest` shall run; None if that is not among ``suites``.
+    ) -> Payload | MachinePrograms | None:
+        """What the suite of other people's tests shall run; None if none is among ``suites``.
 
         :param kernel: the kernel of the command line; a tree has its selftests in it.
         :param plan: the rack that will boot, if one will.
         :raises InputError: they were not built, there is no such device, or nobody asked for them.
         """
-        from testbed.harness.runner import KSELFTEST
+        from testbed.harness.runner import KSELFTEST, KVM_UNIT_TESTS
         from testbed.payload.collection import DEFAULT_COLLECTION, Payload, find_collection
+        from testbed.payload.multiboot import find_programs
         from testbed.suites.kselftest import cases
 
+        if KSELFTEST in suites and KVM_UNIT_TESTS in suites:
+            raise InputError(f"{KSELFTEST} and {KVM_UNIT_TESTS}: one of them in a run")
+        if KSELFTEST not in suites and (self.collection or self.devices):
+            raise InputError(
+                "--collection and --device belong to kselftest",
+                hint="testbed run kselftest --kernel-tree DIR",
+            )
+        if KVM_UNIT_TESTS in suites:
+            if self.tree is None:
+                raise InputError("whose kvm-unit-tests?", hint="--tree DIR of the checkout")
+            return find_programs(self.tree, self.programs, self.timeout_s)
+        if self.tree or self.programs:
+            raise InputError(
+                "--tree and --program belong to kvm-unit-tests",
+                hint="testbed run kvm-unit-tests --tree DIR",
+            )
         if KSELFTEST not in suites:
-            if self != PayloadWords():
-                raise InputError(
-                    "--collection, --device and --program-timeout belong to kselftest",
-                    hint="testbed run kselftest --kernel-tree DIR",
-                )
+            if self.timeout_s:
+                raise InputError("--program-timeout belongs to kselftest and kvm-unit-tests")
             return None
         tree = Path(kernel) if kernel and Path(kernel).is_dir() else None
         collection = find_collection(self.collection or DEFAULT_COLLECTION, tree)
@@ -57,7 +74,7 @@ class PayloadWords:
 
 
 def payload_options(function: F) -> F:
-    """`--collection`, `--device`, `--program-timeout`; the verb gets them as ``words``."""
+    """`--collection` to `--program`; the verb gets them as ``words``."""
 
     @functools.wraps(function)
     def verb(
@@ -65,9 +82,12 @@ def payload_options(function: F) -> F:
         collection: str | None,
         devices: tuple[str, ...],
         program_timeout: float | None,
+        tree: Path | None,
+        programs: tuple[str, ...],
         **more: Any,
     ) -> Any:
-        return function(*args, words=PayloadWords(collection, devices, program_timeout), **more)
+        words = PayloadWords(collection, devices, program_timeout, tree, programs)
+        return function(*args, words=words, **more)
 
     options = (
         click.option(
@@ -87,8 +107,22 @@ def payload_options(function: F) -> F:
             "--program-timeout",
             type=click.FloatRange(min=0, min_open=True, max=86400),
             metavar="SECONDS",
-            help="kselftest: what each program may take; four times what its collection says, "
-            "if not given.",
+            help="kselftest, kvm-unit-tests: what each program may take; four times what its "
+            "collection says, if not given.",
+        ),
+        click.option(
+            "--tree",
+            metavar="DIR",
+            type=click.Path(path_type=Path),
+            help="kvm-unit-tests: the checkout, built.",
+        ),
+        click.option(
+            "--program",
+            "programs",
+            multiple=True,
+            metavar="NAME",
+            help="kvm-unit-tests: which program; may be given several times.  "
+            "[default: intel-iommu]",
         ),
     )
     decorated: Any = verb

@@ -93,7 +93,8 @@ def run(
 
     A SUITE is a shipped one by its name (--list), `all`, a pytest file of your own, or a bug
     report (*.report.yaml; it passes if FIXED, and -s sets its own vars). `kselftest` runs the
-    kernel's own selftests, as your checkout built them (docs/kselftest.md). KTAP goes to stdout, a
+    kernel's own selftests, as your checkout built them (docs/kselftest.md), `kvm-unit-tests`
+    programs that take the kernel's place (docs/kvm-unit-tests.md). KTAP goes to stdout, a
     table to stderr, and the run folder keeps the record, JUnit XML, logs and every
     stage's product.
     """
