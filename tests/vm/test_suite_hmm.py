@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite about device-private memory, on a kernel; one rack for all deliberate breaks."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from testbed import deploy
+from testbed.harness.runner import Choice, run_suites
+from testbed.harness.sources import RunningSource, TopologySource
+from testbed.host.prepare import Installation
+from testbed.instruments.interface import RackSource
+from testbed.instruments.mutations import Mutation
+from testbed.rack import Rack
+from testbed.results.verdicts import Verdict
+from testbed.topology import load
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
+
+# A pair with a way that Linux knows, below the switch, and pairs without one.
+BOTH = """\
+rack: private
+nodes:
+  host0:
+    machine: {memory: 512M}
+    pcie:
+      - root_port: rp0
+        below:
+          - switch: sw0
+            below:
+              - {gpu: gpu0, vram: 16M, engine: model}
+              - {gpu: gpu1, vram: 16M, engine: model}
+      - root_port: rp1
+        below:
+          - {gpu: gpu2, vram: 16M, engine: model}
+"""
+# The way leads through the host bridge and the IOMMU.
+TRUSTED = """\
+rack: trusted
+nodes:
+  host0:
+    machine: {cpu: EPYC, memory: 512M}
+    pcie:
+      - root_port: rp0
+        below:
+          - {gpu: gpu0, vram: 16M, engine: edu}
+      - root_port: rp1
+        below:
+          - {gpu: gpu1, vram: 16M, engine: edu}
+"""
+ALL = {"HMM-02", "HMM-03", "HMM-04"}
+FAILING = {
+    Mutation.NONE: set(),
+    Mutation.HMM_MIGRATE_ALL: {"HMM-02"},
+    Mutation.HMM_NO_CHECK: {"HMM-02", "HMM-03"},  # the address is right, and not by the rule
+    Mutation.HMM_FAKE_PAGE: {"HMM-02", "HMM-03"},
+    Mutation.HMM_ANY_GROUP: {"HMM-04"},
+    Mutation.HMM_NO_GROUP: {"HMM-04"},
+}
+
+
+def run(source: RackSource, folder: Path, mutation: Mutation) -> tuple[dict[str, Verdict], str]:
+    stream = io.StringIO()
+    choice = Choice(["p2p-hmm"], mutation=mutation)
+    console = Console(file=io.StringIO())
+    result = run_suites(choice, source, folder, stream=stream, console=console)
+    return {r.requirement: r.verdict for r in result.record.requirements}, stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def rack(
+    installation: Installation, accelerator: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Rack]:
+    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
+    topology = load.load_text(BOTH, "private.yaml", {})
+    with deploy.start(
+        topology, run_dir=tmp_path_factory.mktemp("private"), options=options
+    ) as running:
+        yield running
+
+
+@pytest.mark.parametrize("mutation", FAILING, ids=lambda each: str(each) or "none")
+def test_each_break_fails_what_guards_it(rack: Rack, tmp_path: Path, mutation: Mutation) -> None:
+    verdicts, ktap = run(RunningSource(rack.name, tmp_path), tmp_path, mutation)
+    failing = FAILING[mutation]
+    assert {name for name, verdict in verdicts.items() if verdict is Verdict.FAIL} == failing, ktap
+    assert {verdicts[name] for name in ALL - failing} <= {Verdict.PASS}, ktap
+
+
+def test_a_way_through_the_iommu_with_edu(
+    installation: Installation, accelerator: str, tmp_path: Path
+) -> None:
+    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
+    topology = load.load_text(TRUSTED, "trusted.yaml", {})
+    source = TopologySource(topology, tmp_path, options=options)
+    verdicts, ktap = run(source, tmp_path, Mutation.NONE)
+    assert verdicts == {"HMM-02": Verdict.PASS, **dict.fromkeys(ALL - {"HMM-02"}, Verdict.SKIP)}
+    assert "# SKIP this rack lacks two GPUs with engines (the GPU model in both)" in ktap
