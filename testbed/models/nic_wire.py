@@ -141,7 +141,9 @@ class WirePort:
                 frame, data = await _receive(reader)
                 if frame.kind not in (_WRITE, _READ):
                     raise ValueError(f"a request of kind {frame.kind}")
-                writer.writelines(await self._answer(frame, data, self._serve))
+                # Not writelines(): Python 3.12 never gets rid of an empty part (_SelectorTransport).
+                for part in await self._answer(frame, data, self._serve):
+                    writer.write(part)
                 await writer.drain()
         except (OSError, EOFError):
             pass
