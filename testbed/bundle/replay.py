@@ -319,7 +319,12 @@ def _run(
     from testbed.instruments.mutations import parse_mutation  # noqa: PLC0415
 
     asked = told.options
-    choice = runner.Choice(asked.suites, asked.keyword, parse_mutation(asked.mutation or "none"))
+    choice = runner.Choice(
+        asked.suites,
+        asked.keyword,
+        parse_mutation(asked.mutation or "none"),
+        policy=asked.policy,
+    )
     # KTAP would say ok to what must be as it was; the record has all of it.
     stream = io.StringIO()
     if asked.engine == run_options.ALL_ENGINES and wanted.overrides.engine is None:

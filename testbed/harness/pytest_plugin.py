@@ -91,6 +91,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="break something on purpose, to see a FAIL",
     )
     group.addoption(
+        "--testbed-policy",
+        metavar="POLICY",
+        default="",
+        help="how interconnects are chosen in p2p-negotiation",
+    )
+    group.addoption(
         "--testbed-expect",
         choices=["fixed", "reproduced"],
         default="fixed",
@@ -114,6 +120,7 @@ def pytest_configure(config: pytest.Config) -> None:
                 rack=options.testbed_rack,
                 run_dir=options.testbed_run_dir,
                 mutation=options.testbed_break,
+                policy=options.testbed_policy,
                 trust=options.testbed_trust,
             )
         except InputError as error:
@@ -149,6 +156,12 @@ def variant(request: pytest.FixtureRequest) -> Callable[[str], LiveRack]:
 def mutation(request: pytest.FixtureRequest) -> Mutation:
     """What is broken on purpose in this session."""
     return _session(request).mutation
+
+
+@pytest.fixture(scope="session")
+def policy(request: pytest.FixtureRequest) -> str:
+    """How interconnects are chosen (``--policy``), or "" for the suite's default."""
+    return _session(request).policy
 
 
 @pytest.fixture

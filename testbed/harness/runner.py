@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -30,6 +30,7 @@ from testbed.host.facts import host_facts
 from testbed.host.places import write_places
 from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation, parse_mutation
+from testbed.instruments.negotiation_rules import parse_policy
 from testbed.payload.collection import Payload
 from testbed.results import junit, record
 from testbed.payload.multiboot import MachinePrograms
@@ -93,6 +94,7 @@ class Choice:
     ``keyword``   as pytest's ``-k``; the gates of what it chooses run too.
     ``reports``   what the command line says over bug reports among the suites.
     ``policy``    of the suite ``p2p-negotiation``; "" is its default.
+    ``policy``    of the suite ``p2p-negotiation``; "" is its default.
     ``payload``   what the suite ``kselftest`` or ``kvm-unit-tests`` runs.
     """
 
@@ -100,6 +102,7 @@ class Choice:
     keyword: str = ""
     mutation: Mutation = Mutation.NONE
     reports: ReportOptions | None = None
+    policy: str = field(default="", kw_only=True)
     policy: str = field(default="", kw_only=True)
     payload: Payload | MachinePrograms | None = None
 
@@ -181,7 +184,14 @@ def run_suites(
 
 def _keep_options(choice: Choice, run_dir: Path, *, engine: str = "") -> None:
     """What was asked, and where: what it takes to make a bundle of the run."""
-    options = RunOptions("run", tuple(choice.suites), choice.keyword, str(choice.mutation), engine)
+    options = RunOptions(
+        "run",
+        tuple(choice.suites),
+        choice.keyword,
+        str(choice.mutation),
+        engine,
+        policy=choice.policy,
+    )
     write_options(options, run_dir)
     write_places(run_dir)
 
@@ -206,6 +216,7 @@ def _run_session(
     session = ConformanceSession(
         source,
         mutation=choice.mutation,
+        policy=choice.policy,
         on_plan=ktap.plan,
         on_outcome=ktap.outcome,
         on_parts=ktap.parts,
@@ -248,6 +259,7 @@ def session_from_options(
     rack: str | None,
     run_dir: Path | None,
     mutation: str,
+    policy: str = "",
     trust: bool = False,
 ) -> ConformanceSession:
     """The session of someone's own ``pytest --testbed-…``.
@@ -263,7 +275,7 @@ def session_from_options(
 
     if topology and rack:
         raise InputError("--testbed-topology boots a rack, --testbed-rack uses one: choose")
-    chosen = parse_mutation(mutation)
+    chosen, rule = parse_mutation(mutation), parse_policy(policy)
     if run_dir is None:
         run_dir = Path(tempfile.mkdtemp(prefix="testbed-run-"))
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -276,7 +288,7 @@ def session_from_options(
         )
     )
     writer = _Writer(run_dir, sys.argv)
-    return ConformanceSession(source, mutation=chosen, on_end=writer.write)
+    return ConformanceSession(source, mutation=chosen, policy=rule, on_end=writer.write)
 
 
 class _Writer:
@@ -296,6 +308,7 @@ class _Writer:
             host=host_facts(),
             topology=to_data(session.pool.source.topology),
             mutation=session.mutation,
+            policy=session.policy,
             devices=tuple(session.devices),
             reports=tuple(session.reports),
         )

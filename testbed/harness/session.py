@@ -75,6 +75,7 @@ class ConformanceSession:
         source: RackSource,
         *,
         mutation: Mutation = Mutation.NONE,
+        policy: str = "",
         on_plan: Callable[[int], None] = lambda _: None,
         on_outcome: Callable[[Outcome], None] = lambda _: None,
         on_parts: Callable[[str, Sequence[Outcome]], None] = lambda _name, _parts: None,
@@ -87,6 +88,7 @@ class ConformanceSession:
         self.report_options = report_options
         self.reports: list[ReportRecord] = []  # bug reports among the tests
         self.mutation = mutation
+        self.policy = policy
         self.outcomes: list[Outcome] = []
         self.devices: list[DeviceRecord] = []  # of the racks that have ended
         self.interrupted = False

@@ -64,9 +64,9 @@ DEFAULT_POLICY = POLICIES[0]
 
 
 def parse_policy(word: str) -> str:
-    """The policy of that name; "" is the default. :raises InputError: names the nearest."""
+    """The word, if it is a policy or "". :raises InputError: it is not; names the nearest."""
     if word in ("", *POLICIES):
-        return word or DEFAULT_POLICY
+        return word
     known, near = ", ".join(POLICIES), nearest(word, POLICIES)
     raise InputError(
         diagnostics=[Diagnostic("--policy", 0, 0, f"unknown policy '{word}'", known, near)]

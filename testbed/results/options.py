@@ -29,6 +29,7 @@ class RunOptions:
     ``verb``       ``run`` or ``repro``.
     ``suites``     as the user named them; of ``run``.
     ``keyword``    ``-k``. ``mutation``: ``--break``, "" for none.
+    ``policy``     ``--policy``, "" if it was not given.
     ``engine``     ``all``: one engine after the other; else what it says over the topology, or "".
     ``kernel``, ``iommu_mode``  over a report's topology, or "". A run's topology has them in it.
     """
@@ -40,6 +41,7 @@ class RunOptions:
     engine: str = ""
     kernel: str = ""
     iommu_mode: str = ""
+    policy: str = ""
     schema: str = SCHEMA
     __pydantic_config__ = ConfigDict(extra="forbid")
 

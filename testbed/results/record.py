@@ -80,6 +80,7 @@ class RunRecord:
     ``topology``   the rack as resolved (no templates left), as plain data.
     ``command``    the words that started it, to be typed again.
     ``mutation``   the deliberate break in force, or "" (see :mod:`testbed.instruments.mutations`).
+    ``policy``     how p2p-negotiation chose interconnects, or "" for its default.
     ``devices``    every model device of every rack: what it moved by which path, what was injected.
     ``reports``    the bug reports that happened again, or did not.
     ``started``    UTC, ISO 8601.
@@ -98,6 +99,7 @@ class RunRecord:
     mutation: str = ""
     devices: tuple[DeviceRecord, ...] = ()
     reports: tuple[ReportRecord, ...] = ()
+    policy: str = ""
     tool_version: str = __version__
     schema: str = SCHEMA
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -113,6 +115,7 @@ class RunInfo:
     host: Mapping[str, Any] = field(default_factory=dict)
     topology: Mapping[str, Any] = field(default_factory=dict)
     mutation: str = ""
+    policy: str = ""
     devices: tuple[DeviceRecord, ...] = ()
     reports: tuple[ReportRecord, ...] = ()
 
@@ -147,6 +150,7 @@ def make_record(
         host=info.host,
         topology=info.topology,
         mutation=info.mutation,
+        policy=info.policy,
         devices=info.devices,
         reports=info.reports,
         outcomes=outcomes,

@@ -59,6 +59,7 @@ def summary(record: RunRecord, run_dir: Path) -> str:
     if record.exit_code == ExitCode.INTERRUPTED:
         word = "INTERRUPTED"  # what had passed until then is no PASS of the run
     broken = f" with --break {record.mutation}" if record.mutation else ""
+    broken += f" under --policy {record.policy}" if record.policy else ""
     faults = injected(record)
     if faults:
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""

@@ -12,6 +12,7 @@ from testbed.harness.racks import LiveRack
 from testbed.instruments.interface import Rack
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.negotiation_board import NegotiationBoard, do
+from testbed.instruments.negotiation_rules import DEFAULT_POLICY
 from testbed.instruments.observer import Refuted
 from testbed.topology.plan import Role
 
@@ -28,7 +29,7 @@ def _node(rack: LiveRack) -> str:
 
 @pytest.fixture
 def board(
-    rack: LiveRack, mutation: Mutation, request: pytest.FixtureRequest
+    rack: LiveRack, mutation: Mutation, policy: str, request: pytest.FixtureRequest
 ) -> Iterator[NegotiationBoard]:
     """The board that all tests share, cleaned before it is given back.
 
@@ -36,7 +37,7 @@ def board(
     """
 
     def make(booted: Rack) -> NegotiationBoard:
-        return NegotiationBoard(booted, _node(rack), mutation)
+        return NegotiationBoard(booted, _node(rack), mutation, policy or DEFAULT_POLICY)
 
     made = rack.once(("negotiation", _node(rack)), make, NegotiationBoard.close)
     made.run(do("chapter", title=request.node.name.removeprefix("test_")))

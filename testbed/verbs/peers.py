@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,8 @@ MIN_WIDTH = 80
     "--explain",
     nargs=2,
     metavar="A B",
-    help="Every fact behind one pair: A's DMA to the memory of B.",
+    help="Every fact behind one pair: A's DMA to the memory of B; and the interconnect that each"
+    " policy of negotiation would choose.",
 )
 @format_option("text", "json")
 def topo(
@@ -116,7 +118,7 @@ def _show(
     trees: Mapping[str, Any] | None = None,
 ) -> bool:
     """Print it all; True if something disagrees."""
-    from testbed.topology import drawing, matrix_drawing
+    from testbed.topology import drawing, matrix_drawing, policies
     from testbed.topology import matrix as matrices
 
     found = matrices.matrix(plan, findings)
@@ -124,9 +126,12 @@ def _show(
     loud = [f"{node}: {line}" for node, lines in wrong.items() for line in lines]
     loud += chosen.disagreements if chosen else found.disagreements
     facts: list[str] = []
+    choices: tuple[policies.Choice, ...] = ()
     if chosen:
         platform = matrices.platform_for(plan, findings, chosen.requester.node)
         facts = matrix_drawing.explanation(plan, chosen, platform)
+        choices = policies.compare(plan, chosen.requester, chosen.target)
+        facts += policies.lines(choices)
     if form == "json":
         cells = [chosen] if chosen else list(found.cells.values())
         body: dict[str, Any] = {
@@ -136,7 +141,8 @@ def _show(
             "peers": [{"name": p.name, "node": p.node, "kind": p.kind} for p in found.peers],
             "cells": [_cell_data(cell) for cell in cells],
         }
-        print_json("testbed.topo/1", {**body, **({"explanation": facts} if facts else {})})
+        more = {"explanation": facts, "policies": [asdict(each) for each in choices]}
+        print_json("testbed.topo/1", {**body, **(more if facts else {})})
     elif chosen:
         click.echo("\n".join(facts))
         for line in loud[: len(loud) - len(chosen.disagreements)]:

@@ -24,6 +24,7 @@ from testbed.verbs.common import (
 from testbed.verbs.payload import PayloadWords, payload_options
 
 DEFAULT_TOPOLOGY = "quad-gpu"
+NEGOTIATION = "p2p-negotiation"
 
 
 @click.command()
@@ -57,6 +58,13 @@ DEFAULT_TOPOLOGY = "quad-gpu"
     help="Break the mapping code on purpose, to see a FAIL: skip-unmap, bar-address, …",
 )
 @click.option(
+    "--policy",
+    default="",
+    metavar="POLICY",
+    help="`p2p-negotiation`: choose interconnects by the rule of that proposal: best-quality (the "
+    "default), exporter-priority, mailing-list, private-first.",
+)
+@click.option(
     "--output",
     metavar="DIR",
     type=click.Path(path_type=Path),
@@ -85,6 +93,7 @@ def run(
     words: PayloadWords,
     qemu: str | None,
     mutation: str,
+    policy: str,
     output: Path | None,
     form: str,
     only_list: bool,
@@ -104,6 +113,7 @@ def run(
     from testbed.harness.sources import RunningSource, TopologySource, engine_sources
     from testbed.history.store import remember
     from testbed.instruments.mutations import parse_mutation
+    from testbed.instruments.negotiation_rules import parse_policy
     from testbed.reports.load import Overrides
     from testbed.reports.model import SUFFIX
     from testbed.results import record
@@ -119,6 +129,10 @@ def run(
             "--rack uses a rack as it is; -t, -s, --kernel, --iommu and --engine boot another"
         )
     chosen = parse_mutation(mutation)
+    rule = parse_policy(policy)
+    judged = {word for word in suites or (runner.DEFAULT_SUITE,) if word in runner.SUITES}
+    if rule and judged and NEGOTIATION not in judged and runner.ALL_SUITES not in suites:
+        raise InputError(f"--policy is of the suite {NEGOTIATION}", hint="name that suite")
     wanted = None
     only_reports = bool(suites) and all(word.endswith(SUFFIX) for word in suites)
     if not rack:
@@ -134,7 +148,7 @@ def run(
     run_dir = run_folder(output, rack or (wanted.rack if wanted else "run"))
     overrides = Overrides(kernel, iommu_mode, None if engine == "all" else engine, qemu)
     reports = ReportOptions(parse_settings(settings) if only_reports else {}, overrides, trust)
-    choice = runner.Choice(suites, keyword, chosen, reports, payload)
+    choice = runner.Choice(suites, keyword, chosen, reports, payload, policy=rule)
     stream = io.StringIO() if form == "json" else sys.stdout
     installation = install_for([wanted], qemu=qemu) if wanted is not None else None
     say(f"run folder: {run_dir}")
