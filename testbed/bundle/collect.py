@@ -172,4 +172,4 @@ def _page(members: Mapping[str, bytes]) -> bytes:
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
-        return render(folder).replace(str(folder), "$RUN").encode()
+        return render(folder).encode()

@@ -55,7 +55,21 @@ def test_bytes_that_go_elsewhere_are_different(happens: Happens) -> None:
     elsewhere = ("ranges: [{offset: 0x40000", "ranges: [{offset: 0x41000")
     finding = happens("habanalabs-v3", elsewhere, exporter="fixed")
     assert finding.word is Word.DIFFERENT, finding
-    assert "'the bytes have arrived': gaudi.vram+0x40000 does not hold" in finding.reason
+    assert "the bytes have arrived': gaudi.vram+0x40000 does not hold" in finding.reason
+
+
+def test_a_list_whose_arithmetic_has_32_bits(happens: Happens) -> None:
+    finding = happens("dma-buf-8gib")
+    assert finding.word is Word.REPRODUCED, finding
+    # Neither the mistake nor its absence: an entry is right, and another buffer is read.
+    elsewhere = (
+        "  - checksum: exporter.vram\n    offset: 8G",
+        "  - checksum: exporter.vram\n    offset: 6G",
+    )
+    finding = happens("dma-buf-8gib", elsewhere, helper="mended")
+    assert finding.word is Word.DIFFERENT, finding
+    finding = happens("dma-buf-4gib", gib="4")
+    assert finding.word is Word.REPRODUCED, finding
 
 
 def test_what_helped_the_reporter_helps_here(happens: Happens) -> None:
