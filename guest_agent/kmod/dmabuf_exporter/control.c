@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Exports parts of a PCI function's BAR as dma-bufs, rightly and in three well-known wrong ways.
+ * Exports parts of a PCI function's BAR as dma-bufs, rightly and in well-known wrong ways.
  *
  * Interface: open /dev/dmabuf_exporter, write one command, read its answer.
  *
@@ -15,9 +15,8 @@
  *   abandon FD			wrong: give its pages away while others have them mapped
  *
  * MODE is pages, provider, movable, or one of the wrong ones: null-page, bus-address, no-check,
- * wrap-length, wrap-offset
- * (buffer.h); CHUNK is for no-check: how much it maps at once, 0 for all. With REVOCABLE 1 only
- * importers that can be told of a revoke may attach. Of pages the kernel chooses the offset. A
+ * wrap-length, wrap-offset (buffer.h); CHUNK is for no-check: how much it maps at once, 0 for all.
+ * With REVOCABLE 1 only importers that can be told of a revoke may attach. Of pages the kernel chooses the offset. A
  * function is driven by this module through driver_override; unbinding it revokes all its buffers,
  * for good.
  */
