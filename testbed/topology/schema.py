@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,7 +98,7 @@ def section(model: type[BaseModel], heading: str) -> Iterator[str]:
     """One model's part of a field reference, line by line."""
     yield f"### {heading}"
     yield ""
-    yield (model.__doc__ or "").strip()
+    yield inspect.cleandoc(model.__doc__ or "")  # from Python 3.13 on it comes without indents
     yield ""
     yield "| key | values | default | meaning |"
     yield "|---|---|---|---|"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -311,6 +312,7 @@ def test_folders_of_any_length(tmp_path: Path) -> None:
         assert find(base, "rack").state is RackState.RUNNING
 
 
+@pytest.mark.skipif(shutil.which("mount") is None, reason="mount is not installed")
 def test_a_full_disk_is_named(tmp_path: Path, base: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
