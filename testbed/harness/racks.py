@@ -40,7 +40,7 @@ class LiveRack:
         self._deaths = 0
         self._future: Future[Rack] | None = None
         self._why_gone = ""
-        self._kept: dict[object, tuple[object, Callable[[Any], None]]] = {}
+        self._kept: dict[object, tuple[object, Callable[[Any], None], str]] = {}
         self.waited_s = 0.0  # in all, for machines to boot
         self.touched = False  # by the test that runs
         self.last_versions: Mapping[str, Any] = {}
@@ -134,18 +134,30 @@ class LiveRack:
         return sizes
 
     def once(
-        self, key: object, make: Callable[[Rack], T], close: Callable[[T], None] = lambda _: None
+        self,
+        key: object,
+        make: Callable[[Rack], T],
+        close: Callable[[T], None] = lambda _: None,
+        *,
+        holds: str = "",
     ) -> T:
-        """A value made once for each machine, and kept under ``key`` until :meth:`drop`."""
+        """A value made once for each machine, and kept under ``key`` until :meth:`drop`.
+
+        :param holds: on whose behalf it holds devices, which nobody else can then open: before it
+            is made, values that hold some on another's behalf are closed.
+        """
         rack = self.get()
         if key not in self._kept:
-            self._kept[key] = (make(rack), close)
+            if holds:
+                for other in [k for k, kept in self._kept.items() if kept[2] not in ("", holds)]:
+                    self.drop(other)
+            self._kept[key] = (make(rack), close, holds)
         return self._kept[key][0]  # type: ignore[return-value]
 
     def drop(self, key: object) -> None:
         """Close the value kept under ``key``, if there is one."""
         if key in self._kept:
-            value, close = self._kept.pop(key)
+            value, close, _ = self._kept.pop(key)
             close(value)
 
     def drop_all(self) -> None:

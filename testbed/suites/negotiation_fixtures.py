@@ -39,7 +39,8 @@ def board(
     def make(booted: Rack) -> NegotiationBoard:
         return NegotiationBoard(booted, _node(rack), mutation, policy or DEFAULT_POLICY)
 
-    made = rack.once(("negotiation", _node(rack)), make, NegotiationBoard.close)
+    key = ("negotiation", _node(rack))
+    made = rack.once(key, make, NegotiationBoard.close, holds="negotiation")
     made.run(do("chapter", title=request.node.name.removeprefix("test_")))
     yield made
     if rack.is_running:

@@ -309,7 +309,7 @@ def the_fabric(rack: LiveRack) -> Fabric:
     """The fabric of the rack under test, made once for each machine."""
     if not any(link.kind == KIND for link in rack.topology.links):
         raise CapabilityMissing(f"this rack lacks {NEEDED}")
-    return rack.once("fabric", Fabric, Fabric.close)
+    return rack.once("fabric", Fabric, Fabric.close, holds="fabric")
 
 
 @pytest.fixture
