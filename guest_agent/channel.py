@@ -14,6 +14,7 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
 PROTOCOL_VERSION = 1
@@ -48,11 +49,12 @@ def _hello(agent_hash: str) -> bytes:
     ).encode()
 
 
-def run(agent_hash: str) -> int:
+def run(agent_hash: str, before_serving: Callable[[], None] = lambda: None) -> int:
     """Serve until stdin ends, the reader of stdout is gone, or a signal comes.
 
     Whatever ends it, every driver binding, container, buffer and eventfd is given back.
 
+    :param before_serving: called after the hello; calls wait for its end.
     :returns: the process's exit status.
     """
     protocol = _take_stdout()
@@ -61,11 +63,12 @@ def run(agent_hash: str) -> int:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
             signal.signal(number, _end)
         os.write(protocol, _hello(agent_hash))
+        before_serving()
         from guest_agent.agent import Agent  # noqa: PLC0415  loaded after the hello
 
         agent = Agent()
         agent.serve(0, protocol)
-    except BrokenPipeError:
+    except ConnectionError:
         pass  # nobody reads the answers any more: as good as the end of stdin
     except Ended as ended:
         return 128 + ended.number

@@ -127,6 +127,7 @@ def _start(
         processes: list[Command] = []
         contexts = _contexts(plan, installation, accelerator, options, reservation.folder)
         saved = _saved(plan, contexts, installation, options, run_dir, say)
+        routing = {n for n, each in saved.items() if switch_router.MODULE in each.snapshot.modules}
         boot = functools.partial(_to_boot, plan, contexts, installation, keys)
         for name, node in plan.nodes.items():
             folder = reservation.folder / name
@@ -152,7 +153,7 @@ def _start(
             restore.resume(rack, saved, keys, options.timeout_s)
             on_all(rack, lambda node: _await_hello(node, reservation.folder, options.timeout_s))
             if options.router:
-                _start_routers(rack.nodes.values(), say)
+                _start_routers([n for n in rack.nodes.values() if n.name not in routing], say)
             if options.detach:
                 rack.detach()
         except BaseException:
@@ -218,7 +219,9 @@ def _saved(
     if not options.warm:
         return {}
     wanted = {
-        name: restore.Wanted(node, plan.topology.nodes[name], installation, contexts[name])
+        name: restore.Wanted(
+            node, plan.topology.nodes[name], installation, contexts[name], options.router
+        )
         for name, node in plan.nodes.items()
     }
     try:

@@ -29,6 +29,7 @@ from testbed.errors import (
 from testbed.host import paths
 from testbed.machine import spawn
 from testbed.machine.command import (
+    AGENT_SOCKET,
     CONSOLE_LOG,
     CONSOLE_SOCKET,
     MODELS_SOCKET,
@@ -172,10 +173,31 @@ class RackNode:
         """Start one more agent process of this content, shipping it if the guest lacks it."""
         from testbed.guest import ship  # noqa: PLC0415  (slow to import)
 
-        aboard = agent.digest == self._aboard
-        client = ship.start(self.link, agent, blame=self.blame, record=self._record, aboard=aboard)
+        socket = self.folder / AGENT_SOCKET
+        if agent.digest == self._aboard and socket.exists():
+            client = ship.connect(self.name, socket, blame=self.blame, record=self._record)
+        else:
+            client = ship.start(self.link, agent, blame=self.blame, record=self._record)
         self.watch.hello_seen = True
         return client
+
+    def introduce(self, identity: bytes, timeout_s: float) -> None:
+        """Tell a restored machine, in a line, who it is; its first agent answers.
+
+        :raises LostError: it cannot be that, or does not answer.
+        """
+        from testbed.guest import ship  # noqa: PLC0415  (slow to import)
+
+        with self._lock:
+            self._agent = ship.connect(
+                self.name,
+                self.folder / AGENT_SOCKET,
+                blame=self.blame,
+                record=self._record,
+                first=identity,
+                hello_timeout_s=timeout_s,
+            )
+            self.watch.hello_seen = True
 
     def restart_agent(self) -> None:
         """Forget an agent that died; the next use starts another."""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bring the agent into a machine, by its content's hash, and start it.
+"""An agent in a machine, by its content's hash.
 
-A machine that was booted by this checkout has the agent in its initial RAM disk already. One that
-was not (an older rack, or the agent was edited since) is sent it: a folder per hash, so that two
-checkouts can hold agents in one machine.
+A machine that was booted by this checkout has the agent in its initial RAM disk, and a listener
+that makes one for each connection (``guest_agent/listener.py``): :func:`connect`. Any other (an
+older rack, or the agent was edited since) is sent it and starts it, over SSH: :func:`start`. A
+folder per hash lets two checkouts hold agents in one machine.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from testbed.errors import LinkLost
 from testbed.guest.agent import HELLO_TIMEOUT_S, AgentClient
-from testbed.guest.link import GuestLink
 from testbed.host import agent as agent_files
 from testbed.host import paths
+from testbed.machine.sockets import connect_unix
+
+if TYPE_CHECKING:
+    from testbed.guest.link import GuestLink
 
 
 @dataclass(frozen=True)
@@ -51,23 +55,42 @@ def local_agent() -> Agent:
     return Agent(source, agent_files.agent_hash(source))
 
 
+def connect(
+    node: str,
+    socket: Path,
+    *,
+    blame: Callable[[LinkLost], BaseException],
+    record: Callable[[Mapping[str, Any]], None] | None = None,
+    first: bytes = b"",
+    hello_timeout_s: float = HELLO_TIMEOUT_S,
+) -> AgentClient:
+    """A new agent of the machine behind ``socket``, which was booted with it.
+
+    :param first: said before it says hello.
+    :raises LostError: as ``blame`` says, if no hello comes in time.
+    """
+    try:
+        wire = connect_unix(socket, hello_timeout_s)
+        wire.sendall(first)
+    except OSError as error:
+        raise blame(LinkLost(f"{node}: no way to the agent ({error})", node=node)) from error
+    return AgentClient(node, wire, blame=blame, record=record, hello_timeout_s=hello_timeout_s)
+
+
 def start(
     link: GuestLink,
     agent: Agent,
     *,
     blame: Callable[[LinkLost], BaseException],
     record: Callable[[Mapping[str, Any]], None] | None = None,
-    aboard: bool = False,
     hello_timeout_s: float = HELLO_TIMEOUT_S,
 ) -> AgentClient:
     """Start the agent in the machine at the other end of ``link`` and await its hello.
 
-    :param aboard: the machine is known to have it: one round trip less, which emulation makes dear.
     :raises LostError: as ``blame`` says, if no hello comes in time.
     """
     try:
-        if not aboard:
-            _send_if_missing(link, agent)
+        _send_if_missing(link, agent)
         channel = link.open_channel(
             f"exec python3 -ISu {agent.guest_folder}/guest_agent/__main__.py"
         )

@@ -7,11 +7,12 @@ passed-through devices do to the IOMMU, as no switch does; see docs/switch-route
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from testbed.errors import CapabilityMissing, SetupError
 from testbed.guest import modules
-from testbed.host import prepare
+from testbed.host import guest_modules, prepare
 from testbed.host.progress import shown
 from testbed.topology.plan import NodePlan, Role
 
@@ -28,6 +29,16 @@ def is_wanted(plan: NodePlan) -> bool:
     """Whether a device of QEMU's that the guest's kernel drives is below a switch."""
     ports = {f.qemu_id for f in plan.by_role(Role.SWITCH_DOWNSTREAM)}
     return any(function.parent in ports for function in plan.by_role(*_INITIATORS))
+
+
+def built(kernel: str) -> Path | None:
+    """The module's file for a kernel, to be had from the start; None if :func:`start` says why."""
+    try:
+        with shown() as progress:
+            setup = prepare.options(progress=progress)
+            return guest_modules.builder(kernel, setup).build(MODULE).file
+    except (CapabilityMissing, SetupError):
+        return None
 
 
 def start(node: RackNode) -> str:

@@ -113,6 +113,11 @@ def build(
     return module
 
 
+def source_hash(name: str) -> str:
+    """A hash of the module's sources. :raises SetupError: there is no such module."""
+    return digest(name, [(path.name, path.read_bytes()) for path in _sources(name)])
+
+
 def _sources_folder() -> Path:
     return paths.data_dir("guest_agent") / FOLDER
 

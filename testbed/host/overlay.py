@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from testbed.errors import HostError
-from testbed.host import agent as agent_files
 from testbed.host import cpio, product
 from testbed.host.agent import AgentBundle
 from testbed.host.image import GuestImage
@@ -40,18 +39,20 @@ def build_waiting_initrd(
     *,
     agent: AgentBundle,
     forget: Sequence[str],
+    modules: Sequence[Path] = (),
 ) -> None:
     """The same for a machine that is to be saved: no keys, no name; it waits for them.
 
     :param forget: addresses of functions that its kernel shall let go before it waits.
+    :param modules: kernel modules of ours that it shall have loaded then.
     :raises HostError: it cannot be written; nothing is left then.
     """
-    words = ["python3", "-ISu", f"{agent.folder}/{agent_files.PACKAGE}/resume.py", *forget]
-    script = f"{' '.join(words)} </dev/console >/dev/console\n".encode()
     own = cpio.archive(
         (
             cpio.directory("/etc/testbed"),
-            cpio.regular("/etc/testbed/wait", script),
+            cpio.regular("/etc/testbed/saved", f"{' '.join(forget)}\n".encode()),
+            cpio.directory("/etc/testbed/modules"),
+            *(cpio.from_file(f"/etc/testbed/modules/{file.name}", file) for file in modules),
             cpio.regular("/etc/hostname", b"saved\n"),
         )
     )

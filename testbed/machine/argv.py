@@ -15,6 +15,7 @@ from typing import Any
 from testbed.errors import CapabilityMissing
 from testbed.machine import saving
 from testbed.machine.command import (
+    AGENT_SOCKET,
     CONSOLE_LOG,
     CONSOLE_SOCKET,
     LOG_LINK,
@@ -39,6 +40,9 @@ ROOT_BUS = "pcie.0"
 
 # QEMU wants an absolute path for a forwarded socket: this one leads to its working directory.
 OWN_FOLDER = "/proc/self/cwd"
+
+# What listens in the guest (guest_agent/listener.py).
+FORWARDED = {AGENT_SOCKET: 1022, SSH_SOCKET: 22}
 
 # edu drops the upper bits of its DMA addresses unless told otherwise (QEMU hw/misc/edu.c).
 ALL_ADDRESS_BITS = (1 << 64) - 1
@@ -73,12 +77,12 @@ def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:
         argv += _found_late(function, words) if context.start is Start.RESTORE else words
     if context.start is Start.RESTORE:
         argv += ["-S", *saving.RESTORE_WORDS]
+    elif context.program:
+        argv += _program(context)
     else:
         argv += [
             *("-kernel", str(context.kernel)),
             *("-initrd", str(context.initrd)),
-    elif context.program:
-        argv += _program(context)
             *("-append", " ".join(kernel_words(node, context))),
         ]
     memory = _memory(plan)
@@ -87,10 +91,6 @@ def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:
     return NodeCommand(plan.name, tuple(argv), dict(context.environment), memory)
 
 
-def _memory(plan: NodePlan) -> tuple[MemoryFd, ...]:
-    return tuple(
-        MemoryFd(f.memory_fd, f.name, f.vram_size_bytes or int(f.options["size_bytes"]))
-        for f in plan.functions
 def _program(context: LaunchContext) -> list[str]:
     """What kvm-unit-tests wants of a machine (its ``x86/run``): QEMU ends with 2 * status + 1."""
     return [
@@ -100,6 +100,10 @@ def _program(context: LaunchContext) -> list[str]:
     ]
 
 
+def _memory(plan: NodePlan) -> tuple[MemoryFd, ...]:
+    return tuple(
+        MemoryFd(f.memory_fd, f.name, f.vram_size_bytes or int(f.options["size_bytes"]))
+        for f in plan.functions
         if f.memory_fd
     )
 
@@ -140,7 +144,9 @@ def _channels(plan: NodePlan) -> list[str]:
         "id": "net0",
         "restrict": True,
         "ipv6": False,
-        "hostfwd": [{"str": f"unix:{OWN_FOLDER}/{SSH_SOCKET}-:22"}],
+        "hostfwd": [
+            {"str": f"unix:{OWN_FOLDER}/{socket}-:{port}"} for socket, port in FORWARDED.items()
+        ],
     }
     monitors = [QMP_SOCKET, QMP_USER_SOCKET]
     if any(function.kind in MODEL_KINDS for function in plan.functions):

@@ -13,6 +13,7 @@ from pathlib import Path
 QMP_SOCKET = "qmp.sock"  # the harness's control channel
 QMP_USER_SOCKET = "qmp-user.sock"  # `testbed qmp`, while a suite holds the other one
 QMP_MODELS_SOCKET = "qmp-models.sock"  # the device models' own, if the node has any
+AGENT_SOCKET = "agent.sock"  # forwarded to where the guest's agents are made
 SSH_SOCKET = "ssh.sock"  # forwarded to the guest's port 22
 CONSOLE_SOCKET = "console.sock"  # the serial console, for a person
 MODELS_SPEC = "models.json"  # what the node's device models are
@@ -50,9 +51,9 @@ class LaunchContext:
     ``kernel_args``  words added to the guest kernel's command line after the testbed's own.
     ``console_verbose``  the guest prints its whole log on the console while it boots.
     ``start``        boot; boot to be saved; or restore from MACHINE_STATE, without kernel.
-    """
     ``program``      ``kernel`` is no kernel but a test program in its place: it speaks on the serial
         port and ends the machine through ``isa-debug-exit`` (kvm-unit-tests).
+    """
 
     qemu: tuple[str, ...]
     environment: Mapping[str, str]
@@ -63,8 +64,8 @@ class LaunchContext:
     kernel_args: tuple[str, ...] = ()
     console_verbose: bool = False
     start: Start = Start.BOOT
-
     program: bool = False
+
 
 @dataclass(frozen=True)
 class MemoryFd:

@@ -2,8 +2,8 @@
 """Make a saved machine, and bring one back.
 
 A machine is saved in the moment before it would become this rack's own: it has no keys, no name and
-no devices but bridges and its network card. What it lacks it is told on its serial console after it
-was restored (``guest_agent/resume.py``), and the kernel then finds the devices.
+no devices but bridges and its network card. What it lacks it is told after it was restored, in the
+first line to its agent (``guest_agent/resume.py``), and the kernel then finds the devices.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import testbed
 from testbed.errors import HostError, LinkLost, LostError, QmpError, SetupError
-from testbed.host import paths
+from testbed.guest import switch_router
+from testbed.host import kmod, paths
 from testbed.host.keys import RackKeys
 from testbed.host.manifest import digest
 from testbed.host.overlay import build_waiting_initrd
@@ -39,18 +40,16 @@ from testbed.machine.command import (
 from testbed.machine.console import Console
 from testbed.machine.lifecycle import Watch
 from testbed.machine.qmp import Qmp
-from testbed.machine.sockets import connect_unix
 from testbed.rack import Rack, RackNode, on_all
 from testbed.topology.model import Node
 from testbed.topology.plan import NodePlan
 from testbed.warm import memory
 from testbed.warm.store import FORMAT, MEMORY, STATE, Snapshot, Store
 
-WAITING = "testbed: waiting"  # guest_agent/resume.py says both
+WAITING = "testbed: waiting"  # guest_agent/resume.py says one of them
 UNFIT = "testbed: unfit"
 INITRD = Path("initrd.img")  # in QEMU's working directory
 ENTROPY_BYTES = 64
-CONSOLE_TIMEOUT_S = 5.0
 PAUSE_S = 0.02
 
 
@@ -72,12 +71,14 @@ class Wanted:
     """One machine that is to be restored.
 
     ``context``  as for a cold start; its ``start`` and ``initrd`` are not looked at.
+    ``router``   its switches shall route what QEMU's devices send, if that can be had.
     """
 
     plan: NodePlan
     spec: Node
     installation: Installation
     context: LaunchContext
+    router: bool
 
     def command(self) -> NodeCommand:
         """What boots it to be saved."""
@@ -115,7 +116,13 @@ class Wanted:
             self.installation.image.key,
             self.installation.agent.hash,
             self.forgotten,
+            kmod.source_hash(switch_router.MODULE) if self.has_router else "",
         )
+
+    @property
+    def has_router(self) -> bool:
+        """Whether it is of any use."""
+        return self.router and switch_router.is_wanted(self.plan)
 
 
 @dataclass(frozen=True)
@@ -177,12 +184,14 @@ def _save(kept: Store, key: str, wanted: Wanted, run_dir: Path, timeout_s: float
     ):
         folder = reservation.folder / name
         folder.mkdir(mode=0o700)
+        router = switch_router.built(wanted.spec.kernel) if wanted.has_router else None
         build_waiting_initrd(
             folder / INITRD,
             wanted.installation.image,
             wanted.installation.kernel(wanted.spec.kernel),
             agent=wanted.installation.agent,
             forget=wanted.forgotten,
+            modules=[router] if router else [],
         )
         keeper = spawn.start_keeper(reservation, [command], run_folder=run_dir)
         try:
@@ -194,7 +203,8 @@ def _save(kept: Store, key: str, wanted: Wanted, run_dir: Path, timeout_s: float
         finally:
             keeper.shutdown()
             keeper.close()
-        kept.describe(partial, runs, f"{name} ({wanted.spec.kernel})")
+        modules = (switch_router.MODULE,) if router else ()
+        kept.describe(partial, runs, f"{name} ({wanted.spec.kernel})", modules)
 
 
 def _await_waiting(keeper: Keeper, command: NodeCommand, timeout_s: float) -> Qmp:
@@ -215,7 +225,7 @@ def _await_waiting(keeper: Keeper, command: NodeCommand, timeout_s: float) -> Qm
     try:
         while WAITING not in console.tail():
             watch.check()
-            if time.monotonic() > deadline_s:
+            if UNFIT in console.tail() or time.monotonic() > deadline_s:
                 raise LinkLost(
                     f"{command.node}: it was not ready to be saved within {timeout_s:g} s",
                     node=command.node,
@@ -282,7 +292,7 @@ def _run(part: Callable[[], str], future: Future[str]) -> None:
 
 
 def resume(rack: Rack, saved: Mapping[str, Saved], keys: RackKeys, timeout_s: float) -> None:
-    """Let the restored machines go on as this rack's nodes; returns when all can be logged into.
+    """Let the restored machines go on as this rack's nodes; returns when all agents said hello.
 
     :raises SnapshotUnfit: one cannot be used, whatever the reason.
     """
@@ -303,17 +313,11 @@ def _resume(
         filling.wait()
         saving.load(monitor)
         monitor.execute("cont")
-        with connect_unix(node.console_socket, CONSOLE_TIMEOUT_S) as wire:
-            wire.settimeout(CONSOLE_TIMEOUT_S)
-            wire.sendall(base64.b64encode(json.dumps(_identity(node, keys)).encode()) + b"\n")
-            node.watch.wait_ready(timeout_s)
-    except (OSError, LostError, QmpError, HostError) as error:
+        node.introduce(json.dumps(_identity(node, keys)).encode() + b"\n", timeout_s)
+    except (LostError, QmpError, HostError) as error:
         if isinstance(error, SnapshotUnfit):
             raise
-        raise SnapshotUnfit(str(getattr(error, "message", error)), snapshot.key) from error
-    for line in node.console_tail().splitlines():
-        if line.startswith(UNFIT):
-            raise SnapshotUnfit(f"{node.name}: {line.removeprefix(UNFIT)[2:]}", snapshot.key)
+        raise SnapshotUnfit(error.message, snapshot.key) from error
 
 
 def _identity(node: RackNode, keys: RackKeys) -> dict[str, object]:
@@ -321,7 +325,19 @@ def _identity(node: RackNode, keys: RackKeys) -> dict[str, object]:
         "name": node.name,
         "entropy": base64.b64encode(os.urandom(ENTROPY_BYTES)).decode(),
         "time_s": time.time(),
+        "buses": _buses(node.plan),
         "host_key": base64.b64encode(keys.host_private).decode(),
         "client_key": keys.client_public,
-        "buses": sorted({function.bus for function in saving.left_out(node.plan)}),
     }
+
+
+def _buses(plan: NodePlan) -> list[int]:
+    """The topmost buses below which something is to be found: one look at each finds all."""
+    parents = {function.qemu_id: function for function in plan.functions}
+    buses = set()
+    for function in saving.left_out(plan):
+        top = function
+        while top.parent:
+            top = parents[top.parent]
+        buses.add(top.secondary_bus if top is not function else function.bus)
+    return sorted(buses)

@@ -24,7 +24,7 @@ from testbed.host import product
 from testbed.topology.units import GIB
 from testbed.warm.memory import Runs
 
-FORMAT = 1
+FORMAT = 2
 MEMORY, STATE, INDEX = "memory", "state", "snapshot.json"
 DEFAULT_BUDGET_BYTES = 4 * GIB
 _LOCK = ".lock"
@@ -32,12 +32,17 @@ _LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One saved machine. ``runs`` is where its memory's blocks belong (testbed.warm.memory)."""
+    """One saved machine.
+
+    ``runs``     where its memory's blocks belong (:mod:`testbed.warm.memory`).
+    ``modules``  kernel modules of ours that are loaded in it.
+    """
 
     folder: Path
     runs: Runs
     memory_sha256: str
     state_sha256: str
+    modules: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -103,7 +108,9 @@ class Store:
         with contextlib.suppress(OSError):
             os.utime(index)
         runs = tuple((int(start), int(length)) for start, length in body["runs"])
-        return Snapshot(index.parent, runs, body["memory_sha256"], body["state_sha256"])
+        return Snapshot(
+            index.parent, runs, body["memory_sha256"], body["state_sha256"], tuple(body["modules"])
+        )
 
     @contextlib.contextmanager
     def exclusive(self, key: str) -> Iterator[None]:
@@ -125,13 +132,16 @@ class Store:
             partial.chmod(0o700)
             yield partial
 
-    def describe(self, partial: Path, runs: Runs, names: str) -> None:
+    def describe(
+        self, partial: Path, runs: Runs, names: str, modules: tuple[str, ...] = ()
+    ) -> None:
         """Write the index of what :meth:`making` made."""
         for name in (MEMORY, STATE):
             (partial / name).chmod(0o600)
         body: dict[str, Any] = {
             "format": FORMAT,
             "names": names,
+            "modules": list(modules),
             "runs": [list(run) for run in runs],
             "memory_sha256": checksum(partial / MEMORY),
             "state_sha256": checksum(partial / STATE),

@@ -58,6 +58,7 @@ def test_no_path_of_the_host_but_kernel_and_initrd() -> None:
     made = commanded(pcie=[{"gpu": "g", "vram": "1M"}, {"nvme": "n"}])
     words = " ".join(made.argv[len(CONTEXT.qemu) :])
     assert set(re.findall(r"[\w.]*/[\w./-]+", words)) == {
+        "/proc/self/cwd/agent.sock-",
         "/proc/self/cwd/ssh.sock-",
         "/proc/self/fd/100",
         "/dev/fdset/101",

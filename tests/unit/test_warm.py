@@ -15,7 +15,7 @@ from testbed.errors import SetupError
 from testbed.machine import saving
 from testbed.topology import load, placement
 from testbed.warm import memory
-from testbed.warm.store import INDEX, MEMORY, STATE, Snapshot, Store
+from testbed.warm.store import FORMAT, INDEX, MEMORY, STATE, Snapshot, Store
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = memory.BLOCK_BYTES
@@ -87,7 +87,7 @@ def test_a_damaged_file_is_noticed(tmp_path: Path, name: str, how: str) -> None:
 def test_an_index_that_was_touched_is_no_entry_and_goes(tmp_path: Path) -> None:
     store = Store(tmp_path)
     index = make(store, "a").folder / INDEX
-    index.write_text(index.read_text().replace('"format": 1', '"format": 2'))
+    index.write_text(index.read_text().replace(f'"format": {FORMAT}', '"format": 0'))
     assert store.find("a") is None
     assert not index.parent.exists()
 

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who is there first in a machine: waits for connections, and makes a process for each.
+
+``python3 -ISu …/guest_agent/__main__.py listen``, started by init, goes to the background once it
+listens on the address of QEMU's user network, which leads to two sockets in the rack's runtime
+folder (mode 0700) and nowhere else. Behind one each connection gets an agent of its own, forked:
+nothing is started or imported anew, and no keys are exchanged. Behind the other it is an SSH
+server's, for whoever wants a shell; none runs until then.
+
+``… listen saved [FUNCTION…]`` is the end of a boot that is to be saved (:mod:`guest_agent.resume`):
+it loads all of the agent first, and takes who this machine is from the first line that comes.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import select
+import signal
+import sys
+
+from guest_agent import channel
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+ADDRESS = "10.0.2.15"  # images/init gives it to the card of QEMU's user network
+AGENT_PORT = 1022  # testbed/machine/argv.py forwards to both
+SSH_PORT = 22
+READY = "testbed: ready"  # testbed/machine/console.py looks for it
+BACKLOG = 16
+# Keys only (-s), for one connection that is there already (-i).
+SSH_SERVER = ("dropbear", "-i", "-s", "-j", "-k", "-r", "/etc/dropbear/host_key")
+
+
+def run(agent_hash: str, words: list[str]) -> int:
+    """Listen; returns in the process that init waits for."""
+    # ruff: noqa: RET503  the process in the background serves for ever
+    agents, shells = (_listen(port) for port in (AGENT_PORT, SSH_PORT))
+    if os.fork():
+        return 0
+    os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if words[:1] == ["saved"]:
+        from guest_agent import resume  # noqa: PLC0415  a machine that is booted need not have it
+
+        resume.wait(words[1:])
+        first = _accept(agents)
+        problem = resume.answer(first)
+        if not problem:
+            _agent(first, agent_hash, (agents, shells), resume.settle)
+        resume.be_ordinary()
+        os.close(first)
+        _say(READY)
+    else:
+        _say(READY)
+    _serve(agents, shells, agent_hash)
+
+
+def _listen(port: int) -> _socket.socket:
+    listener = _socket.socket(_socket.AF_INET, _socket.SOCK_STREAM)
+    listener.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+    listener.bind((ADDRESS, port))
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _accept(listener: _socket.socket) -> int:
+    wire, _ = listener._accept()  # type: ignore[attr-defined]  # what socket.accept calls
+    return int(wire)
+
+
+def _say(line: str) -> None:
+    os.write(1, f"{line}\n".encode())
+
+
+def _serve(agents: _socket.socket, shells: _socket.socket, agent_hash: str) -> NoReturn:
+    # The kernel reaps them; who asks after children of its own sets this back.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        for listener in select.select([agents, shells], [], [])[0]:
+            try:
+                wire = _accept(listener)
+            except OSError:
+                continue  # it went away again
+            if listener is agents:
+                _agent(wire, agent_hash, (agents, shells))
+            else:
+                actions = [(os.POSIX_SPAWN_DUP2, wire, fd) for fd in (0, 1)]
+                signals = [signal.SIGCHLD, signal.SIGHUP]
+                os.posix_spawnp(
+                    SSH_SERVER[0],
+                    SSH_SERVER,
+                    os.environ,
+                    file_actions=actions,
+                    setsigdef=signals,
+                    setsid=True,
+                )
+            os.close(wire)
+
+
+def _agent(
+    wire: int,
+    agent_hash: str,
+    ours: tuple[_socket.socket, ...],
+    before_serving: Callable[[], None] = lambda: None,
+) -> None:
+    """Fork an agent that speaks over ``wire``."""
+    if os.fork():
+        return
+    status = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for listener in ours:
+            listener.close()
+        os.dup2(wire, 0)
+        os.dup2(wire, 1)
+        os.close(wire)
+        status = channel.run(agent_hash, before_serving)
+    finally:
+        sys.stderr.flush()
+        os._exit(status)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who makes agents in a guest: an agent for each connection, and who a saved machine becomes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from testbed.guest.agent import AgentClient
+
+ROOT = Path(__file__).parents[2]
+DEADLINE_S = 20.0
+
+# The listener on ports of this test's, with a machine's doings left out.
+LISTENER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from guest_agent import listener, resume
+listener.ADDRESS = "127.0.0.1"
+listener.AGENT_PORT, listener.SSH_PORT = int(sys.argv[2]), int(sys.argv[3])
+listener.SSH_SERVER = ("cat",)
+for name in ("forget", "clear_free_memory", "load_modules", "be_quick", "be_ordinary"):
+    setattr(resume, name, lambda *_: None)
+resume.become = lambda identity: print(f"became {identity['name']}", flush=True)
+resume.os.makedirs = lambda *_, **__: None
+resume.DISK_DRIVER = "/nowhere"
+sys.exit(listener.run("cafe" * 4, sys.argv[4:]))
+"""
+
+
+class Listener:
+    """One such process; what it said is in ``log``."""
+
+    def __init__(self, log: Path, *words: str) -> None:
+        self.log = log
+        with socket.socket() as one, socket.socket() as two:
+            for each in (one, two):
+                each.bind(("127.0.0.1", 0))
+            self.agents, self.shells = one.getsockname()[1], two.getsockname()[1]
+        with log.open("wb") as out:
+            done = subprocess.run(
+                [sys.executable, "-c", LISTENER, ROOT, str(self.agents), str(self.shells), *words],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                timeout=DEADLINE_S,
+                check=False,
+            )
+        assert done.returncode == 0, log.read_text()
+
+    def wire(self, port: int) -> socket.socket:
+        """A connection to it."""
+        return socket.create_connection(("127.0.0.1", port), DEADLINE_S)
+
+    def agent(self) -> AgentClient:
+        """An agent of its."""
+        return AgentClient("test", self.wire(self.agents))
+
+    def await_said(self, word: str) -> None:
+        """Wait until it has said ``word``."""
+        deadline_s = time.monotonic() + DEADLINE_S
+        while word not in self.log.read_text():
+            assert time.monotonic() < deadline_s, self.log.read_text()
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[list[Listener]]:
+    """Listeners that a test started; they are ended by their agents' parent."""
+    made: list[Listener] = []
+    yield made
+    for each in made:
+        with each.wire(each.agents) as wire:
+            hello = line_of(wire)["hello"]
+            parent = Path(f"/proc/{hello['pid']}/stat").read_text().rpartition(")")[2].split()[1]
+        os.kill(int(parent), signal.SIGKILL)
+
+
+def listen(started: list[Listener], log: Path, *words: str) -> Listener:
+    """Start one, to be ended after the test."""
+    one = Listener(log, *words)
+    started.append(one)
+    return one
+
+
+def line_of(wire: socket.socket) -> Any:
+    """The next line from there, of JSON."""
+    with wire.makefile() as stream:
+        return json.loads(stream.readline())
+
+
+def gone(pid: int) -> bool:
+    """The process ended and nobody has to reap it."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while Path(f"/proc/{pid}").exists():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_each_connection_is_an_agent_of_its_own(started: list[Listener], tmp_path: Path) -> None:
+    listener = listen(started, tmp_path / "log")
+    listener.await_said("testbed: ready")
+    one, two = listener.agent(), listener.agent()
+    pids = [agent.hello["pid"] for agent in (one, two)]
+    assert pids[0] != pids[1]
+    assert {agent.hello["agent"] for agent in (one, two)} == {"cafe" * 4}
+    one.call("memory.alloc", name="mine", size_bytes=4096)
+    two.call("memory.alloc", name="mine", size_bytes=4096)  # it has no such buffer yet
+    os.kill(pids[0], signal.SIGKILL)
+    assert gone(pids[0])
+    one.close()
+    assert two.call("system.info")["machine"]
+    two.close()
+    assert gone(pids[1])
+
+
+def test_the_other_port_is_the_ssh_servers(started: list[Listener], tmp_path: Path) -> None:
+    listener = listen(started, tmp_path / "log")
+    with listener.wire(listener.shells) as wire:
+        wire.sendall(b"SSH-2.0-test\n")
+        assert wire.recv(100) == b"SSH-2.0-test\n"
+
+
+def test_a_saved_machine_becomes_what_the_first_line_says(
+    started: list[Listener], tmp_path: Path
+) -> None:
+    listener = listen(started, tmp_path / "log", "saved")
+    listener.await_said("testbed: waiting")
+    assert "ready" not in listener.log.read_text()
+    with listener.wire(listener.agents) as wire:
+        wire.sendall(b'{"name": "host7"}\n')
+        hello = line_of(wire)
+        assert hello["hello"]["agent"] == "cafe" * 4
+        listener.await_said("became host7")
+        listener.await_said("testbed: ready")
+    with contextlib.closing(listener.agent()) as ordinary:
+        assert ordinary.call("system.info")["machine"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [(b"{}\n", "KeyError"), (b"not JSON\n", "JSONDecodeError"), (b'{"name"', "went away")],
+)
+def test_a_machine_that_cannot_become_it_says_why(
+    started: list[Listener], tmp_path: Path, line: bytes, said: str
+) -> None:
+    listener = listen(started, tmp_path / "log", "saved")
+    with listener.wire(listener.agents) as wire:
+        wire.sendall(line)
+        wire.shutdown(socket.SHUT_WR)
+        answer = line_of(wire)
+    assert said in answer["unfit"]
+
+
+def test_a_function_that_did_not_come_back_is_said(started: list[Listener], tmp_path: Path) -> None:
+    listener = listen(started, tmp_path / "log", "saved", "0000:ff:1f.7")
+    with listener.wire(listener.agents) as wire:
+        wire.sendall(b'{"name": "host7"}\n')
+        answer = line_of(wire)
+    assert answer == {"unfit": "0000:ff:1f.7 is not there"}
