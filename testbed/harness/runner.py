@@ -32,8 +32,8 @@ from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation, parse_mutation
 from testbed.instruments.negotiation_rules import parse_policy
 from testbed.payload.collection import Payload
-from testbed.results import junit, record
 from testbed.payload.multiboot import MachinePrograms
+from testbed.results import junit, record
 from testbed.results.ktap import KtapStream
 from testbed.results.options import ALL_ENGINES, RunOptions, write_options
 from testbed.results.table import print_table
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 SUITES_DIR = Path(__file__).parent.parent / "suites"
 SUITES = {
     "p2p-iommu": ("p2p_iommu.py", "p2p_routes.py"),
-    "p2p-kernel": ("p2p_kernel.py", "p2p_oracle.py"),
+    "p2p-kernel": ("p2p_kernel.py", "p2p_oracle.py", "p2p_kernel_life.py"),
     "p2p-negotiation": (
         "p2p_negotiation.py",
         "p2p_negotiation_life.py",
@@ -94,7 +94,6 @@ class Choice:
     ``keyword``   as pytest's ``-k``; the gates of what it chooses run too.
     ``reports``   what the command line says over bug reports among the suites.
     ``policy``    of the suite ``p2p-negotiation``; "" is its default.
-    ``policy``    of the suite ``p2p-negotiation``; "" is its default.
     ``payload``   what the suite ``kselftest`` or ``kvm-unit-tests`` runs.
     """
 
@@ -102,7 +101,6 @@ class Choice:
     keyword: str = ""
     mutation: Mutation = Mutation.NONE
     reports: ReportOptions | None = None
-    policy: str = field(default="", kw_only=True)
     policy: str = field(default="", kw_only=True)
     payload: Payload | MachinePrograms | None = None
 
@@ -212,7 +210,7 @@ def _conclude(
 def _run_session(
     choice: Choice, source: RackSource, run_dir: Path, ktap: KtapStream
 ) -> ConformanceSession:
-    paths = [path for word in choice.suites or (DEFAULT_SUITE,) for path in _suite_paths(word)]
+    paths = [path for word in choice.suites or (DEFAULT_SUITE,) for path in suite_paths(word)]
     session = ConformanceSession(
         source,
         mutation=choice.mutation,
@@ -323,9 +321,10 @@ class _Writer:
         return written
 
 
-def _suite_paths(word: str) -> list[str]:
+def suite_paths(word: str) -> list[str]:
+    """The modules of a suite, or the file of the user's own. :raises InputError: neither."""
     if word == ALL_SUITES:
-        return [path for name in SUITES for path in _suite_paths(name)]
+        return [path for name in SUITES for path in suite_paths(name)]
     modules = {**SUITES, **PAYLOAD_SUITES}
     if word in modules:
         return [str(SUITES_DIR / module) for module in modules[word]]

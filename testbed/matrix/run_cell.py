@@ -92,8 +92,7 @@ def run_cell(
     if end.why == "deadline":
         reason = f"it did not end within {cell.deadline_s} s, and was ended"
         return ended(Verdict.ERROR, reason, end.duration_s, None)
-    run = _record(folder)
-    verdict, reason = _judged(end, run)
+    verdict, reason, run = judged(end, folder / RUN_FOLDER)
     return ended(verdict, reason, end.duration_s, run)
 
 
@@ -117,27 +116,31 @@ def has_kvm() -> bool:
     return os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
-def _record(folder: Path) -> RunRecord | None:
-    path = folder / RUN_FOLDER / FILE_NAME
+def judged(end: child.ChildEnd, run_dir: Path) -> tuple[Verdict, str, RunRecord | None]:
+    """The verdict of a run that has ended by itself: its record's, or what kept it from having one.
+
+    :returns: with one line that says why, "" for a PASS; and the record.
+    """
+    run = _record(run_dir)
+    if run is not None and run.exit_code == ExitCode.INTERRUPTED:
+        return Verdict.ERROR, "the run was interrupted by someone else", run
+    if run is not None and run.outcomes and end.status == run.exit_code:
+        verdict = combine(outcome.verdict for outcome in run.outcomes)
+        if verdict is Verdict.PASS:
+            return verdict, "", run
+        first = next(o for o in run.outcomes if o.verdict is verdict)
+        return verdict, f"{first.title}: {first.reason}", run
+    said = end.last_words or "it said nothing"
+    if end.status in (ExitCode.SKIP, ExitCode.BAD_INPUT):
+        return Verdict.SKIP, said, None
+    if end.status < 0:
+        return Verdict.ERROR, f"the run died of signal {-end.status}: {said}", None
+    return Verdict.ERROR, f"the run ended with {end.status} and no record: {said}", None
+
+
+def _record(run_dir: Path) -> RunRecord | None:
+    path = run_dir / FILE_NAME
     try:
         return load_record(path) if path.exists() else None
     except InputError:
         return None
-
-
-def _judged(end: child.ChildEnd, run: RunRecord | None) -> tuple[Verdict, str]:
-    """The cell's verdict: that of its run's record, or what kept it from having one."""
-    if run is not None and run.exit_code == ExitCode.INTERRUPTED:
-        return Verdict.ERROR, "the run was interrupted by someone else"
-    if run is not None and run.outcomes and end.status == run.exit_code:
-        verdict = combine(outcome.verdict for outcome in run.outcomes)
-        if verdict is Verdict.PASS:
-            return verdict, ""
-        first = next(o for o in run.outcomes if o.verdict is verdict)
-        return verdict, f"{first.title}: {first.reason}"
-    said = end.last_words or "it said nothing"
-    if end.status in (ExitCode.SKIP, ExitCode.BAD_INPUT):
-        return Verdict.SKIP, said
-    if end.status < 0:
-        return Verdict.ERROR, f"the run died of signal {-end.status}: {said}"
-    return Verdict.ERROR, f"the run ended with {end.status} and no record: {said}"

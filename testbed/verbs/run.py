@@ -32,8 +32,19 @@ NEGOTIATION = "p2p-negotiation"
 @click.option(
     "-t",
     "--topology",
+    "topologies",
+    multiple=True,
     metavar="FILE",
-    help=f"Boot this rack; a file or a shipped name.  [default: {DEFAULT_TOPOLOGY}]",
+    help="Boot this rack; a file or a shipped name. Several: every suite runs on each.  [default: "
+    f"{DEFAULT_TOPOLOGY}]",
+)
+@click.option(
+    "-j",
+    "--jobs",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="Each suite on each rack (with each engine) apart, at most N at once; never more than "
+    "memory and processors allow.",
 )
 @click.option("--rack", metavar="NAME", help="Use a rack that is up, and leave it running.")
 @click.option(
@@ -81,7 +92,8 @@ NEGOTIATION = "p2p-negotiation"
 @click.option("--list", "only_list", is_flag=True, help="List the suites, and run none.")
 def run(
     suites: tuple[str, ...],
-    topology: str | None,
+    topologies: tuple[str, ...],
+    jobs: int | None,
     rack: str | None,
     keyword: str,
     settings: tuple[str, ...],
@@ -105,7 +117,8 @@ def run(
     kernel's own selftests, as your checkout built them (docs/kselftest.md), `kvm-unit-tests`
     programs that take the kernel's place (docs/kvm-unit-tests.md). KTAP goes to stdout, a
     table to stderr, and the run folder keeps the record, JUnit XML, logs and every
-    stage's product.
+    stage's product. With -j, or several -t, each suite has a rack of its own, and -j 1 says the
+    same as -j 8.
     """
     from testbed import deploy
     from testbed.harness import runner
@@ -124,20 +137,35 @@ def run(
         for name in (*runner.SUITES, *runner.PAYLOAD_SUITES):
             click.echo(name)
         return 0
-    if rack and (topology or settings or kernel or iommu_mode or engine):
+    if rack and (topologies or jobs or settings or kernel or iommu_mode or engine):
         raise InputError(
-            "--rack uses a rack as it is; -t, -s, --kernel, --iommu and --engine boot another"
+            "--rack uses a rack as it is; -t, -j, -s, --kernel, --iommu and --engine boot another"
         )
     chosen = parse_mutation(mutation)
     rule = parse_policy(policy)
     judged = {word for word in suites or (runner.DEFAULT_SUITE,) if word in runner.SUITES}
     if rule and judged and NEGOTIATION not in judged and runner.ALL_SUITES not in suites:
         raise InputError(f"--policy is of the suite {NEGOTIATION}", hint="name that suite")
+    if jobs or len(topologies) > 1:
+        from testbed.verbs.apart import run_apart
+
+        return run_apart(
+            click.get_current_context(),
+            suites or (runner.DEFAULT_SUITE,),
+            topologies or (DEFAULT_TOPOLOGY,),
+            run_dir=run_folder(output, "several" if len(topologies) > 1 else "apart"),
+            form=form,
+            settings=settings,
+            kernel=kernel,
+            iommu_mode=iommu_mode,
+            engine=engine,
+            trust=trust,
+        )
     wanted = None
     only_reports = bool(suites) and all(word.endswith(SUFFIX) for word in suites)
     if not rack:
         wanted = load_topology(
-            topology or DEFAULT_TOPOLOGY,
+            topologies[0] if topologies else DEFAULT_TOPOLOGY,
             () if only_reports else settings,
             kernel=kernel,
             iommu_mode=iommu_mode,
