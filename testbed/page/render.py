@@ -110,7 +110,7 @@ def render(run_dir: Path, *, against: Path | None = None) -> str:
     ]
     calls = calls_by_test(run.record.outcomes, made)
     requirements = requirement_views(run.record.outcomes, anchors, names, calls)
-    budget = _Budget()
+    budget = _Budget(MOST_LOGS_BYTES)
     racks = [
         _rack_view(run, rack, requirements, anchors, budget, observed[rack.name])
         for rack in run.racks
@@ -181,7 +181,7 @@ def _word(run: Run) -> str:
 class _Budget:
     """How much of all logs may still be read."""
 
-    left_bytes: int = MOST_LOGS_BYTES
+    left_bytes: int
 
 
 def _rack_view(
