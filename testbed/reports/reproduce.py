@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,11 +19,11 @@ from testbed.reports.load import Case
 from testbed.reports.references import resolve
 from testbed.reports.seen import Seen
 from testbed.reports.steps import Step
+from testbed.results.error_details import details_of
 from testbed.results.evidence import Evidence
 from testbed.results.record import DeviceRecord
 
 RACK = "rack"
-_DETAIL_FRAMES = 6
 _KEPT_CHARACTERS = 2000  # of each text that a step saw; conditions have all of it
 
 
@@ -97,9 +96,10 @@ def reproduce(
     except LostError as lost:
         finding = Finding(Word.LOST, lost.message, console_tail=lost.console_tail)
     except Exception as error:
-        details = "".join(traceback.format_exception(error, limit=-_DETAIL_FRAMES))
         message = str(error).strip().partition("\n")[0]
-        finding = Finding(Word.ERROR, f"{type(error).__name__}: {message}", details=details)
+        finding = Finding(
+            Word.ERROR, f"{type(error).__name__}: {message}", details=details_of(error)
+        )
     return run.complete(finding, time.monotonic() - began_s)
 
 
