@@ -27,6 +27,7 @@ from testbed.topology.plan import RackPlan
 T = TypeVar("T")
 
 MAX_DEATHS = 4
+END_TIMEOUT_S = 30.0
 
 
 class LiveRack:
@@ -39,30 +40,37 @@ class LiveRack:
         self._starts = 0
         self._deaths = 0
         self._future: Future[Rack] | None = None
+        self._spare: Future[Rack] | None = None  # for the next test that wants a fresh machine
+        self._ends: list[threading.Thread] = []  # of machines that were in use
         self._why_gone = ""
         self._kept: dict[object, tuple[object, Callable[[Any], None], str]] = {}
         self.waited_s = 0.0  # in all, for machines to boot
         self.touched = False  # by the test that runs
+        self.used = False  # by any test
+        self.wants_spare = False  # the next test shall find another machine ready
         self.last_versions: Mapping[str, Any] = {}
         self.devices: list[DeviceRecord] = []  # of its machines that have ended
 
     def start(self) -> None:
         """Begin to boot in the background, if that has not been done."""
         if self._future is None:
-            self._starts += 1
-            future: Future[Rack] = Future()
-            label = self._label if self._starts == 1 else f"{self._label}-{self._starts}"
+            self._future, self._spare = self._spare or self._begin(), None
 
-            def boot() -> None:
-                try:
-                    future.set_result(self._source.start(self._topology, label))
-                except BaseException as error:  # raised where it is waited for
-                    future.set_exception(error)
+    def _begin(self) -> Future[Rack]:
+        self._starts += 1
+        future: Future[Rack] = Future()
+        label = self._label if self._starts == 1 else f"{self._label}-{self._starts}"
 
-            # A daemon: after Ctrl-C nobody waits for a boot. The rack's keeper ends the machines
-            # when this process does.
-            threading.Thread(target=boot, name=f"boot {label}", daemon=True).start()
-            self._future = future
+        def boot() -> None:
+            try:
+                future.set_result(self._source.start(self._topology, label))
+            except BaseException as error:  # raised where it is waited for
+                future.set_exception(error)
+
+        # A daemon: after Ctrl-C nobody waits for a boot. The rack's keeper ends the machines
+        # when this process does.
+        threading.Thread(target=boot, name=f"boot {label}", daemon=True).start()
+        return future
 
     def get(self) -> Rack:
         """The running rack, booted if need be.
@@ -71,7 +79,7 @@ class LiveRack:
             LaunchError, LostError: it did not boot; said once, to the test that waited for it.
             CapabilityMissing: it is gone, and there will be no other.
         """
-        self.touched = True
+        self.touched = self.used = True
         if self._why_gone:
             raise CapabilityMissing(f"not run: {self._why_gone}")
         self.start()
@@ -85,6 +93,8 @@ class LiveRack:
         finally:
             self.waited_s += time.monotonic() - before
         self.last_versions = rack.versions
+        if self.wants_spare and self._spare is None and self._source.restartable:
+            self._spare = self._begin()
         return rack
 
     def lost(self, test: str) -> None:
@@ -101,6 +111,18 @@ class LiveRack:
         """A test has broken a part of the machine for good: end it; :meth:`get` boots another."""
         self._kept.clear()
         self._end()
+
+    def refresh(self) -> None:
+        """Let the next test find a machine that no test has used; what there is ends meanwhile."""
+        if not self.used or not self._source.restartable:
+            return
+        self._kept.clear()
+        self.used = False
+        future, self._future = self._future, None
+        if future is not None:
+            thread = threading.Thread(target=self._end_of, args=(future, True), daemon=True)
+            thread.start()
+            self._ends.append(thread)
 
     @property
     def ours(self) -> bool:
@@ -170,9 +192,17 @@ class LiveRack:
         self._kept.clear()
         self._why_gone = self._why_gone or "the session is over"
         self._end(wait=wait)
+        spare, self._spare = self._spare, None
+        if spare is not None and (wait or spare.done()) and spare.exception() is None:
+            spare.result().close()
+        for thread in self._ends:
+            thread.join(END_TIMEOUT_S if wait else 0)
 
     def _end(self, *, wait: bool = True) -> None:
         future, self._future = self._future, None
+        self._end_of(future, wait)
+
+    def _end_of(self, future: Future[Rack] | None, wait: bool) -> None:
         if future is not None and (wait or future.done()) and future.exception() is None:
             self.devices += records(future.result(), self._label)
             future.result().close()

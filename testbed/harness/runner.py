@@ -55,12 +55,18 @@ SUITES = {
         "p2p_negotiation_sharing.py",
         "p2p_negotiation_bad.py",
     ),
-    "p2p-fabric": ("p2p_fabric.py", "p2p_fabric_windows.py", "p2p_fabric_loss.py"),
+    "p2p-fabric": (
+        "p2p_fabric.py",
+        "p2p_fabric_windows.py",
+        "p2p_fabric_bells.py",
+        "p2p_fabric_loss.py",
+    ),
     "p2p-dmabuf": (
         "p2p_dmabuf.py",
         "p2p_dmabuf_life.py",
         "p2p_dmabuf_moves.py",
         "p2p_dmabuf_vfio.py",
+        "p2p_dmabuf_loss.py",
     ),
     "p2p-hmm": ("p2p_hmm.py",),
 }
@@ -94,6 +100,7 @@ class Choice:
     ``keyword``   as pytest's ``-k``; the gates of what it chooses run too.
     ``reports``   what the command line says over bug reports among the suites.
     ``policy``    of the suite ``p2p-negotiation``; "" is its default.
+    ``pristine``  a fresh machine for each test.
     ``payload``   what the suite ``kselftest`` or ``kvm-unit-tests`` runs.
     """
 
@@ -102,6 +109,7 @@ class Choice:
     mutation: Mutation = Mutation.NONE
     reports: ReportOptions | None = None
     policy: str = field(default="", kw_only=True)
+    pristine: bool = field(default=False, kw_only=True)
     payload: Payload | MachinePrograms | None = None
 
 
@@ -219,6 +227,7 @@ def _run_session(
         on_outcome=ktap.outcome,
         on_parts=ktap.parts,
         payload=choice.payload,
+        pristine=choice.pristine,
         report_options=choice.reports,
     )
     ini = run_dir / _PYTEST_INI

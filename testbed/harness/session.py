@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from testbed.errors import CapabilityMissing, LostError
+from testbed.errors import CapabilityMissing, LostError, ModuleStays
 from testbed.harness.racks import RackPool
 from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 REQUIREMENT = "requirement"
 GATED_BY = "gated_by"
 BOOTS = "boots"
+PRISTINE = "pristine"
 VARIANTS_HOOK = "rack_variants"  # a module's function: topology → {name: topology}
 
 _VERDICT = "testbed_verdict"  # pytest's reports carry it from the test to the terminal
@@ -47,6 +48,7 @@ class _Ending:
     reason: str
     details: str = ""
     console_tail: str = ""
+    spoilt: bool = False  # the machine, for every other test
 
 
 _OBSERVER = pytest.StashKey[Observer]()
@@ -63,6 +65,7 @@ class ConformanceSession:
     :param on_plan: is told how many tests there will be.
     :param on_outcome: is told each outcome as soon as it is there.
     :param on_parts: is told the outcomes of a test that ran other tests.
+    :param pristine: every test starts on machines that no other has used.
     :param on_end: is called last, when the racks have ended.
     :param report_options: for bug reports among the tests; pytest's own options if None.
     :param payload: what a test runs that runs other tests, if the session has one.
@@ -80,8 +83,10 @@ class ConformanceSession:
         on_end: Callable[[ConformanceSession], object] = lambda _: None,
         report_options: ReportOptions | None = None,
         payload: Payload | MachinePrograms | None = None,
+        pristine: bool = False,
     ) -> None:
         self.pool = RackPool(source)
+        self._all_pristine = pristine
         self.payload = payload
         self.report_options = report_options
         self.reports: list[ReportRecord] = []  # bug reports among the tests
@@ -104,6 +109,11 @@ class ConformanceSession:
         return item.stash.setdefault(_OBSERVER, Observer())
 
     # Collection
+
+    def pytest_itemcollected(self, item: pytest.Item) -> None:
+        """``-k MAP_06`` (or ``MAP-06``) means the tests of that requirement."""
+        for requirement in _marked(item, REQUIREMENT):
+            item.extra_keyword_matches |= {requirement, requirement.replace("-", "_")}
 
     def pytest_configure(self, config: pytest.Config) -> None:
         """Be found by the fixtures."""
@@ -148,6 +158,17 @@ class ConformanceSession:
             self.outcomes.append(Outcome((), report.nodeid, Verdict.ERROR, reason, details=text))
 
     # Running
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
+        """Fresh machines for a test that wants them; others get ready while this one runs."""
+        if self._wants_pristine(item):
+            for rack in self.pool.all():
+                rack.refresh()
+        self.pool.main.wants_spare = nextitem is not None and self._wants_pristine(nextitem)
+
+    def _wants_pristine(self, item: pytest.Item) -> bool:
+        return self._all_pristine or item.get_closest_marker(PRISTINE) is not None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -220,12 +241,15 @@ class ConformanceSession:
         else:
             self._emit(outcome)
         lost = any(ending.verdict is Verdict.LOST for ending in endings)
+        spoilt = any(ending.spoilt for ending in endings)
         for rack in self.pool.all():
-            if rack.is_dead or (lost and rack.touched):
-                try:
+            try:
+                if rack.is_dead or (lost and rack.touched):
                     rack.lost(_test_name(item))
-                except Exception as failure:  # the tests that follow still have their say
-                    self._emit_failed_end(failure)
+                elif spoilt and rack.touched and rack.ours:
+                    rack.renew()
+            except Exception as failure:  # the tests that follow still have their say
+                self._emit_failed_end(failure)
             rack.touched = False
 
     def _console_sizes(self) -> dict[tuple[str, str], int]:
@@ -310,7 +334,7 @@ def _ending_of(report: pytest.TestReport, call: pytest.CallInfo[None]) -> _Endin
             verdict = Verdict.FAIL
         case _:
             reason = f"{type(error).__name__}: {reason}"
-    return _Ending(verdict, reason, details)
+    return _Ending(verdict, reason, details, spoilt=isinstance(error, ModuleStays))
 
 
 def _was_interrupted(error: BaseException | None) -> bool:

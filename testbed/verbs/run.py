@@ -59,6 +59,11 @@ NEGOTIATION = "p2p-negotiation"
 @engine_option("all")
 @trust_option
 @warm_option
+@click.option(
+    "--pristine",
+    is_flag=True,
+    help="Give each test a machine that no other has used: one is restored (--warm) meanwhile.",
+)
 @payload_options
 @click.option("--qemu", metavar="PATH", help="Another QEMU than the tool root's.")
 @click.option(
@@ -102,6 +107,7 @@ def run(
     engine: str | None,
     trust: bool,
     warm: bool,
+    pristine: bool,
     words: PayloadWords,
     qemu: str | None,
     mutation: str,
@@ -137,9 +143,10 @@ def run(
         for name in (*runner.SUITES, *runner.PAYLOAD_SUITES):
             click.echo(name)
         return 0
-    if rack and (topologies or jobs or settings or kernel or iommu_mode or engine):
+    if rack and (topologies or jobs or settings or kernel or iommu_mode or engine or pristine):
         raise InputError(
-            "--rack uses a rack as it is; -t, -j, -s, --kernel, --iommu and --engine boot another"
+            "--rack uses a rack as it is; -t, -j, -s, --kernel, --iommu, --engine and --pristine"
+            " boot another"
         )
     chosen = parse_mutation(mutation)
     rule = parse_policy(policy)
@@ -176,11 +183,13 @@ def run(
     run_dir = run_folder(output, rack or (wanted.rack if wanted else "run"))
     overrides = Overrides(kernel, iommu_mode, None if engine == "all" else engine, qemu)
     reports = ReportOptions(parse_settings(settings) if only_reports else {}, overrides, trust)
-    choice = runner.Choice(suites, keyword, chosen, reports, payload, policy=rule)
+    choice = runner.Choice(
+        suites, keyword, chosen, reports, payload, policy=rule, pristine=pristine
+    )
     stream = io.StringIO() if form == "json" else sys.stdout
     installation = install_for([wanted], qemu=qemu) if wanted is not None else None
     say(f"run folder: {run_dir}")
-    options = deploy.StartOptions(installation=installation, trust=trust, warm=warm)
+    options = deploy.StartOptions(installation=installation, trust=trust, warm=warm or pristine)
     if wanted is not None and engine == "all":
         sources = engine_sources(wanted, run_dir, options)
         result = runner.run_engines(choice, sources, run_dir, stream=stream)
