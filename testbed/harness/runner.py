@@ -67,6 +67,7 @@ SUITES = {
         "p2p_dmabuf_moves.py",
         "p2p_dmabuf_vfio.py",
         "p2p_dmabuf_loss.py",
+        "p2p_dmabuf_loss.py",
     ),
     "p2p-hmm": ("p2p_hmm.py",),
 }

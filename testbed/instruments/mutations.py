@@ -102,7 +102,7 @@ DESCRIPTIONS = {
     Mutation.WRONG_CPU: "the prediction is made for another processor's host bridge",
     Mutation.HIDE_NEAREST: "the provider that is nearest is not on offer",
     Mutation.KEEP_PROVIDER: "a provider of memory is not unbound",
-    Mutation.KEEP_PLUGGED: "a device is not pulled out of its slot",
+    Mutation.KEEP_PLUGGED: "a device is not unplugged",
     Mutation.NO_MISTAKE: "exporters that are wrong on purpose are right",
     Mutation.NULL_PAGE: "the exporter lets in who needs the CPU, with a list without pages",
     Mutation.NO_CHECK: "the exporter asks nobody whether there is a path to its importer",

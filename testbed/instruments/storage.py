@@ -26,6 +26,7 @@ from testbed.topology.oracle import Route
 from testbed.topology.plan import Function, RackPlan, Role
 
 TRANSFER_BYTES = 8192  # two pages, of which QEMU traces every word
+PROVIDED_BYTES = 2 * TRANSFER_BYTES  # the second half is for what goes wrong
 _WITNESS_FILE = "witness.bin"
 
 
@@ -104,16 +105,18 @@ class Provided:
     physical: int
 
     @classmethod
-    def of(cls, node: RackNode, provider: Function) -> Provided:
-        """Allocate it. CapabilityMissing if the guest's kernel has none to give."""
+    def of(cls, node: RackNode, provider: Function, kind: str = "p2p") -> Provided:
+        """Allocate it. CapabilityMissing if the guest's kernel has none to give.
+
+        :param kind: so that one provider can have several.
+        """
         if provider.bdf not in node.agent.call("p2pmem.providers"):
             raise CapabilityMissing(
                 f"peer-to-peer memory of {provider.name}: the kernel made none of its controller"
                 " memory (CONFIG_PCI_P2PDMA, CONFIG_NVME_CORE)"
             )
-        name = f"p2p-{provider.name}"
-        # The second half is for what goes wrong.
-        params: dict[str, Any] = {"provider": provider.bdf, "size_bytes": 2 * TRANSFER_BYTES}
+        name = f"{kind}-{provider.name}"
+        params: dict[str, Any] = {"provider": provider.bdf, "size_bytes": PROVIDED_BYTES}
         answer = node.agent.call("p2pmem.alloc", name=name, **params)
         return cls(node, provider, name, answer["physical"])
 

@@ -17,6 +17,7 @@ from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer
 from testbed.suites import p2p_dmabuf as maps
 from testbed.suites import p2p_dmabuf_life as life
+from testbed.suites import p2p_dmabuf_loss as loss
 from testbed.suites import p2p_dmabuf_moves as moves
 from testbed.suites import p2p_dmabuf_vfio as vfio
 from testbed.suites.dmabuf_fixtures import ArrangeBuffers
@@ -53,6 +54,7 @@ GUARDS: list[tuple[Mutation, Test, dict[str, Any]]] = [
     (Mutation.SKIP_REVOKE, life.test_dma_after_a_revoke_faults, {}),
     (Mutation.SKIP_REVOKE, life.test_an_importer_that_never_unmaps, {}),
     (Mutation.SKIP_REVOKE, vfio.test_vfio_takes_it_back, {"how": "decode"}),
+    (Mutation.SKIP_REVOKE, loss.test_the_exporter_is_unbound, {}),
     (Mutation.KEEP_OPEN, life.test_no_mapping_after_a_revoke, {}),
     (Mutation.NO_WAIT, life.test_a_revoke_waits_for_fences_and_unmapping, {}),
     (Mutation.NO_WAIT, life.test_an_importer_that_never_unmaps, {}),

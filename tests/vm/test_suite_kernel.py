@@ -45,7 +45,7 @@ nodes:
 """
 INTEL_ONLY = {"TOPO-04", "TOPO-07", "TOPO-10"}
 AMD_ONLY = {"TOPO-05", "TOPO-06", "TOPO-08"}
-BOTH = {"TOPO-01", "TOPO-02", "TOPO-03", "TOPO-09", "TOPO-11", "TOPO-12"}
+BOTH = {*(f"TOPO-{n:02}" for n in (1, 2, 3, 9, 11, 12)), "LIFE-08", "LIFE-09"}
 
 
 # What is broken on purpose, the tests that are run, and the requirements that then must fail. (The
