@@ -16,6 +16,7 @@ from guest_agent.p2p_device import (
     buffer_steps,  # noqa: F401  these join the table of steps
     device_steps,  # noqa: F401
     sharing,  # noqa: F401
+    soak,  # noqa: F401
 )
 from guest_agent.p2p_device.members import STAGING_BYTES, Member
 from guest_agent.p2p_device.ranges import PAGE_BYTES, Ranges
@@ -162,10 +163,12 @@ def protocol_run(agent: Agent, *, steps: list[dict[str, Any]]) -> list[Any]:
 
 @registry.method("protocol.events")
 def protocol_events(agent: Agent, *, after: int = 0) -> dict[str, Any]:
-    """``{version, dropped, events}`` of what happened after the event of that number."""
-    found = _room(agent).core.events.as_json()
-    found["events"] = [event for event in found["events"] if event["number"] > after]
-    return found
+    """``{version, dropped, events}`` of what happened after the event of that number; what was
+    before it has arrived, and is forgotten.
+    """
+    events = _room(agent).core.events
+    events.forget(after)
+    return events.as_json()
 
 
 @registry.method("protocol.clean")

@@ -45,6 +45,7 @@ class VfioDevice(Device):
         self._irqs = [abi.irq_info(fd, index) for index in range(min(irqs, 3))]
         self._kind = ""
         self._eventfds: dict[int, int] = {}
+        self._request_fd = -1
 
     def describe(self) -> dict[str, Any]:
         """Regions and interrupts as VFIO numbers them; unused ones are left out."""
@@ -140,6 +141,24 @@ class VfioDevice(Device):
             abi.unmask(self._fd, abi.IRQ_INDEX["intx"])
         return counts
 
+    def watch_request(self) -> None:
+        """Have the kernel say when it wants the function back, as when it is pulled out."""
+        if self._request_fd < 0:
+            self._request_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            fds = [self._request_fd]
+            abi.set_irqs(self._fd, abi.REQUEST_INDEX, abi.SET_ACTION_TRIGGER, 0, fds)
+
+    def requested(self, timeout_s: float) -> bool:
+        """Whether the kernel wants it back by now, or within ``timeout_s``.
+
+        :raises ParameterError: nobody has asked to be told.
+        """
+        if self._request_fd < 0:
+            raise ParameterError(f"device: {self.bdf} is not watched for requests")
+        poll = select.poll()
+        poll.register(self._request_fd, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+
     def is_armed(self) -> bool:
         """Whether any interrupt is armed."""
         return bool(self._eventfds)
@@ -150,6 +169,9 @@ class VfioDevice(Device):
         for fd in self._eventfds.values():
             os.close(fd)
         self._eventfds.clear()
+        if self._request_fd >= 0:
+            os.close(self._request_fd)
+            self._request_fd = -1
         if self._fd >= 0:
             os.close(self._fd)  # the kernel turns interrupts and bus mastering off
             self._fd = -1
@@ -222,7 +244,8 @@ class VfioContainer:
             fcntl.ioctl(self._fd, abi.SET_IOMMU, abi.TYPE1V2_IOMMU)
 
     def info(self) -> dict[str, Any]:
-        """``{iova_ranges, page_sizes}`` of the address space, all its groups considered."""
+        """``{iova_ranges, page_sizes, mappings_left}`` of the address space, all its groups
+        considered."""
         return abi.iommu_info(self._fd)
 
     def map(

@@ -38,6 +38,7 @@ CONFIG_REGION = 7
 MAP_READ = 1
 MAP_WRITE = 2
 IRQ_INDEX = {"intx": 0, "msi": 1, "msix": 2}
+REQUEST_INDEX = 4  # VFIO_PCI_REQ_IRQ_INDEX: the kernel wants the device back
 SET_DATA_NONE = 1
 SET_DATA_EVENTFD = 4
 SET_ACTION_UNMASK = 16
@@ -45,6 +46,7 @@ SET_ACTION_TRIGGER = 32
 _INFO_PAGE_SIZES = 1
 _INFO_CAPABILITIES = 2
 _CAP_IOVA_RANGE = 1
+_CAP_DMA_AVAIL = 3
 _FEATURE_GET = 1 << 16
 _FEATURE_DMA_BUF = 11
 _O_RDWR_CLOEXEC = 0o2000002
@@ -112,7 +114,11 @@ def unmap_dma(container_fd: int, iova: int, size_bytes: int) -> int:
 
 
 def iommu_info(container_fd: int) -> dict[str, Any]:
-    """``{iova_ranges: [[first, last]], page_sizes: bit mask}``."""
+    """``{iova_ranges: [[first, last]], page_sizes: bit mask, mappings_left}``.
+
+    ``mappings_left``: how many more there may be, as the kernel counts them; None if it does not
+    say.
+    """
     size = 24
     while True:
         data = bytearray(size)
@@ -123,15 +129,19 @@ def iommu_info(container_fd: int) -> dict[str, Any]:
             break
         size = wanted
     ranges: list[list[int]] = []
+    left = None
     if flags & _INFO_CAPABILITIES:
         for identifier, at in _capabilities(data, first):
             if identifier == _CAP_IOVA_RANGE:
                 (count,) = struct.unpack_from("I", data, at)
                 ends = struct.unpack_from(f"{2 * count}Q", data, at + 8)
                 ranges = [list(ends[i : i + 2]) for i in range(0, 2 * count, 2)]
+            elif identifier == _CAP_DMA_AVAIL:
+                (left,) = struct.unpack_from("I", data, at)
     return {
         "iova_ranges": ranges,
         "page_sizes": page_sizes if flags & _INFO_PAGE_SIZES else 0,
+        "mappings_left": left,
     }
 
 

@@ -131,6 +131,12 @@ class Recorder:
         if self._sink is not None:
             self._sink(event)
 
+    def forget(self, number: int) -> None:
+        """Let go of the events up to that number, which someone else has."""
+        kept = [event for event in self._kept if event.number > number]
+        if len(kept) < len(self._kept):
+            self._kept = collections.deque(kept, self._kept.maxlen)
+
     def events(self) -> list[Event]:
         """What was kept, by number."""
         return sorted(self._kept, key=lambda event: event.number)

@@ -9,6 +9,7 @@ device's own word, on the host's clock: from its fault to the driver's replay.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from testbed import deploy
 from testbed.errors import InputError
 from testbed.host.prepare import Installation
 from testbed.instruments.bench import Bench
-from testbed.instruments.interface import RackNode
+from testbed.instruments.interface import Rack, RackNode
 from testbed.instruments.model_devices import ModelGpu, ModelNic, place
 from testbed.results.judging import PAGE_BYTES
 from testbed.topology.model import Gpu, Topology
@@ -35,6 +36,7 @@ WAYS = ("poll", "interrupt")
 NIC_BASE = 1 << 36
 STEPS = ("seen", "serviced", "done")
 _BAR = 40
+_NO_GPU = "page faults: the rack has no GPU model"
 
 
 @dataclass
@@ -115,25 +117,51 @@ def histogram(values: Sequence[float]) -> list[dict[str, float]]:
 def faults(
     topology: Topology, installation: Installation, accelerator: str, *, count: int
 ) -> dict[str, Any]:
-    """``count`` first touches of each kind, on the first node that has a GPU model.
+    """:func:`measure` on a rack that is booted for it.
 
-    :raises InputError: there is none, or too many touches are wanted.
+    :raises InputError: as there.
     """
-    if not ROUNDS <= count <= MAX_COUNT:
-        raise InputError(f"faults: {ROUNDS} to {MAX_COUNT} touches, not {count}")
-    entries = [entry for node in topology.nodes.values() for entry in node.entries()]
-    if not any(isinstance(entry, Gpu) and entry.engine == "model" for entry in entries):
-        raise InputError("faults: only model engines have page faults", hint="--engine model")
+    check(count)
+    if not any(isinstance(e, Gpu) for node in topology.nodes.values() for e in node.entries()):
+        raise InputError(_NO_GPU)
     options = deploy.StartOptions(installation=installation, accelerator=accelerator, trust=True)
     with (
         tempfile.TemporaryDirectory() as folder,
         deploy.start(topology, run_dir=Path(folder), options=options) as rack,
     ):
-        series = list(_series(next(n for n in rack.nodes.values() if _engines(n, "model"))))
-        for turn in range(ROUNDS):
-            for each in series:
-                each.run(count * (turn + 1) // ROUNDS - count * turn // ROUNDS)
+        node = _node(rack)
+        return _measure(_open(node), node, count)  # the devices end with the rack
+
+
+def check(count: int) -> None:
+    """:raises InputError: so many touches cannot be measured."""
+    if not ROUNDS <= count <= MAX_COUNT:
+        raise InputError(f"--count: {ROUNDS} to {MAX_COUNT} faults of each kind, not {count}")
+
+
+def measure(rack: Rack, count: int) -> dict[str, Any]:
+    """``count`` first touches of each kind, on the first node that has a GPU model.
+
+    :raises InputError: there is none.
+    """
+    node = _node(rack)
+    with contextlib.closing(_open(node)) as bench:
+        return _measure(bench, node, count)
+
+
+def _measure(bench: Bench, node: RackNode, count: int) -> dict[str, Any]:
+    series = list(_series(bench, node))
+    for turn in range(ROUNDS):
+        for each in series:
+            each.run(count * (turn + 1) // ROUNDS - count * turn // ROUNDS)
     return {"unit": "us", "series": [each.report() for each in series]}
+
+
+def _node(rack: Rack) -> RackNode:
+    for node in rack.nodes.values():
+        if _engines(node, "model"):
+            return node
+    raise InputError(_NO_GPU)
 
 
 def text(result: Mapping[str, Any]) -> str:
@@ -161,9 +189,16 @@ def _engines(node: RackNode, kind: str) -> list[Function]:
     return [f for f in node.plan.by_role(Role.ENGINE) if f.kind == kind]
 
 
-def _series(node: RackNode) -> Iterator[Series]:
-    engines = _engines(node, "model") + _engines(node, "model-nic")[:1]
-    bench = Bench.open(node, [*node.plan.by_role(Role.VRAM), *engines])
+def _chosen(node: RackNode) -> list[Function]:
+    return _engines(node, "model") + _engines(node, "model-nic")[:1]
+
+
+def _open(node: RackNode) -> Bench:
+    return Bench.open(node, [*node.plan.by_role(Role.VRAM), *_chosen(node)])
+
+
+def _series(bench: Bench, node: RackNode) -> Iterator[Series]:
+    engines = _chosen(node)
     gpus = [ModelGpu(bench, f.device) for f in engines if f.kind == "model"]
     ram = bench.buffer("pages", BACKING_BYTES)
     system = bench.mapper.map(ram).iova

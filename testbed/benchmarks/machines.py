@@ -7,6 +7,8 @@ comes with the ratio of medians; the machine is part of the answer.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import platform
 import shlex
@@ -138,32 +140,72 @@ def _timed(peer: str) -> float:
 
 
 def memory(
-    topology: Topology, installation: Installation, accelerator: str, *, racks: int
+    topology: Topology,
+    installation: Installation,
+    accelerator: str,
+    *,
+    racks: int,
+    warm: bool = False,
 ) -> dict[str, Any]:
     """Host memory of ``racks`` racks of one topology that run at once.
 
     ``private``: what would be free if the rack ended; ``resident`` counts pages that racks share
     (QEMU's program, for one) in each; both are of all its processes. ``models`` is the private
     part of its device models. Video memory is a memfd and only what a guest touched of it exists;
-    it is given apart, as ``vram``.
+    it is given apart, as ``vram``. ``share``: the rack's part of all that exists, each page that
+    several processes use divided among them (PSS), and each page of a memfd once. ``added`` is how
+    much less memory the host had available after each further rack; whatever else ran is in it.
+
+    :param warm: restore them.
     """
-    with _Racks(installation, accelerator) as started:
-        running = [started.start(topology) for _ in range(racks)]
+    with _Racks(installation, accelerator, warm=warm) as started:
+        running = []
+        available = []
+        began_s = time.monotonic()
+        for _ in range(racks):
+            running.append(started.start(topology))
+            available.append(_available_mib())
+        took_s = time.monotonic() - began_s
         each = [_memory_of(rack) for rack in running]
+        answering = sum(node.alive for rack in running for node in rack.nodes.values())
+    added = [before - after for before, after in itertools.pairwise(available)]
     return {
         "unit": "MiB",
         "racks": racks,
+        "warm": warm,
+        "started_s": round(took_s, 2),
+        "machines_alive": answering,
+        "added": summary(added) if added else None,
         "per_rack": {key: summary([row[key] for row in each]) for key in each[0]},
         "total": {key: round(sum(row[key] for row in each), 1) for key in each[0]},
     }
 
 
+def _available_mib() -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def _shared_memory(pid: int) -> dict[int, float]:
+    """The memfds that a process has open, by inode, and how much of each exists (MiB)."""
+    found = {}
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if str(fd.readlink()).startswith("/memfd:"):
+                stat = fd.stat()
+                found[stat.st_ino] = stat.st_blocks * 512 / 2**20
+    return found
+
+
 def _memory_of(rack: Rack) -> dict[str, float]:
-    totals = {"resident": 0.0, "private": 0.0, "models": 0.0, "vram": 0.0}
+    totals = {"resident": 0.0, "private": 0.0, "models": 0.0, "vram": 0.0, "share": 0.0}
+    shared: dict[int, float] = {}
     processes = {p["pid"]: p["kind"] for p in rack.keeper.status()["processes"]}
     for main, kind in {rack.keeper.pid: "keeper", **processes}.items():
-        children = _children(main) if kind == "helper" else []
-        for pid in (main, *children):
+        started = children(main) if kind == "helper" else []
+        for pid in (main, *started):
             fields = dict(
                 line.split(":", 1)
                 for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
@@ -171,6 +213,8 @@ def _memory_of(rack: Rack) -> dict[str, float]:
             kib = {key: int(value.split()[0]) for key, value in fields.items()}
             private = (kib["Private_Clean"] + kib["Private_Dirty"]) / 1024
             totals["resident"] += kib["Rss"] / 1024
+            totals["share"] += (kib["Pss_Anon"] + kib["Pss_File"]) / 1024
+            shared |= _shared_memory(pid)
             totals["private"] += private
             totals["models"] += private * (kind == "helper")
     for node in rack.plan.nodes.values():
@@ -180,10 +224,12 @@ def _memory_of(rack: Rack) -> dict[str, float]:
             stat = Path(f"/proc/{rack.keeper.pid}/fd/{place['fd']}").stat()
             totals["vram"] += stat.st_blocks * 512 / 2**20
     totals["resident"] -= totals["vram"]
+    totals["share"] += sum(shared.values())
     return totals
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and not yet waited for."""
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
@@ -282,7 +328,7 @@ def idle(
         rack = racks.start(topology)
         time.sleep(1)  # the end of the boot
         helpers = [p["pid"] for p in rack.keeper.status()["processes"] if p["kind"] == "helper"]
-        pids = [pid for helper in helpers for pid in (helper, *_children(helper))]
+        pids = [pid for helper in helpers for pid in (helper, *children(helper))]
         before = sum(map(_ticks, pids))
         time.sleep(seconds)
         used = sum(map(_ticks, pids)) - before

@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from testbed.errors import InputError
+from testbed.errors import ExitCode
 from testbed.verbs.common import (
     engine_option,
-    format_option,
     load_topology,
     override_options,
     print_json,
@@ -19,7 +18,7 @@ from testbed.verbs.common import (
 )
 
 IDLE_S = 10
-WHAT = ("boot", "memory", "copy", "latency", "idle", "faults", "map")
+WHAT = ("boot", "memory", "copy", "latency", "idle", "map", "cycles")
 
 
 @click.command()
@@ -37,8 +36,7 @@ WHAT = ("boot", "memory", "copy", "latency", "idle", "faults", "map")
 @engine_option()
 @trust_option
 @click.option("--runs", default=5, show_default=True, help="How often; medians are compared.")
-@format_option("text", "json", default="json")
-@click.option("--count", default=200, show_default=True, help="`faults`: so many of each kind.")
+@click.option("--count", default=10_000, show_default=True, help="`cycles`: so many.")
 @click.option("--racks", default=1, show_default=True, help="`memory`: how many at once.")
 @click.option(
     "--size",
@@ -48,7 +46,11 @@ WHAT = ("boot", "memory", "copy", "latency", "idle", "faults", "map")
     metavar="MIB",
     help="`copy`, `map`: how much, at most the VRAM less 64 KiB.",
 )
-@click.option("--warm", is_flag=True, help="`boot`: restored machines too, in turns with booted.")
+@click.option(
+    "--warm",
+    is_flag=True,
+    help="`boot`: restored machines too, in turns with booted; `memory`: restored ones.",
+)
 @click.option(
     "--peer",
     default="",
@@ -64,7 +66,6 @@ def bench(
     engine: str | None,
     trust: bool,
     runs: int,
-    form: str,
     count: int,
     racks: int,
     size_mib: int,
@@ -75,19 +76,17 @@ def bench(
 
     boot: command to agent's hello. memory: of the host. copy: VRAM to VRAM, against no IOMMU and
     against memcpy. latency: a model's doorbell to its fence. idle: what models use for nothing.
-    faults: a page fault that the agent answers, by device and path (`--format text`: histograms).
+    cycles: does anything grow when buffers are attached, mapped, moved and unmapped for ever?
     map: what mapping video memory for a peer costs the guest's kernel, by page and at once.
 
     What is compared is measured in turns, in one run: quote the ratios.
     """
-    from testbed.benchmarks import faults as bench_faults
+    from testbed.benchmarks import cycles as bench_cycles
     from testbed.benchmarks import machines as measure
     from testbed.benchmarks import maps as bench_maps
     from testbed.host import probe
     from testbed.verbs.install import install_for
 
-    if form == "text" and what != "faults":
-        raise InputError(f"bench {what} is printed as JSON only")
     topologies = {
         file: load_topology(
             file, settings, kernel=kernel, iommu_mode=iommu_mode, engine=engine, trust=trust
@@ -103,13 +102,13 @@ def bench(
             topologies, installation, accelerator, runs=runs, peer=peer, warm=warm
         )
     elif what == "memory":
-        result = measure.memory(first, installation, accelerator, racks=racks)
+        result = measure.memory(first, installation, accelerator, racks=racks, warm=warm)
     elif what == "latency":
         result = measure.latency(first, installation, accelerator, runs=runs)
     elif what == "idle":
         result = measure.idle(first, installation, accelerator, seconds=IDLE_S)
-    elif what == "faults":
-        result = bench_faults.faults(first, installation, accelerator, count=count)
+    elif what == "cycles":
+        result = bench_cycles.booted(first, installation, accelerator, count=count)
     elif what == "map":
         result = bench_maps.maps(
             first, installation, accelerator, size_bytes=size_mib << 20, runs=runs
@@ -118,9 +117,6 @@ def bench(
         result = measure.copy(
             first, installation, accelerator, size_bytes=size_mib << 20, runs=runs
         )
-    if form == "text":
-        click.echo(bench_faults.text(result))
-        return
     print_json(
         f"testbed.bench.{what}/1",
         {
@@ -132,3 +128,5 @@ def bench(
             **result,
         },
     )
+    if result.get("grown") or result.get("wrong"):
+        click.get_current_context().exit(ExitCode.FAIL)

@@ -6,10 +6,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from testbed.benchmarks.faults import device_times, histogram, spread, text
+from testbed.benchmarks.faults import check, device_times, histogram, spread, text
+from testbed.cli import cli
+from testbed.errors import InputError
 
 TIMES = st.lists(st.floats(0, 1e7), min_size=1, max_size=50)
 
@@ -71,3 +74,15 @@ def test_the_text_has_a_bar_for_every_bucket() -> None:
 def test_no_values_are_an_error_not_a_number() -> None:
     with pytest.raises(ValueError, match="empty"):
         histogram([])
+
+
+@pytest.mark.parametrize("count", [3, 801])
+def test_too_few_or_too_many_faults_are_bad_input(count: int) -> None:
+    with pytest.raises(InputError, match=rf"--count: 4 to 800 faults of each kind, not {count}"):
+        check(count)
+
+
+def test_a_rack_that_is_up_is_not_booted_otherwise() -> None:
+    words = ["faultlat", "--rack", "r", "-t", "minimal"]
+    result = CliRunner().invoke(cli, words)
+    assert "--rack uses a rack as it is" in str(result.exception)

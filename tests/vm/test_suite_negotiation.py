@@ -13,6 +13,8 @@ import pytest
 from rich.console import Console
 
 from testbed import deploy
+from testbed.benchmarks import faults
+from testbed.benchmarks.cycles import cycles
 from testbed.errors import ExitCode
 from testbed.harness.runner import Choice, RunResult, run_suites
 from testbed.host.prepare import Installation
@@ -92,3 +94,22 @@ def test_of_every_requirement_some_break_is_seen_and_mended(
     verdicts = {r.requirement: r.verdict for r in result.record.requirements}
     assert verdicts == dict.fromkeys(IDS, Verdict.PASS), ktap
     assert result.code is ExitCode.PASS
+
+
+def test_three_hundred_cycles_leave_nothing_behind(mesh: Rack) -> None:
+    """The short form of `testbed bench cycles`: on real devices, nothing grows anywhere."""
+    found = cycles(mesh, 300)
+    assert (found["wrong"], found["grown"]) == (0, []), found
+    assert found["before"]["mappings_left"] > 0  # the kernel's own count is there
+
+
+def test_page_faults_are_timed_for_each_device_and_place(mesh: Rack) -> None:
+    """FLT-04: `testbed faultlat`; the device's own trace has as many faults and replays."""
+    result = faults.measure(mesh, 8)
+    kinds = {(each["device"], each["path"]) for each in result["series"]}
+    gpu = {("gpu", path) for path in ("VRAM", "system memory", "PCIe peer", "link")}
+    assert kinds == gpu | {("nic", path) for path in ("system memory", "PCIe peer")}
+    for each in result["series"]:
+        assert each["count"] == sum(bucket["count"] for bucket in each["histogram"]) == 8
+        assert 0 < each["on_device"]["median"] < each["total"]["max"]
+    assert "gpu, link, 4 KiB pages, by poll: 8 faults, in us" in faults.text(result)

@@ -58,7 +58,7 @@ def test_every_structure_says_its_own_size(answer: Callable[[Ioctl], None]) -> N
 
 
 def test_iova_ranges_come_from_a_capability(answer: Callable[[Ioctl], None]) -> None:
-    other = struct.pack("HHI", 3, 1, 48) + bytes(16)
+    other = struct.pack("HHII", 3, 1, 48, 65000) + bytes(12)
     ranges = struct.pack("HHIII4Q", 1, 1, 0, 2, 0, 0, 0xFEDFFFFF, 0xFEF00000, (1 << 48) - 1)
     whole = struct.pack("IIQII", 24 + len(other) + len(ranges), 3, 0x40201000, 24, 0)
     whole += other + ranges
@@ -71,6 +71,7 @@ def test_iova_ranges_come_from_a_capability(answer: Callable[[Ioctl], None]) -> 
     assert abi.iommu_info(1) == {
         "iova_ranges": [[0, 0xFEDFFFFF], [0xFEF00000, (1 << 48) - 1]],
         "page_sizes": 0x40201000,
+        "mappings_left": 65000,
     }
 
 
