@@ -218,6 +218,10 @@ class ModuleError(TestbedError):
     """The guest's kernel refuses to load a module, or to let it go; it says why."""
 
 
+class ModuleStays(ModuleError):
+    """It does not let it go: the machine is not as it was, and never will be."""
+
+
 class QmpError(TestbedError):
     """QEMU refused a command; the machine is fine. ``error_class`` and ``description`` are its."""
 

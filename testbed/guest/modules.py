@@ -11,13 +11,13 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from testbed.errors import AgentError, ModuleError
+from testbed.errors import AgentError, ModuleError, ModuleStays
 from testbed.guest.agent import AgentClient
 from testbed.host import guest_modules
 from testbed.host.packages import SetupOptions
 
 _LOAD_TIMEOUT_S = 60.0
-_REFUSALS = ("ModuleRefusedError", "ModuleBusyError")
+_REFUSALS = {"ModuleRefusedError": ModuleError, "ModuleBusyError": ModuleStays}
 
 
 class _Node(Protocol):
@@ -58,7 +58,7 @@ def load(
 def unload(node: _Node, name: str) -> None:
     """Unload module ``name``.
 
-    :raises ModuleError: it stays; names who holds it.
+    :raises ModuleStays: names who holds it.
     """
     _call(node, "modules.unload", {"name": name})
 
@@ -83,5 +83,5 @@ def _call(node: _Node, method: str, params: Mapping[str, Any]) -> Any:
         return node.agent.call(method, _LOAD_TIMEOUT_S, **params)
     except AgentError as error:
         if error.remote_type in _REFUSALS:
-            raise ModuleError(error.message) from error
+            raise _REFUSALS[error.remote_type](error.message) from error
         raise

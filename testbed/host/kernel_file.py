@@ -74,6 +74,11 @@ def read(path: Path) -> KernelFile:
             f"kernel {path}: neither a bzImage nor a vmlinux",
             hint="arch/x86/boot/bzImage of a built kernel tree, or /boot/vmlinuz-…",
         )
+    if len(data) < (whole := _whole_bytes(data)):
+        raise InputError(
+            f"kernel {path}: a bzImage of {whole} bytes, of which {len(data)} are there",
+            hint="copy or build it again",
+        )
     release = _release_in_bzimage(data)
     vmlinux = extract_vmlinux(data)
     if vmlinux is not None and has_pvh_entry(vmlinux):
@@ -88,6 +93,14 @@ def is_bzimage(data: bytes) -> bool:
         and struct.unpack_from("<H", data, 0x1FE)[0] == _BOOT_FLAG
         and data[0x202:0x206] == _HEADER_MAGIC
     )
+
+
+def _whole_bytes(bzimage: bytes) -> int:
+    """How long it says that it is, without what may follow (a signature): ``setup_sects`` and
+    ``syssize`` of Documentation/arch/x86/boot.rst.
+    """
+    syssize: int = struct.unpack_from("<I", bzimage, 0x1F4)[0]
+    return ((bzimage[0x1F1] or 4) + 1) * 512 + syssize * 16
 
 
 def extract_vmlinux(bzimage: bytes) -> bytes | None:

@@ -51,8 +51,8 @@ class LaunchContext:
     ``kernel_args``  words added to the guest kernel's command line after the testbed's own.
     ``console_verbose``  the guest prints its whole log on the console while it boots.
     ``start``        boot; boot to be saved; or restore from MACHINE_STATE, without kernel.
-    ``program``      ``kernel`` is no kernel but a test program in its place: it speaks on the serial
-        port and ends the machine through ``isa-debug-exit`` (kvm-unit-tests).
+    ``program``      ``kernel`` is no kernel but a test program in its place: it speaks on the
+        serial port and ends the machine through ``isa-debug-exit`` (kvm-unit-tests).
     """
 
     qemu: tuple[str, ...]

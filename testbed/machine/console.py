@@ -7,11 +7,13 @@ import re
 from collections import deque
 from pathlib import Path
 
-READY_MARKER = "testbed: ready"  # the guest's init prints it when its SSH server listens
+_INIT = "testbed: "  # begins every line of the guest's init
+READY_MARKER = f"{_INIT}ready"  # the guest's init prints it when its SSH server listens
 
 TAIL_BYTES = 16 << 10
 MAX_LINES = 2000
 MAX_LINE_CHARACTERS = 2000
+TRACE_LINES = 120
 CHUNK_BYTES = 1 << 18
 
 # kernel/panic.c vpanic(): "Kernel panic - not syncing: %s"
@@ -87,6 +89,24 @@ class Console:
             oops = match[0].strip()
         self.panic, self.oops = panic, oops
         self.ready = self.ready or READY_MARKER in text
+
+    @property
+    def complaint(self) -> str:
+        """What the guest's init (images/init) last said that it misses, or ""."""
+        said = [line for line in self._lines if line.startswith(_INIT) and line != READY_MARKER]
+        return said[-1].removeprefix(_INIT) if said else ""
+
+    def trace(self) -> str:
+        """From the kernel's first oops on, as text; the tail if there was none.
+
+        Two traces follow one another where an oops is made a panic, longer than a tail: what the
+        kernel ran into, and in which module, stands at the beginning.
+        """
+        kept = self.tail(MAX_LINES).splitlines()
+        first = next((n for n, line in enumerate(kept) if _OOPS.search(line)), None)
+        if first is None:
+            return self.tail()
+        return "\n".join(kept[first : first + TRACE_LINES])
 
     def tail(self, lines: int = 40) -> str:
         """The last lines so far, as text."""

@@ -94,10 +94,11 @@ class Watch:
         while (ended := self._exit_of()) is None and time.monotonic() < deadline_s:
             time.sleep(PAUSE_S)
         self.console.poll()
+        first = f" ({self.console.oops})" if self.console.oops else ""
         return GuestPanic(
-            f"{self.node}: the guest kernel panicked: {self.console.panic}",
+            f"{self.node}: the guest kernel panicked: {self.console.panic}{first}",
             node=self.node,
-            console_tail=self.console.tail(),
+            console_tail=self.console.trace(),
             exit_status=None if ended is None else ended.status,
         )
 
@@ -127,8 +128,10 @@ class Watch:
             time.sleep(PAUSE_S)
 
     def _no_hello(self, what: str) -> NoHello:
+        self.console.poll()
+        said = f": the guest said: {self.console.complaint}" if self.console.complaint else ""
         return NoHello(
-            f"{self.node}: {what}",
+            f"{self.node}: {what}{said}",
             node=self.node,
             console_tail=self.console.tail(),
             hint=self._hint(),

@@ -259,6 +259,17 @@ class TestGates:
         assert run.outcomes["behind"].reason == reason
         assert run.outcomes["beside"].verdict is PASS
 
+    @pytest.mark.parametrize("keyword", ["BEHIND_1", "behind-1", "not BESIDE_1 and not SET-UP"])
+    def test_a_keyword_may_be_a_requirement(self, tmp_path: Path, keyword: str) -> None:
+        body = self.BODY.replace("{gate}", "pass").replace(
+            "def test_beside", "@pytest.mark.requirement('BESIDE-1')\n        def test_beside"
+        )
+        body = body.replace(
+            "def test_behind", "@pytest.mark.requirement('BEHIND-1')\n        def test_behind"
+        )
+        run = Run(tmp_path, body, keyword=keyword)
+        assert list(run.outcomes) == ["gate", "behind"]
+
     def test_a_keyword_does_not_take_the_gate_away(self, tmp_path: Path) -> None:
         run = Run(tmp_path, self.BODY.replace("{gate}", "pass"), keyword="behind")
         assert list(run.outcomes) == ["gate", "behind"]

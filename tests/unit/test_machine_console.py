@@ -34,6 +34,36 @@ def test_a_missing_file_is_an_empty_one(log: Path) -> None:
     assert follower.ready
 
 
+def test_a_trace_begins_where_the_kernel_went_wrong(log: Path) -> None:
+    follower = Console(log)
+    add(log, "before\n" * 5)
+    follower.poll()
+    assert follower.trace() == follower.tail()
+    add(log, "[1.0] BUG: kernel NULL pointer dereference\nRIP: begin+0x4/0xff0 [mine]\n")
+    add(log, "more\n" * 60 + "[1.1] Oops: 0002\n" + PANIC)
+    follower.poll()
+    lines = follower.trace().splitlines()
+    assert lines[:2] == [
+        "[1.0] BUG: kernel NULL pointer dereference",
+        "RIP: begin+0x4/0xff0 [mine]",
+    ]
+    assert len(lines) == 64
+    assert "not syncing" in lines[-1]
+    add(log, "more\n" * 100)
+    follower.poll()
+    assert len(follower.trace().splitlines()) == console.TRACE_LINES
+
+
+def test_what_the_guest_misses(log: Path) -> None:
+    follower = Console(log)
+    add(log, "[ 1.0] testbed: no\ntestbed: there are no modules\r\ntestbed: no card\n")
+    follower.poll()
+    assert (follower.complaint, follower.ready) == ("no card", False)
+    add(log, "testbed: ready\n")
+    follower.poll()
+    assert (follower.complaint, follower.ready) == ("no card", True)
+
+
 def test_a_panic_gives_its_reason(log: Path) -> None:
     follower = Console(log)
     add(

@@ -59,6 +59,15 @@ def alone(data: bytes) -> bytes:
     return lzma.compress(data, format=lzma.FORMAT_ALONE)
 
 
+def test_a_bzimage_that_is_cut_short(tmp_path: Path) -> None:
+    image = bytearray(bzimage(gzip.compress(elf())))
+    sectors = (len(image) - 1024) // 16
+    struct.pack_into("<I", image, 0x1F4, sectors)
+    kernel_file.read(write(tmp_path, bytes(image)))
+    with pytest.raises(InputError, match=rf"of {1024 + 16 * sectors} bytes, of which 1030 are"):
+        kernel_file.read(write(tmp_path, bytes(image[:1030])))
+
+
 @pytest.mark.parametrize(
     "compress", [gzip.compress, lzma.compress, alone, bz2.compress, zstandard.compress]
 )
