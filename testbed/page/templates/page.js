@@ -47,8 +47,9 @@
   };
   window.addEventListener("hashchange", reveal);
   document.addEventListener("click", (event) => {
-    const link = event.target.closest("a[href^='#'], svg a");
-    if (link) setTimeout(reveal);
+    const bar = event.target.closest("[data-to]");
+    if (bar) location.hash = bar.dataset.to;
+    if (bar || event.target.closest("a[href^='#']")) setTimeout(reveal);
   });
   reveal();
 })();
