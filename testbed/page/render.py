@@ -118,7 +118,9 @@ def render(run_dir: Path, *, against: Path | None = None) -> str:
     outcomes = run.record.outcomes
     counts = count(outcomes)
     style, script = _asset("style.css"), _asset("page.js")
-    style = style.replace("/* PICTURE */", f".picture {{\n{graph_svg.STYLE}\n}}")
+    # Paper is white, whatever the reader's screen is.
+    picture = graph_svg.STYLE.replace("@media (prefers", "@media screen and (prefers")
+    style = style.replace("/* PICTURE */", f".picture {{\n{picture}\n}}")
     template = _environment().get_template("page.html.j2")
     return template.render(
         run=run,

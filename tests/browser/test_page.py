@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 MOST_OPEN_S = 1.0
+INK = "rgb(27, 31, 36)"
 PHONE = {"width": 375, "height": 800}
 DESK = {"width": 1280, "height": 900}
 
@@ -303,13 +304,14 @@ def test_without_scripts_it_is_whole(chromium: Browser, whole: Path) -> None:
 def test_on_paper_it_is_unfolded_and_dark_on_white(chromium: Browser, whole: Path) -> None:
     with opened(chromium, whole, color_scheme="dark") as page:
         page.click("#close")
-        page.emulate_media(media="print", color_scheme="light")
+        page.emulate_media(media="print", color_scheme="dark")
         assert page.locator(".req[data-verdict=PASS] .test").first.is_visible()
         assert not page.locator("nav").is_visible()
         assert not page.locator("#filter").is_visible()
-        assert page.evaluate("getComputedStyle(document.body).backgroundColor") in (
-            "rgb(255, 255, 255)",
-            "rgba(0, 0, 0, 0)",
-        )
+        assert page.evaluate(f"getComputedStyle(document.body).color === '{INK}'")
+        for text in page.locator(".picture .name").all()[:3]:
+            assert text.evaluate("each => getComputedStyle(each).fill") == INK
+        found = page.evaluate(CONTRAST)
+        assert found["bad"] == []
         paper = page.pdf(format="A4")
         assert paper.startswith(b"%PDF")
