@@ -17,7 +17,7 @@ import stat
 import struct
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from testbed.bundle import manifest
@@ -43,7 +43,7 @@ class Bundle:
 
     name: str
     manifest: Manifest
-    members: Mapping[str, bytes]
+    members: Mapping[str, bytes] = field(repr=False)
 
     def member(self, name: str) -> bytes:
         """Its bytes.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from testbed.bundle import archive, replay
+from testbed.bundle import archive, replay, tell
 from testbed.bundle.compare import Difference
 from testbed.reports import printing
 from testbed.results.ktap import one_line
@@ -19,9 +19,9 @@ from testbed.verbs.install import install_for
 _SHOWN_WORDS = 12  # of command lines that differ; the run folder has all
 
 
-def replay_bundle(file: Path, wanted: replay.Wanted, output: Path | None, form: str) -> int:
+def replay_bundle(file: Path, wanted: tell.Wanted, output: Path | None, form: str) -> int:
     """Replay the bundle and print how it went; returns the exit code."""
-    told = replay.tell(archive.read(file), wanted)
+    told = tell.tell(archive.read(file), wanted)
     run_dir = run_folder(output, f"replay-{told.topology.rack}")
     say(f"run folder: {run_dir}")
     text = form == "text"

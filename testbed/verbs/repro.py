@@ -72,7 +72,7 @@ def repro(
     from rich.console import Console
 
     from testbed import deploy
-    from testbed.bundle import archive, replay
+    from testbed.bundle import archive, tell
     from testbed.harness.sources import TopologySource
     from testbed.history.store import remember
     from testbed.reports import load, printing
@@ -95,7 +95,7 @@ def repro(
     if any(archive.is_bundle(Path(word)) for word in files):
         if len(files) > 1:
             raise InputError("a bundle is replayed alone", hint="one FILE")
-        asked = replay.Wanted(parse_settings(settings), overrides, trust, wanted)
+        asked = tell.Wanted(parse_settings(settings), overrides, trust, wanted)
         return replay_bundle(Path(files[0]), asked, output, form)
     cases: list[load.Case] = []
     wrong: list[Diagnostic] = []

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from testbed.bundle import archive, collect, compare
+from testbed.bundle import archive, collect, compare, manifest, show
 from testbed.bundle.compare import Here
-from testbed.bundle.replay import Told, Wanted, tell
+from testbed.bundle.tell import Told, Wanted, tell
 from testbed.errors import CapabilityMissing, InputError
 from testbed.reports.judge import Word
 from testbed.reports.load import Overrides
@@ -254,3 +260,87 @@ def test_command_lines_are_compared_word_by_word() -> None:
     wrong: list[Any] = [{}, [1], [{"argv": 1}], None]
     for nonsense in wrong:
         compare.command_lines(nonsense, here)
+
+
+JUNK: tuple[Any, ...] = (
+    *(
+        None,
+        True,
+        0,
+        -1,
+        1 << 70,
+        0.5,
+        "",
+        "x",
+        "$HOME",
+        "\x1b[2J\n",
+        "../x",
+        "/etc/passwd",
+        "{{ 1 }}",
+    ),
+    *([], {}, [1], [[[]]], {"": 0}, {"a": {"b": []}}, ["x"] * 300, "PASS", "${a.b}", "default"),
+)
+
+
+@pytest.fixture(scope="module", params=["report", "run"])
+def honest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = make_run(tmp_path_factory.mktemp("run") / "1", report=request.param == "report")
+    bundle = archive.parse("x.zip", collect.bundle(folder)[1])
+
+    def members() -> dict[str, bytes]:  # a function, as Hypothesis prints arguments
+        return dict(bundle.members)
+
+    return members
+
+
+def places_in(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield path
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places_in(each, (*path, key))
+
+
+def spoilt(data: Any, choose: random.Random) -> Any:
+    """The value with something else somewhere in it, or something missing."""
+    path = choose.choice(list(places_in(data)))
+    junk = copy.deepcopy(choose.choice(JUNK))
+    if not path:
+        return junk
+    data = copy.deepcopy(data)
+    inner = data
+    for key in path[:-1]:
+        inner = inner[key]
+    if choose.random() < 0.6:
+        inner[path[-1]] = junk
+    else:
+        del inner[path[-1]]
+    return data
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 1 << 32))
+def test_a_bundle_that_lies_is_an_error_and_never_a_crash(honest: Any, seed: int) -> None:
+    """Rightly made of spoilt parts: what is read of it, shown and replayed."""
+    choose = random.Random(seed)  # noqa: S311  a test's choice
+    members = honest()
+    name = choose.choice(["record.json", "record.json", "options.json", "report.yaml"])
+    if name == "report.yaml":
+        lines = members.get(name, b"").decode().splitlines() or [""]
+        lines[choose.randrange(len(lines))] = str(choose.choice(JUNK))
+        members[name] = "\n".join(lines).encode("utf-8", "replace")
+    else:
+        data = json.loads(members[name])
+        for _ in range(choose.randint(1, 3)):
+            data = spoilt(data, choose)
+        members[name] = json.dumps(data).encode()
+    kind = choose.choice(["report", "run"])
+    listed = manifest.make(members, tool_version="0", kind=kind)
+    bundle = archive.parse("x.zip", archive.write(listed, members))
+    with contextlib.suppress(InputError):
+        assert all(line.isprintable() for line in show.lines(bundle))
+        json.dumps(show.data(bundle), default=str)
+    with contextlib.suppress(InputError, CapabilityMissing):
+        found = tell(bundle, Wanted({}, Overrides()))
+        here = Here("0", {}, {}, to_data(found.topology))
+        assert "\n" not in "".join(map(str, compare.environment(found.record, here)))
+        assert found.word
