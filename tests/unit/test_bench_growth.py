@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How cost as work grows is measured and drawn."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from testbed.benchmarks import growth, virtme
+from testbed.benchmarks.plot import svg
+from testbed.benchmarks.suite import _Watch
+from testbed.errors import CapabilityMissing
+from testbed.topology import load, placement
+from testbed.topology.model import Gpu
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.mark.parametrize("gpus", [1, 16, 17, 64])
+def test_the_rack_has_so_many_gpus_and_can_be_placed(gpus: int) -> None:
+    topology = load.load_text(growth.rack_of(gpus), "growth.yaml", {})
+    entries = topology.nodes["host0"].entries()
+    assert sum(isinstance(entry, Gpu) for entry in entries) == gpus
+    placement.place(topology)
+
+
+def test_sizes_end_where_they_are_told_to() -> None:
+    assert growth.up_to(None, (1, 2, 4)) == (1, 2, 4)
+    assert growth.up_to(3, (1, 2, 4)) == (1, 2, 3)
+
+
+def test_rendering_is_measured_part_by_part() -> None:
+    result = growth.render(runs=1, sizes=(1, 32))
+    few, many = result["points"]
+    assert few["x"] == 1
+    assert 0 < few["all"] < many["all"] < 500, "64 GPUs in half a second is the aim"
+
+
+def test_a_picture_has_a_curve_for_each_series_and_every_size() -> None:
+    points = [{"x": 1, "boot": 2.0, "memory": 7}, {"x": 8, "boot": 4.0, "memory": 9}]
+    machine = {"cpu": "a <cpu>", "cpus": 2, "memory_bytes": 1 << 30}
+    root = ElementTree.fromstring(  # noqa: S314  ours
+        svg("gpus", {"unit": "s", "x": "GPUs", "points": points, "machine": machine})
+    )
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    assert len(list(root.iter(f"{SVG}polyline"))) == 2
+    assert len(list(root.iter(f"{SVG}circle"))) == 4
+    assert {"boot", "memory", "1", "8"} <= set(texts)
+    assert "a <cpu>, 2 processors, 1 GiB" in texts
+
+
+def test_what_has_no_sizes_is_drawn_as_bars() -> None:
+    seconds = {"quad-gpu": {"min": 1, "median": 2, "max": 3}, "peer": {"median": 20}}
+    text = svg("boot", {"unit": "s", "seconds": seconds, "share": {"qemu": 0.8}})
+    widths = [rect.get("width") for rect in ElementTree.fromstring(text).iter(f"{SVG}rect")]  # noqa: S314
+    assert widths == ["100%", "38.0", "380.0", "380.0"]
+
+
+def test_processor_time_is_counted_by_who_used_it(tmp_path: Path) -> None:
+    spin = "import time\nwhile time.process_time() < 0.6: pass\ntime.sleep(0.4)"
+    with _Watch((str(tmp_path),)) as watch:
+        for name in ("qemu-system-x", "keeper", "other"):
+            words = [sys.executable, "-c", spin, f"{tmp_path}/{name}"]
+            subprocess.run(words, check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", spin], check=True, timeout=60)  # nobody's
+    used = watch.used_s()
+    for kind in ("qemu", "keeper", "harness"):
+        assert 0.5 < used[kind] < 1.1, used
+    assert used["models"] == 0
+
+
+def test_without_what_virtme_calls_it_is_a_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(virtme, "_SBIN", "/nowhere")
+    with pytest.raises(CapabilityMissing, match="virtme-ng needs depmod and busybox"):
+        virtme.command(None, "tcg")  # type: ignore[arg-type]
+
+
+def test_the_command_line_starts_in_time() -> None:
+    """Half of a busy host's worst: the aim is 0.25 s; Dask alone would take one."""
+    times = []
+    for _ in range(3):
+        began_s = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "testbed.cli", "matrix", "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+            env={**os.environ},
+        )
+        times.append(time.monotonic() - began_s)
+        assert "distributed" not in done.stderr
+        assert "pydantic" not in done.stderr
+    assert min(times) < 5
