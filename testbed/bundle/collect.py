@@ -112,8 +112,8 @@ def _collect(run_dir: Path, scrub: Callable[[bytes], bytes]) -> _Found:
     found = _Found()
     for path in _files(run_dir):
         name = path.relative_to(run_dir).as_posix()
-        if path.name in _PRIVATE:
-            continue
+        if path.name in _PRIVATE or (path.suffix == ".zip" and archive.is_bundle(path)):
+            continue  # nobody's business, or what we made before: it must not change what we make
         why = _why_not(path, name)
         if why:
             shown = one_line(name.encode("ascii", "backslashreplace").decode())

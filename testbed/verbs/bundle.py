@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from testbed.errors import HostError, InputError
+from testbed.errors import InputError
 from testbed.verbs.common import format_option, print_json, say
 
 
@@ -45,11 +45,11 @@ def bundle(run: str | None, output: Path | None, show: str | None, form: str) ->
         return 0
     run_dir = collect.find_run(run or "")
     listed, content = collect.bundle(run_dir)
-    file = output or Path(f"{run_dir.name}{collect.SUFFIX}")
+    file = output or Path(f"{run_dir.resolve().name}{collect.SUFFIX}")
     try:
         collect.write(file, content)
     except OSError as error:
-        raise HostError(f"cannot write {file}: {error.strerror}") from error
+        raise InputError(f"cannot write {file}: {error.strerror}") from error
     for each in listed.left_out:
         say(f"left out: {each.name}: {each.why}")
     if form == "json":

@@ -17,6 +17,8 @@ from testbed.bundle.scrub import scrubber
 from testbed.errors import InputError
 from tests.unit.bundle.run_folders import HOME, KEY, PLACES, make_run
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 def test_a_run_becomes_a_bundle(tmp_path: Path) -> None:
     listed, content = collect.bundle(make_run(tmp_path / "1", report=True))
@@ -151,3 +153,39 @@ def test_a_run_is_found_by_the_beginning_of_its_name(
 )
 def test_paths_and_keys_are_taken_out(text: str, scrubbed: str) -> None:
     assert scrubber(PLACES)(text.encode()).decode() == scrubbed
+
+
+def test_the_verb_names_the_file_after_the_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "my-run")
+
+    def verb(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "testbed.cli", "bundle", *words],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = verb(".")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("my-run.testbed.zip (")
+    assert "left out: rack/host0/core: not of a kind" in done.stderr
+    made = folder / "my-run.testbed.zip"
+    again = verb(".", "-o", str(tmp_path / "again.zip"))
+    assert again.returncode == 0
+    assert (tmp_path / "again.zip").read_bytes() == made.read_bytes()
+    assert archive.read(made).manifest.kind == "run"
+    for words, said in (
+        ((), "which run?"),
+        ((".", "--show", "x"), "which run?"),
+        (("--show", "none.zip"), "cannot be read"),
+        ((".", "-o", "none/x.zip"), "cannot write none/x.zip"),
+        ((".", "-o", str(tmp_path)), "cannot write"),
+        (("none",), "no such folder"),
+    ):
+        done = verb(*words)
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
