@@ -207,6 +207,25 @@ def _read(agent: Agent, *, name: str, offset: int, size_bytes: int, how: str) ->
     return {**answer, "hex": bufs.get(name, size_bytes).hex()}
 
 
+@registry.method("dmabuf.late")
+def _late(
+    agent: Agent,
+    *,
+    name: str,
+    offset: int,
+    hex: str,  # noqa: A002  the protocol's word
+    after_us: int,
+) -> dict[str, Any]:
+    """The device writes; the buffer is unmapped ``after_us`` after it was told to (0: it is not).
+
+    ``{errno, begun_ns, late_ns}``: until it had written, from when it was told and from then on.
+    """
+    data = bytes.fromhex(hex)
+    bufs = _bufs(agent)
+    bufs.put(name, data)
+    return bufs.importer(name, f"late {offset} {len(data)} {after_us}")[0]
+
+
 @registry.method("dmabuf.peek")
 def _peek(agent: Agent, *, device: str, bar: int, offset: int) -> dict[str, str]:
     """A page of a BAR, as the CPU reads it past any dma-buf."""

@@ -348,6 +348,11 @@ class Import:
         )
         return answer["errno"], bytes.fromhex(answer["hex"])
 
+    def late(self, offset: int, data: bytes, after_us: int) -> Any:
+        """A write that is under way while the buffer is unmapped: ``dmabuf.late`` of the agent."""
+        place = {"name": self.name, "offset": offset, "hex": data.hex()}
+        return self.exchange.call("late", **place, after_us=after_us)
+
     def close(self) -> None:
         """Unmap and detach."""
         self.exchange.call("close_import", name=self.name)

@@ -9,11 +9,12 @@ the name of the requirement that it breaks.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from errno import EADDRINUSE, EINVAL, EOPNOTSUPP
 
 import pytest
 
-from testbed.errors import CapabilityMissing
+from testbed.errors import CapabilityMissing, InputError
 from testbed.instruments.dmabuf import (
     BUFFER_BYTES,
     DYNAMIC,
@@ -53,11 +54,17 @@ LINKED_TWICE = "dma_buf_phys_vec_to_sgt() links each range at offset 0 of the IO
 
 
 def rack_variants(topology: Topology) -> dict[str, Topology]:
-    """The same rack without an IOMMU, and with large video memories."""
-    return {
+    """The same rack without an IOMMU, with large video memories, and with a lazy IOMMU.
+
+    For a device outside QEMU there is none: its IOMMU has to tell it of each mapping at once.
+    """
+    variants = {
         "iommu-off": with_overrides(topology, iommu_mode="off"),
         "large-vram": with_overrides(topology, vram=LARGE_VRAM),
     }
+    with suppress(InputError):
+        variants["lazy"] = with_overrides(topology, iommu_mode="lazy", engine="edu")
+    return variants
 
 
 def imported(buffer: Buffer, observe: Observer, **options: int) -> Import:

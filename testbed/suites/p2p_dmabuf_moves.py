@@ -13,11 +13,13 @@ from statistics import median
 import pytest
 
 from guest_agent.pattern import pattern
+from testbed.errors import CapabilityMissing
 from testbed.instruments.dmabuf import (
     ON_DEMAND,
     READ,
     WRITTEN,
     Buffer,
+    Exchange,
     Import,
     judge_errno,
 )
@@ -25,14 +27,19 @@ from testbed.instruments.memory import sha256
 from testbed.instruments.observer import Observer, Refuted
 from testbed.results.evidence import Counter, Note
 from testbed.results.judging import PAGE_BYTES, judge_bytes
-from testbed.suites.dmabuf_fixtures import ArrangeBuffers
-from testbed.suites.p2p_dmabuf import both_ends, imported
+from testbed.suites.dmabuf_fixtures import THROUGH_HOST_BRIDGE, ArrangeBuffers
+from testbed.suites.p2p_dmabuf import both_ends, imported, rack_variants
 
+__all__ = ["rack_variants"]
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
 
 TIMEOUT_MS = 2000
 COPY_MS = 1000  # many calls of the agent: what comes meanwhile comes before the copy
 FAULTS = 24
+# Before a write is due, when the buffer is unmapped. Linux empties its queue after 10 ms.
+LEADS_MS = (1, 3, 5, 7, 2, 4, 6, 8, 12, 60)
+QUEUE_NS = 10_000_000
+SURELY_LATE_NS = 300_000  # what ends sooner may have ended before the unmapping
 OLD, NEW, LATER = WRITTEN, READ, 44  # seeds of patterns
 
 
@@ -105,6 +112,71 @@ def test_how_long_faults_take(arrange_buffers: ArrangeBuffers, observe: Observer
     observe.add(*(Note(line) for line in histogram(took)))
     way = "by IOVA" if exchange.by_iova else f"by {exchange.pair.route}"
     observe.conclude(f"{FAULTS} faults of {exchange.pair.importer.kind} {way}, each served")
+
+
+@pytest.mark.requirement("LIFE-04")
+def test_how_long_dma_lands_after_an_unmapping(
+    arrange_buffers: ArrangeBuffers, observe: Observer
+) -> None:
+    """A lazy IOMMU forgets a while after the unmapping (drivers/iommu/dma-iommu.c, its queue).
+
+    The window is measured with writes that are under way when the buffer is unmapped, and it has to
+    close: long after, nothing lands.
+    """
+    exchange = arrange_buffers(THROUGH_HOST_BRIDGE, name="lazy")
+    observe.note(f"the importer's domain: {domain_type(exchange)}")
+    buffer = exchange.export("provider")
+    landed, refused = [0], []
+    takes_us = 1 << 32
+    for lead_ms in LEADS_MS:
+        importer = imported(buffer, Observer())
+        # Undisturbed first: so long it takes, and the IOMMU has to know the address, or there is
+        # nothing that it could forget late.
+        first = importer.late(0, pattern(OLD, 0, PAGE_BYTES), 0)
+        observe.require(judge_errno("a write", first["errno"], 0))
+        takes_us = min(takes_us, first["begun_ns"] // 1000)  # a busy host only adds to it
+        late_ns, has_landed = late_write(importer, takes_us, lead_ms, observe)
+        importer.close()
+        if late_ns < SURELY_LATE_NS:
+            continue
+        (landed if has_landed else refused).append(late_ns)
+        verb = "landed" if has_landed else "was refused"
+        observe.note(f"a write {late_ns / 1e6:.1f} ms after the unmapping {verb}")
+    if not refused or max(refused) < max(landed):
+        raise Refuted(f"a write landed {max(landed) / 1e6:.1f} ms after the unmapping")
+    if not max(landed) and min(refused) > QUEUE_NS:
+        raise CapabilityMissing("a host that is less busy: no write came soon after an unmapping")
+    observe.add(Counter("latest that landed", max(landed), "ns"))
+    observe.add(Counter("earliest refused", min(refused), "ns"))
+    latest, earliest = max(landed) / 1e6, min(refused) / 1e6
+    seen = f"writes landed until {latest:.1f} ms after" if len(landed) > 1 else "none landed after"
+    observe.conclude(f"{seen}; the earliest that was refused: {earliest:.1f} ms after")
+
+
+def domain_type(exchange: Exchange) -> str:
+    """The kernel's word: ``DMA-FQ`` has a queue of what is to be forgotten, ``DMA`` has none."""
+    for group in exchange.node.agent.call("iommu.groups"):
+        if exchange.pair.importer.bdf in group["devices"]:
+            return str(group["type"])
+    return "none"
+
+
+def late_write(
+    importer: Import, takes_us: int, lead_ms: int, observe: Observer
+) -> tuple[int, bool]:
+    """How long after the unmapping a write was made that was due ``lead_ms`` later, in ns, and
+    whether it landed.
+
+    :param takes_us: from the doorbell until it is made.
+    """
+    exchange, at = importer.exchange, importer.buffer.bar_offset(0)
+    before, late = pattern(NEW, 0, PAGE_BYTES), pattern(LATER, 0, PAGE_BYTES)
+    exchange.poke(at, before)
+    answer = importer.late(0, late, max(takes_us - 1000 * lead_ms, 1))
+    has_landed = exchange.judge_page(at, late).holds
+    if not has_landed:
+        observe.require(exchange.judge_page(at, before))
+    return answer["late_ns"], has_landed
 
 
 def histogram(took_ns: list[int]) -> list[str]:

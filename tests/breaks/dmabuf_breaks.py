@@ -49,6 +49,7 @@ GUARDS: list[tuple[Mutation, Test, dict[str, Any]]] = [
     (Mutation.SKIP_UNMAP, life.test_dma_after_a_revoke_faults, {}),
     (Mutation.SKIP_UNMAP, life.test_a_pinned_buffer_stays, {}),
     (Mutation.SKIP_UNMAP, moves.test_a_fault_is_served_and_again_after_a_move, {}),
+    (Mutation.SKIP_UNMAP, moves.test_how_long_dma_lands_after_an_unmapping, {}),
     (Mutation.SKIP_REVOKE, life.test_no_mapping_after_a_revoke, {}),
     (Mutation.SKIP_REVOKE, life.test_a_revoke_waits_for_fences_and_unmapping, {}),
     (Mutation.SKIP_REVOKE, life.test_dma_after_a_revoke_faults, {}),

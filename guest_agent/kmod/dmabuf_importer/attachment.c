@@ -16,6 +16,7 @@
 
 #define SHOWN_ENTRIES	64
 #define FENCE_WAIT_MS	5000
+#define ROUGH_US	25000	/* by which a sleep may be too long */
 #define FAULT_TRIES	100
 #define FAULT_TRY_MS	10
 
@@ -349,6 +350,51 @@ int import_dma(struct import *import, bool to_buffer, u64 offset, size_t size, b
 			error = engine->kind->copy(engine, theirs, ours, now);
 		done += now;
 	}
+	mutex_unlock(&engine->lock);
+	return error;
+}
+
+/*
+ * Unmap while the device is about to write, "after_us" after it was told to; 0: not at all.
+ *
+ * @begun_ns	how long it took from then until it was done
+ * @late_ns	how long after the unmapping that was
+ */
+int import_late(struct import *import, u64 offset, size_t size, unsigned int after_us,
+		u64 *begun_ns, u64 *late_ns)
+{
+	struct engine *engine = import->engine;
+	u64 began, unmapped, done;
+	dma_addr_t theirs;
+	int error = 0;
+
+	if (!engine || !import->attach)
+		return -ENOTCONN;
+	if (!engine->kind->begin)
+		return -EOPNOTSUPP;
+	mutex_lock(&engine->lock);
+	if (!READ_ONCE(import->table))
+		error = -ENODEV;
+	else if (find_piece(import, offset, &theirs) < size)
+		error = -EINVAL;
+	error = error ?: engine->kind->begin(engine, engine->bounce_at, theirs, size);
+	if (error)
+		goto unlock;
+	began = unmapped = ktime_get_ns();
+	if (after_us) {
+		if (after_us > ROUGH_US)
+			fsleep(after_us - ROUGH_US);
+		while (ktime_get_ns() - began < (u64)after_us * NSEC_PER_USEC)
+			cpu_relax();
+		if (!import->manners.stubborn)
+			import_unmap(import);
+		unmapped = ktime_get_ns();
+	}
+	error = engine->kind->finish(engine);
+	done = ktime_get_ns();
+	*begun_ns = done - began;
+	*late_ns = done - unmapped;
+unlock:
 	mutex_unlock(&engine->lock);
 	return error;
 }

@@ -11,6 +11,8 @@
  *   map | unmap | detach
  *   show				the list that is mapped now, as map answers
  *   dma to|from OFFSET SIZE [stale]	the device copies into the buffer, or out of it
+ *   late OFFSET SIZE US			the device writes, and US after it was told to, the buffer is
+ *					unmapped; 0: it is not
  *   cpu to|from OFFSET SIZE pages|vmap	the CPU does
  *   fence MS				keep the buffer busy that long
  *   state
@@ -148,6 +150,21 @@ static int do_dma(void *context, struct answer *answer, int count, char **words)
 	return 0;
 }
 
+static int do_late(void *context, struct answer *answer, int count, char **words)
+{
+	unsigned int size, after_us;
+	u64 offset, begun_ns = 0, late_ns = 0;
+	int error;
+
+	if (count != 3 || kstrtou64(words[0], 0, &offset) || kstrtouint(words[1], 0, &size) ||
+	    !size || size > BOUNCE_BYTES || kstrtouint(words[2], 0, &after_us))
+		return -EINVAL;
+	error = import_late(context, offset, size, after_us, &begun_ns, &late_ns);
+	say(answer, "begun_ns=%llu late_ns=%llu ", begun_ns, late_ns);
+	say_errno(answer, error);
+	return 0;
+}
+
 static int do_cpu(void *context, struct answer *answer, int count, char **words)
 {
 	unsigned int size;
@@ -194,6 +211,7 @@ static const struct command commands[] = {
 	{ "unmap", do_unmap },
 	{ "detach", do_detach },
 	{ "dma", do_dma },
+	{ "late", do_late },
 	{ "cpu", do_cpu },
 	{ "fence", do_fence },
 	{ "state", do_state },

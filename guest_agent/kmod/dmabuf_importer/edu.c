@@ -28,12 +28,17 @@ static int settle(struct engine *engine)
 				  POLL_US, TIMEOUT_US);
 }
 
-static int move(struct engine *engine, u64 source, u64 target, size_t size, u64 direction)
+static void start(struct engine *engine, u64 source, u64 target, size_t size, u64 direction)
 {
 	writeq(source, engine->registers + EDU_SOURCE);
 	writeq(target, engine->registers + EDU_TARGET);
 	writeq(size, engine->registers + EDU_COUNT);
 	writeq(EDU_RUN | direction, engine->registers + EDU_COMMAND);
+}
+
+static int move(struct engine *engine, u64 source, u64 target, size_t size, u64 direction)
+{
+	start(engine, source, target, size, direction);
 	return settle(engine);
 }
 
@@ -42,6 +47,27 @@ static int edu_copy(struct engine *engine, dma_addr_t from, dma_addr_t to, size_
 	int error = move(engine, from, EDU_BUFFER, size, 0);
 
 	return error ?: move(engine, EDU_BUFFER, to, size, EDU_TO_BUS);
+}
+
+static int edu_begin(struct engine *engine, dma_addr_t from, dma_addr_t to, size_t size)
+{
+	int error = move(engine, from, EDU_BUFFER, size, 0);
+
+	if (!error)
+		start(engine, EDU_BUFFER, to, size, EDU_TO_BUS);
+	return error;
+}
+
+/*
+ * It writes at the end of its tenth of a second, just before it says that it is done. Looked at
+ * without a pause: one may last two ticks (8 ms) where timers are coarse.
+ */
+static int edu_finish(struct engine *engine)
+{
+	u32 command;
+
+	return readl_poll_timeout(engine->registers + EDU_COMMAND, command, !(command & EDU_RUN),
+				  0, TIMEOUT_US);
 }
 
 static void edu_stop(struct engine *engine)
@@ -55,4 +81,6 @@ const struct engine_kind edu_kind = {
 	.start = settle,
 	.stop = edu_stop,
 	.copy = edu_copy,
+	.begin = edu_begin,
+	.finish = edu_finish,
 };

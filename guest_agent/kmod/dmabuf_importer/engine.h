@@ -19,6 +19,9 @@ struct engine_kind {
 	/* Between an offset in video memory of its own and the bus; NULL without such memory. */
 	int (*copy_local)(struct engine *engine, bool to_local, u64 local, dma_addr_t bus,
 			  size_t size);
+	/* As "copy", in two halves: what is written is written when the second ends. NULL: cannot. */
+	int (*begin)(struct engine *engine, dma_addr_t from, dma_addr_t to, size_t size);
+	int (*finish)(struct engine *engine);
 };
 
 /* A device that does DMA, and memory of its own that it copies from and to. */

@@ -68,6 +68,8 @@ void import_unmap(struct import *import);
 int import_fence(struct import *import, unsigned int after_ms);
 void import_say_table(struct import *import, struct answer *answer);
 int import_dma(struct import *import, bool to_buffer, u64 offset, size_t size, bool stale);
+int import_late(struct import *import, u64 offset, size_t size, unsigned int after_us,
+		u64 *begun_ns, u64 *late_ns);
 int import_cpu_pages(struct import *import, bool to_buffer, u64 offset, size_t size);
 int import_cpu_vmap(struct import *import, bool to_buffer, u64 offset, size_t size);
 
