@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from testbed.errors import HostError, QmpError, SetupError
+from testbed.errors import HostError, LostError, QmpError
 from testbed.guest import switch_router
 from testbed.host import paths, prepare, probe
 from testbed.host.keys import RackKeys
@@ -93,7 +93,8 @@ def start(
     try:
         return _start(topology, run_dir, options, say)
     except SnapshotUnfit as error:
-        restore.store().discard(error.key)
+        if not error.is_sound:
+            restore.store().discard(error.key)
         sys.stderr.write(f"testbed: not restored but booted: {error.message}\n")
         return _start(topology, run_dir, dataclasses.replace(options, warm=False), say)
 
@@ -112,9 +113,7 @@ def _start(
         base, options.name or topology.rack, unique=options.unique
     ) as reservation:
         run_dir = (run_dir or new_run_dir(reservation.name)).resolve()
-        _make_run_dir(run_dir)
-        _write(run_dir / TOPOLOGY_JSON, model.to_data(topology))
-        _write(run_dir / PLAN_JSON, plan_data(plan))
+        _begin_run_dir(run_dir, plan)
         kernels = tuple(dict.fromkeys(node.kernel for node in topology.nodes.values()))
         installation = options.installation or prepare.prepare(kernels)
         accelerator = options.accelerator or probe.accelerator(installation)
@@ -127,7 +126,6 @@ def _start(
         processes: list[Command] = []
         contexts = _contexts(plan, installation, accelerator, options, reservation.folder)
         saved = _saved(plan, contexts, installation, options, run_dir, say)
-        routing = {n for n, each in saved.items() if switch_router.MODULE in each.snapshot.modules}
         boot = functools.partial(_to_boot, plan, contexts, installation, keys)
         for name, node in plan.nodes.items():
             folder = reservation.folder / name
@@ -153,7 +151,7 @@ def _start(
             restore.resume(rack, saved, keys, options.timeout_s)
             on_all(rack, lambda node: _await_hello(node, reservation.folder, options.timeout_s))
             if options.router:
-                _start_routers([n for n in rack.nodes.values() if n.name not in routing], say)
+                _start_routers(_without_router(rack, saved), say)
             if options.detach:
                 rack.detach()
         except BaseException:
@@ -226,7 +224,7 @@ def _saved(
     }
     try:
         return restore.ready(wanted, run_dir, options.timeout_s, say=say)
-    except (SetupError, QmpError) as error:
+    except (HostError, LostError, QmpError) as error:
         sys.stderr.write(f"testbed: booted without being saved: {error.message}\n")
         return {}
 
@@ -295,6 +293,12 @@ class _Restart:
             _start_routers([node], self.say)
 
 
+def _without_router(rack: Rack, saved: Mapping[str, restore.Saved]) -> list[RackNode]:
+    """The nodes that were not restored with the module loaded."""
+    has = {n for n, each in saved.items() if switch_router.MODULE in each.snapshot.modules}
+    return [node for node in rack.nodes.values() if node.name not in has]
+
+
 def _start_routers(nodes: Iterable[RackNode], say: Callable[[str], None]) -> None:
     for node in (node for node in nodes if switch_router.is_wanted(node.plan)):
         if why_not := switch_router.start(node):
@@ -307,11 +311,14 @@ def new_run_dir(name: str) -> Path:
     return paths.state_dir() / "runs" / f"{stamp}-{name}-{secrets.token_hex(2)}"
 
 
-def _make_run_dir(run_dir: Path) -> None:
+def _begin_run_dir(run_dir: Path, plan: RackPlan) -> None:
+    """Make it, with what is known before anything is looked at on this host."""
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise HostError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
+    _write(run_dir / TOPOLOGY_JSON, model.to_data(plan.topology))
+    _write(run_dir / PLAN_JSON, plan_data(plan))
 
 
 def _write(path: Path, data: Any) -> None:

@@ -88,7 +88,10 @@ def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:
     memory = _memory(plan)
     if context.start is not Start.BOOT:
         memory += (saving.ram(node),)
-    return NodeCommand(plan.name, tuple(argv), dict(context.environment), memory)
+    environment = dict(context.environment)
+    if context.start is Start.RESTORE:
+        environment |= saving.RESTORE_ENVIRONMENT
+    return NodeCommand(plan.name, tuple(argv), environment, memory)
 
 
 def _program(context: LaunchContext) -> list[str]:

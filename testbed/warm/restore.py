@@ -9,6 +9,7 @@ first line to its agent (``guest_agent/resume.py``), and the kernel then finds t
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
 import threading
@@ -50,15 +51,17 @@ WAITING = "testbed: waiting"  # guest_agent/resume.py says one of them
 UNFIT = "testbed: unfit"
 INITRD = Path("initrd.img")  # in QEMU's working directory
 ENTROPY_BYTES = 64
+_HOST_LACKS = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 PAUSE_S = 0.02
 
 
 class SnapshotUnfit(HostError):
-    """A saved machine cannot be used; ``key`` is its entry, which is to go."""
+    """A saved machine cannot be used; ``key`` is its entry, which is to go unless ``is_sound``."""
 
-    def __init__(self, message: str, key: str) -> None:
+    def __init__(self, message: str, key: str, *, is_sound: bool = False) -> None:
         super().__init__(message)
         self.key = key
+        self.is_sound = is_sound  # what was missing is the host's
 
 
 def store() -> Store:
@@ -275,13 +278,17 @@ class Filling:
 
     def wait(self) -> None:
         """:raises SnapshotUnfit: it is damaged, or there is not enough memory."""
-        for part in self._parts:
-            try:
-                problem = part.result()
-            except OSError as error:
-                problem = str(error)
-            if problem:
-                raise SnapshotUnfit(problem, self._snapshot.key)
+        filled, checked = self._parts
+        try:
+            problem = checked.result() or filled.result()
+        except OSError as error:
+            key = self._snapshot.key
+            if error.errno in _HOST_LACKS:
+                why = f"no memory to restore it: {error.strerror}"
+                raise SnapshotUnfit(why, key, is_sound=True) from error
+            raise SnapshotUnfit(str(error), key) from error
+        if problem:
+            raise SnapshotUnfit(problem, self._snapshot.key)
 
 
 def _run(part: Callable[[], str], future: Future[str]) -> None:

@@ -3,9 +3,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,20 +20,27 @@ from hypothesis import strategies as st
 
 from testbed.errors import SetupError
 from testbed.machine import saving
+from testbed.machine.command import NodeCommand
 from testbed.topology import load, placement
-from testbed.warm import memory
+from testbed.warm import memory, restore
 from testbed.warm.store import FORMAT, INDEX, MEMORY, STATE, Snapshot, Store
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = memory.BLOCK_BYTES
 
 
-def make(store: Store, key: str, data: bytes = b"\1" * BLOCK) -> Snapshot:
-    """One entry, as a save makes it."""
-    with store.exclusive(key), store.making(key) as partial:
+def make_within(store: Store, key: str, data: bytes = b"\1" * BLOCK) -> None:
+    """The same, by who is the only one to make it."""
+    with store.making(key) as partial:
         runs = memory.pack(data, partial / MEMORY)
         (partial / STATE).write_bytes(b"state of " + key.encode())
         store.describe(partial, runs, "node")
+
+
+def make(store: Store, key: str, data: bytes = b"\1" * BLOCK) -> Snapshot:
+    """One entry, as a save makes it."""
+    with store.exclusive(key):
+        make_within(store, key, data)
     found = store.find(key)
     assert found is not None
     return found
@@ -104,6 +118,96 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
         _make_on_a_full_disk(store)
     assert store.find("a") is None
     assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
+
+
+def test_a_save_that_meets_the_disks_end_leaves_nothing(tmp_path: Path) -> None:
+    # In a process of its own, whose files may have one block: the kernel refuses the second.
+    script = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from testbed.errors import SetupError\n"
+        "from testbed.warm import memory, store\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({BLOCK}, {BLOCK}))\n"
+        "kept = store.Store(Path(sys.argv[1]))\n"
+        "try:\n"
+        "    with kept.exclusive('a'), kept.making('a') as partial:\n"
+        f"        memory.pack(b'1' * {3 * BLOCK}, partial / store.MEMORY)\n"
+        "except SetupError as error:\n"
+        "    print(error.message)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert "File too large" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
+
+
+def test_two_who_want_the_same_machine_save_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = load.load(ROOT / "topologies" / "minimal.yaml", {})
+    wanted = SimpleNamespace(
+        plan=placement.place(topology).nodes["host0"],
+        spec=topology.nodes["host0"],
+        key="a",
+        restoring=lambda: NodeCommand("host0", ()),
+    )
+    saves = []
+
+    def save(store: Store, key: str, *_: object) -> None:
+        saves.append(key)
+        time.sleep(0.2)
+        make_within(store, key)
+
+    monkeypatch.setattr(restore, "store", lambda: Store(tmp_path))
+    monkeypatch.setattr(restore, "_save", save)
+    found: list[restore.Saved] = []
+
+    def harness() -> None:
+        every: Any = {"host0": wanted}
+        found.append(restore.ready(every, tmp_path, 10.0, say=lambda _: None)["host0"])
+
+    threads = [threading.Thread(target=harness) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert saves == ["a"]
+    assert [each.snapshot.damage() for each in found] == [""] * 3
+
+
+class _Lacking:
+    """A keeper whose shared memory cannot be written."""
+
+    pid = os.getpid()
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def call(self, *_: object, **__: object) -> dict[str, int]:
+        return {"fd": self._fd}
+
+
+@pytest.mark.parametrize(
+    ("number", "sound"), [(errno.ENOMEM, True), (errno.ENOSPC, True), (errno.EIO, False)]
+)
+def test_a_host_without_memory_is_not_the_saved_machines_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, *, sound: bool
+) -> None:
+    found = make(Store(tmp_path), "a")
+
+    def unpack(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(memory, "unpack", unpack)
+    fd = os.memfd_create("ram")
+    keeper: Any = _Lacking(fd)
+    try:
+        with pytest.raises(restore.SnapshotUnfit, match=os.strerror(number)) as caught:
+            restore.Filling(keeper, "host0", found).wait()
+    finally:
+        os.close(fd)
+    assert caught.value.is_sound is sound
 
 
 def test_what_a_killed_save_left_is_removed_but_not_what_is_being_made(tmp_path: Path) -> None:

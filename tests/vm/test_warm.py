@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +18,7 @@ from testbed.topology import load
 from testbed.warm import restore
 from testbed.warm.store import MEMORY, Store
 
+YEAR_S = 365 * 86400
 TOPOLOGY = """
 rack: warm
 nodes:
@@ -84,6 +87,37 @@ def test_a_restored_rack_is_as_a_booted_one_and_two_are_two(
         assert seen(one) == seen(two) == wanted
         assert not set(fresh(one)) & set(fresh(two))
         assert not (tmp_path / "two" / "saving").exists()
+
+
+def test_its_clock_is_the_hosts_however_that_jumped(
+    options: deploy.StartOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topology = load.load_text(TOPOLOGY, "warm.yaml", {})
+    later_s = time.time() + YEAR_S
+    clock = SimpleNamespace(time=lambda: later_s, monotonic=time.monotonic, sleep=time.sleep)
+    monkeypatch.setattr(restore, "time", clock)
+    with deploy.start(topology, run_dir=tmp_path / "later", options=options) as rack:
+        says_s = int(rack.node().link.run("date +%s").stdout)
+    assert later_s - 1 <= says_s < later_s + YEAR_S / 2
+    assert not (tmp_path / "later" / "saving").exists()
+
+
+def test_a_save_that_fails_is_said_and_the_machine_boots(
+    options: deploy.StartOptions,
+    cache: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    topology = load.load_text(TOPOLOGY.replace("512M", "448M"), "warm.yaml", {})
+    # QEMU's own file, on a disk that is always full.
+    monkeypatch.setattr(restore, "STATE", "../../../../../../../../../dev/full")
+    before = cache.kept()
+    with deploy.start(topology, run_dir=tmp_path / "boot", options=options) as rack:
+        assert rack.alive
+        assert "machine.state" not in (tmp_path / "boot" / "commands.json").read_text()
+    assert "booted without being saved" in capsys.readouterr().err
+    assert cache.kept() == before
 
 
 def test_a_damaged_file_is_not_used(
