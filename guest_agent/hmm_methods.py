@@ -31,6 +31,13 @@ def _bind(agent: Agent, *, device: str) -> dict[str, Any]:
     return {}
 
 
+@registry.method("hmm.unbind")
+def _unbind(agent: Agent, *, device: str) -> dict[str, Any]:
+    """Take a function from ``hmm_peer``; pages in its memory come back to the process."""
+    _state(agent).unbind(device)
+    return {}
+
+
 @registry.method("hmm.release")
 def _release(agent: Agent) -> dict[str, Any]:
     """End every mirror, free every memory, give every function back."""

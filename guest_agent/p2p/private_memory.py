@@ -42,6 +42,12 @@ class PrivateMemory:
         if bdf not in self._bindings:
             self._bindings[bdf] = Binding(bdf, MODULE)
 
+    def unbind(self, bdf: str) -> None:
+        """Give a function back, whatever is in its memory; ParameterError if it is not ours."""
+        if bdf not in self._bindings:
+            raise ParameterError(f"device: {bdf} is not bound to {MODULE}")
+        self._bindings.pop(bdf).restore()
+
     def alloc(self, name: str, pages: int) -> None:
         """Ordinary memory of this process. ParameterError: there is such a name, or too much."""
         if name in self._memories:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 from rich.console import Console
 
 from testbed import deploy
+from testbed.guest import modules
 from testbed.harness.runner import Choice, run_suites
 from testbed.harness.sources import RunningSource, TopologySource
 from testbed.host.prepare import Installation
 from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation
-from testbed.rack import Rack
+from testbed.instruments.private_memory import MODULE
+from testbed.rack import Rack, RackNode
 from testbed.results.verdicts import Verdict
 from testbed.topology import load
 
@@ -84,12 +87,60 @@ def rack(
         yield running
 
 
+@pytest.fixture
+def node(rack: Rack) -> RackNode:
+    return rack.node()
+
+
+@pytest.fixture
+def bdf(node: RackNode) -> dict[str, str]:
+    return {function.name: function.bdf for function in node.plan.functions}
+
+
 @pytest.mark.parametrize("mutation", FAILING, ids=lambda each: str(each) or "none")
 def test_each_break_fails_what_guards_it(rack: Rack, tmp_path: Path, mutation: Mutation) -> None:
     verdicts, ktap = run(RunningSource(rack.name, tmp_path), tmp_path, mutation)
     failing = FAILING[mutation]
     assert {name for name, verdict in verdicts.items() if verdict is Verdict.FAIL} == failing, ktap
     assert {verdicts[name] for name in ALL - failing} <= {Verdict.PASS}, ktap
+
+
+def in_use(node: RackNode, bdf: dict[str, str]) -> None:
+    """Pages of the agent are in gpu0's memory, and gpu1 has them mapped."""
+    modules.load(node, MODULE)
+    for name in ("gpu0.vram", "gpu1.engine"):
+        node.agent.call("hmm.bind", device=bdf[name])
+    node.agent.call("hmm.alloc", name="a", pages=4)
+    for page in range(4):
+        node.agent.call("hmm.write", name="a", page=page, hex=f"{page:02x}" * 4096)
+    assert node.agent.call("hmm.take", name="a", device=bdf["gpu0.vram"])["moved"] == 4
+    words = {"mirror": "m", "name": "a", "manners": ["peer2peer"]}
+    seen = node.agent.call("hmm.mirror", device=bdf["gpu1.engine"], **words)
+    assert [page["kind"] for page in seen["pages"]] == ["peer"] * 4
+
+
+def test_a_memory_that_goes_gives_its_pages_back(node: RackNode, bdf: dict[str, str]) -> None:
+    in_use(node, bdf)
+    node.agent.call("hmm.unbind", device=bdf["gpu0.vram"])
+    told = node.agent.call("hmm.state", mirror="m")
+    assert (told["told"], {page["kind"] for page in told["pages"]}) == (4, {"none"})
+    assert min(node.agent.call("hmm.pages", name="a")["physical"]) >= 0
+    for page in range(4):
+        found = node.agent.call("hmm.read", name="a", page=page)["hex"]
+        assert found == f"{page:02x}" * 4096
+    node.agent.call("hmm.release")
+    modules.unload(node, MODULE)
+
+
+def test_a_process_that_dies_leaves_nothing(node: RackNode, bdf: dict[str, str]) -> None:
+    in_use(node, bdf)
+    node.restart_agent()
+    deadline = time.monotonic() + 60
+    while node.agent.call("modules.loaded", names=[MODULE])[MODULE]:
+        assert time.monotonic() < deadline
+    in_use(node, bdf)
+    node.agent.call("hmm.release")
+    modules.unload(node, MODULE)
 
 
 def test_a_way_through_the_iommu_with_edu(
