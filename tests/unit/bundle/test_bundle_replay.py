@@ -33,6 +33,14 @@ from tests.unit.results_samples import sample_record
 TOPOLOGY = to_data(case_of().topology)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_page() -> Iterator[None]:
+    """The page takes longest, and is no part of a replay."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(collect, "render", lambda _: "")
+        yield
+
+
 def told(folder: Path, wanted: Wanted | None = None, *, name: str = "x.zip") -> Told:
     bundle = archive.parse(name, collect.bundle(folder)[1])
     return tell(bundle, wanted or Wanted({}, Overrides()))

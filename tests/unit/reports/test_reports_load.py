@@ -256,6 +256,8 @@ def test_the_shipped_reports_say_where_they_come_from(name: str) -> None:
     assert report.link.startswith("https://")
     assert report.stand_ins
     assert report.description
+    manual = (Path(__file__).resolve().parents[3] / "docs" / "reports.md").read_text()
+    assert f"| `{name}` | `-" in manual
 
 
 def test_words_of_the_command_line_are_files_folders_or_shipped_names(tmp_path: Path) -> None:
