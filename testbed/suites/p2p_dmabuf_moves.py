@@ -126,7 +126,8 @@ def test_how_long_dma_lands_after_an_unmapping(
     exchange = arrange_buffers(THROUGH_HOST_BRIDGE, name="lazy")
     observe.note(f"the importer's domain: {domain_type(exchange)}")
     buffer = exchange.export("provider")
-    landed, refused = [0], []
+    landed: list[int] = [0]
+    refused: list[int] = []
     takes_us = 1 << 32
     for lead_ms in LEADS_MS:
         importer = imported(buffer, Observer())
