@@ -14,7 +14,9 @@ from testbed.rack import Rack
 START = dict.fromkeys(EXACT, 7) | {
     "rss_kib": 20_000,
     "objects": 10_000,
-    "host_private_kib": 90_000,
+    "models_private_kib": 90_000,
+    "qemu_private_kib": 90_000,
+    "cycles": 200,
     "host_descriptors": 200,
 }
 
@@ -35,6 +37,10 @@ def test_memory_has_some_room_and_may_shrink(name: str, room: int) -> None:
     assert grown(START, {**START, name: START[name] + room}) == []
     assert grown(START, {**START, name: 1}) == []
     assert len(grown(START, {**START, name: START[name] + room + 1})) == 1
+
+
+def test_an_emulator_s_memory_and_the_number_of_cycles_are_told_only() -> None:
+    assert grown(START, {**START, "qemu_private_kib": 10**9, "cycles": 10_000}) == []
 
 
 def test_too_few_cycles_show_nothing() -> None:

@@ -14,6 +14,7 @@ from guest_agent.p2p.errors import (
     FutureError,
     NoRoomError,
     PinnedError,
+    ReachError,
 )
 from guest_agent.p2p.fence import Fence, FenceContext
 from guest_agent.p2p.resv import locked
@@ -176,3 +177,53 @@ def test_what_happened_can_be_told_from_the_events(machine: Machine) -> None:
     assert fence.cause == move.number
     assert fence.time_ns == move.time_ns + machine.backend.copy_ns
     assert move.details["way"] == "buf0: device → system"
+
+
+def test_a_chapter_is_the_parent_of_what_has_no_other(machine: Machine) -> None:
+    events = machine.core.events
+    first = events.chapter("test", "one")
+    machine.attach(machine.export(), "nic0.0")
+    second = events.chapter("test", "two")
+    alone = events.note("map", "later")
+    found = {event.number: event for event in events.events()}
+    attach = next(event for event in found.values() if event.kind == "attach")
+    negotiate = next(event for event in found.values() if event.kind == "negotiate")
+    assert (attach.parent, negotiate.parent) == (first, attach.number)
+    assert (found[second].parent, found[alone].parent) == (0, second)
+    assert found[first].cause == found[attach.number].cause == 0
+
+
+def test_what_someone_else_has_is_forgotten(machine: Machine) -> None:
+    events = machine.core.events
+    numbers = [events.note("map", str(n)) for n in range(10)]
+    events.forget(numbers[3])
+    assert [event.number for event in events.events()] == numbers[4:]
+    events.forget(0)
+    assert len(events.events()) == 6
+    assert events.dropped == 0
+
+
+def test_what_a_move_asks_is_a_part_of_its_preparation(machine: Machine) -> None:
+    buffer = machine.export()
+    machine.map(machine.attach(buffer, "nic0.0"))
+    machine.move(buffer, SYSTEM)
+    machine.settle()
+    events = {event.kind: event for event in machine.core.events.events()}
+    assert events["negotiate"].parent == events["prepare"].number
+    assert events["move"].cause == events["prepare"].number
+    assert events["fence"].details["took_ns"] == machine.backend.copy_ns
+
+
+def test_an_address_that_cannot_be_mapped_is_given_back(machine: Machine) -> None:
+    attachment = machine.attach(machine.export(), "nic0.0")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(22, "the IOMMU takes no such address")
+
+    plain, machine.backend.map = machine.backend.map, refuse  # type: ignore[method-assign,assignment]
+    with pytest.raises(ReachError, match=r"nic0\.0 offered"):
+        machine.map(attachment)
+    assert machine.backend.reserved() == 0
+    machine.backend.map = plain  # type: ignore[method-assign]
+    machine.map(attachment)
+    assert machine.backend.reserved() == 1
