@@ -83,6 +83,7 @@ def add(file: Path, record: RunRecord, folder: Path, say: Callable[[str], None])
     line = run_line(record, str(folder.absolute()))
     results = list(result_lines(record))[:MOST_RESULTS_A_RUN]
     with opened(file, say) as store, store:
+        store.execute("BEGIN IMMEDIATE")  # waits here for other runs, and not half-way
         known = store.execute("SELECT 1 FROM runs WHERE key = ?", (line.key,)).fetchone()
         if known:
             return
