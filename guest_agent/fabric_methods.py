@@ -469,3 +469,19 @@ def fabric_dma_copy(
         return gpu.copy(iova, target_iova, size_bytes, timeout_s)
     finally:
         state.destroy(size_bytes)
+
+
+@registry.method("fabric.watch_window")
+def fabric_watch_window(agent: Agent, *, container: int, device: str) -> dict[str, Any]:
+    """Have the kernel say when it wants a window back that VFIO holds."""
+    agent.vfio_device(container, device).watch_request()
+    return {}
+
+
+@registry.method("fabric.window_wanted")
+def fabric_window_wanted(
+    agent: Agent, *, container: int, device: str, timeout_s: float
+) -> dict[str, bool]:
+    """Whether it does, within ``timeout_s``. Until it is let go of, it works on."""
+    check_timeout(timeout_s)
+    return {"wanted": agent.vfio_device(container, device).requested(timeout_s)}

@@ -23,6 +23,7 @@ from testbed.host import paths, prepare, probe
 from testbed.host.keys import RackKeys
 from testbed.host.overlay import build_initrd
 from testbed.machine import argv, models, own_devices, registry, spawn
+from testbed.machine.bells import bells_command
 from testbed.machine.client import Keeper
 from testbed.machine.command import MODELS_SPEC, LaunchContext, NodeCommand
 from testbed.machine.processes import Command
@@ -127,6 +128,8 @@ def _start(
         contexts = _contexts(plan, installation, accelerator, options, reservation.folder)
         saved = _saved(plan, contexts, installation, options, run_dir, say)
         boot = functools.partial(_to_boot, plan, contexts, installation, keys)
+        if bells := bells_command(plan):
+            processes.append(bells)
         for name, node in plan.nodes.items():
             folder = reservation.folder / name
             folder.mkdir(mode=0o700, exist_ok=True)

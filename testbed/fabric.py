@@ -79,9 +79,27 @@ def pull(rack: Rack, window: Window, *, timeout_s: float = PULL_TIMEOUT_S) -> fl
 
     :raises HostError: it has not within ``timeout_s``; the window is still there.
     """
+    began_s = time.monotonic()
+    ask_back(rack, window)
+    await_gone(rack, window, timeout_s=timeout_s)
+    return time.monotonic() - began_s
+
+
+def ask_back(rack: Rack, window: Window) -> None:
+    """Press the button beside it: a guest that holds it is asked, and may take its time.
+
+    :raises QmpError: there is no such window, or it was asked for already.
+    """
+    rack.node(window.node).qmp("device_del", id=window.device)
+
+
+def await_gone(rack: Rack, window: Window, *, timeout_s: float = PULL_TIMEOUT_S) -> None:
+    """Wait until a guest has let go of what it was asked for, and take the memory away.
+
+    :raises HostError: it has not within ``timeout_s``; the window is still there.
+    """
     machine = rack.node(window.node)
     began_s = time.monotonic()
-    machine.qmp("device_del", id=window.device)
     while True:
         try:
             machine.qmp("object-del", id=window.backend)
@@ -93,4 +111,4 @@ def pull(rack: Rack, window: Window, *, timeout_s: float = PULL_TIMEOUT_S) -> fl
                 ) from error
             time.sleep(_POLL_S)
         else:
-            return time.monotonic() - began_s
+            return

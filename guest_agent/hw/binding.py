@@ -49,10 +49,17 @@ class Binding:
         return sysfs.link_name(f"{self._folder}/driver")
 
     def restore(self) -> None:
-        """Give the function back to the driver that had it. Idempotent. :raises OSError: fails."""
+        """Give the function back to the driver that had it. Idempotent.
+
+        One that was pulled out meanwhile is nobody's. :raises OSError: it could not be given back.
+        """
         if self._changed:
             self._changed = False
-            self._own(self._previous, self._override)
+            try:
+                self._own(self._previous, self._override)
+            except OSError:
+                if sysfs.names(self._folder):
+                    raise
 
     def _own(self, driver: str, override: str) -> None:
         sysfs.write(f"{self._folder}/driver_override", (driver or override) + "\n")

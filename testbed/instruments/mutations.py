@@ -58,6 +58,18 @@ class Mutation(StrEnum):
     HMM_FAKE_PAGE = "hmm-fake-page"
     HMM_ANY_GROUP = "hmm-any-group"
     HMM_NO_GROUP = "hmm-no-group"
+    # Of suite p2p-fabric.
+    FABRIC_MAP_PHYSICAL = "fabric-map-physical"
+    FABRIC_EXPORT_ALL = "fabric-export-all"
+    FABRIC_SKIP_UNLINK = "fabric-skip-unlink"
+    FABRIC_EARLY_SYNC = "fabric-early-sync"
+    FABRIC_ALWAYS_VIRTUAL = "fabric-always-virtual"
+    FABRIC_ANY_CONTEXT = "fabric-any-context"
+    FABRIC_ANY_ADDRESS = "fabric-any-address"
+    FABRIC_STAY_UP = "fabric-stay-up"
+    FABRIC_KEEP_WINDOW = "fabric-keep-window"
+    FABRIC_KEEP_MAPPED = "fabric-keep-mapped"
+    FABRIC_WRONG_BELL = "fabric-wrong-bell"
     # Of the protocol core in the agent (guest_agent/p2p_device/breaks.py).
     NEGO_FIRST_OFFER = "nego-first-offer"
     NEGO_SWALLOW_ERRNO = "nego-swallow-errno"
@@ -123,6 +135,17 @@ DESCRIPTIONS = {
     Mutation.HMM_FAKE_PAGE: "a device-private page itself is mapped, which is no memory",
     Mutation.HMM_ANY_GROUP: "a device says that it is of the owner's group, and is not",
     Mutation.HMM_NO_GROUP: "the owner's own device does not say whose it is",
+    Mutation.FABRIC_MAP_PHYSICAL: "addresses are allocated and mapped in physical mode too",
+    Mutation.FABRIC_EXPORT_ALL: "in virtual mode too a peer is shown all of the memory",
+    Mutation.FABRIC_SKIP_UNLINK: "what is unlinked on the fabric stays linked",
+    Mutation.FABRIC_EARLY_SYNC: "each link on the fabric is synced at once",
+    Mutation.FABRIC_ALWAYS_VIRTUAL: "virtual mode is the default within one system too",
+    Mutation.FABRIC_ANY_CONTEXT: "the core is not told in which context it allocates",
+    Mutation.FABRIC_ANY_ADDRESS: "an address of any kind is taken for the fabric's, and cut to fit",
+    Mutation.FABRIC_STAY_UP: "links, nodes and GPUs that shall go away stay",
+    Mutation.FABRIC_KEEP_WINDOW: "a window is not pulled out",
+    Mutation.FABRIC_KEEP_MAPPED: "who lets go of a window keeps what an IOMMU has of it",
+    Mutation.FABRIC_WRONG_BELL: "a bell rings with another vector than is asked for",
     Mutation.NEGO_FIRST_OFFER: "the importer's first offer wins, whatever the facts say",
     Mutation.NEGO_SWALLOW_ERRNO: "any errno of a candidate is taken for EOPNOTSUPP",
     Mutation.NEGO_NEW_ADDRESS: "an address is not kept from one map to the next",

@@ -16,6 +16,7 @@ from testbed.errors import CapabilityMissing
 from testbed.machine import saving
 from testbed.machine.command import (
     AGENT_SOCKET,
+    BELL_VECTORS,
     CONSOLE_LOG,
     CONSOLE_SOCKET,
     LOG_LINK,
@@ -27,6 +28,7 @@ from testbed.machine.command import (
     MemoryFd,
     NodeCommand,
     Start,
+    bell_socket,
     vfio_socket,
 )
 from testbed.machine.firmware import quick_firmware
@@ -271,6 +273,15 @@ def _passthrough(function: Function, _: Node) -> list[str]:
     return _device("vfio-pci", _place(function) | {"host": function.options["host"]})
 
 
+def _bell(function: Function, _: Node) -> list[str]:
+    """Interrupts from other nodes; the rack's server (:mod:`testbed.machine.bells`) is there."""
+    wire = f"{function.qemu_id}-wire"
+    return [
+        *("-chardev", f"socket,id={wire},path={bell_socket(function.qemu_id)}"),
+        *_device("ivshmem-doorbell", _place(function) | {"chardev": wire, "vectors": BELL_VECTORS}),
+    ]
+
+
 def _network(function: Function, _: Node) -> list[str]:
     # No option ROM and no I/O ports: nothing boots from it, and I/O space is scarce.
     more = {"netdev": "net0", "romfile": "", "disable-legacy": "on"}
@@ -301,6 +312,7 @@ _MAKERS: Mapping[tuple[Role, str], Callable[[Function, Node], list[str]]] = {
     (Role.DOORBELL, "edu"): _edu,
     (Role.NVME, "nvme"): _nvme,
     (Role.PASSTHROUGH, "vfio"): _passthrough,
+    (Role.BELL, "bell"): _bell,
     (Role.NETWORK, "virtio-net"): _network,
     (Role.IOMMU, "virtio-iommu"): _virtio_iommu,
     (Role.IOMMU, "amd-iommu"): _amd_iommu,

@@ -25,6 +25,15 @@ CONSOLE_LOG = "console.log"  # in LOG_LINK: all that the serial console said
 QEMU_LOG = "qemu.log"  # in LOG_LINK: QEMU's own standard output and error
 
 
+BELLS_READY = "bells.ready"  # is there when the rack's bells may be connected to
+BELL_VECTORS = 2  # of each bell
+
+
+def bell_socket(qemu_id: str) -> str:
+    """Where the server of bells waits for QEMU."""
+    return f"{qemu_id}.bell"
+
+
 def vfio_socket(qemu_id: str) -> str:
     """Where a device model waits for QEMU."""
     return f"{qemu_id}.vfu"

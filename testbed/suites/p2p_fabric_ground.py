@@ -19,6 +19,7 @@ from testbed.harness.racks import LiveRack
 from testbed.instruments.bench import Bench
 from testbed.instruments.interface import Rack
 from testbed.instruments.model_devices import DRIVER_BYTES, ModelGpu, copy, place
+from testbed.instruments.mutations import Mutation
 from testbed.instruments.paths import PathWatch
 from testbed.results.evidence import Note
 from testbed.results.judging import PAGE_BYTES, Judgement, all_of
@@ -28,6 +29,7 @@ FABRIC = "ual0"
 KIND = "ual"
 NEEDED = "two GPUs with `engine: model`, joined by a link of `kind: ual`"
 FIRST_VIRTUAL = 1 << 40  # in the initiator's own address space
+ADDRESS_BITS = 51  # of a fabric address in a page table entry, below the route bit
 _TOLD_TIMEOUT_S = 5.0
 _POLL_S = 0.01
 
@@ -65,7 +67,10 @@ class Member:
 class State:
     """Fabric addresses that the owner gave out, by the calls of the UAL API."""
 
-    def __init__(self, owner: Member, answer: dict[str, Any]) -> None:
+    def __init__(
+        self, owner: Member, answer: dict[str, Any], mutation: Mutation = Mutation.NONE
+    ) -> None:
+        self._mutation = mutation
         self._agent = owner.gpu.bench.node.agent
         self._number = int(answer["state"])
         self.mode = str(answer["mode"])
@@ -80,6 +85,8 @@ class State:
         """Let ``offset`` lead to the owner's memory at ``physical``."""
         self._call("link", physical=physical, size_bytes=size_bytes, offset=offset, **more)
         self._links[offset] = size_bytes
+        if self._mutation is Mutation.FABRIC_EARLY_SYNC:
+            self.sync(offset, size_bytes)
 
     def sync(self, offset: int, size_bytes: int) -> None:
         """Make links visible."""
@@ -87,6 +94,10 @@ class State:
 
     def unlink(self, offset: int) -> None:
         """Undo one link."""
+        if self._mutation is not Mutation.FABRIC_SKIP_UNLINK:
+            self._unlink(offset)
+
+    def _unlink(self, offset: int) -> None:
         self._call("unlink", offset=offset, size_bytes=self._links[offset])
         del self._links[offset]
 
@@ -110,7 +121,7 @@ class State:
         """Whatever is left of it."""
         if self.is_open:
             for offset in list(self._links):
-                self.unlink(offset)
+                self._unlink(offset)
             self.free()
 
 
@@ -125,6 +136,7 @@ class Way:
         self.owner = owner
         self.links = links
         self._windows = windows
+        self.mutation = Mutation.NONE
         self._states: list[State] = []
         self._mapped: list[tuple[int, int]] = []
 
@@ -132,16 +144,31 @@ class Way:
         self, size_bytes: int, *, virtual: bool | None = None, context: Sequence[str] = ()
     ) -> State:
         """``ual_iova_alloc`` by the owner, for the initiator."""
+        match self.mutation:
+            case Mutation.FABRIC_MAP_PHYSICAL if virtual is False:
+                virtual = True
+            case Mutation.FABRIC_EXPORT_ALL if virtual:
+                virtual = False
+            case Mutation.FABRIC_ALWAYS_VIRTUAL if virtual is None:
+                virtual = True
+            case Mutation.FABRIC_ANY_CONTEXT:
+                context = ()
+            case _:
+                pass
         mode = {} if virtual is None else {"virtual": virtual}
         answer = self.owner.call(
             "alloc", peer=self.initiator.name, size_bytes=size_bytes, context=list(context), **mode
         )
-        self._states.append(State(self.owner, answer))
+        self._states.append(State(self.owner, answer, self.mutation))
         return self._states[-1]
 
     def map(self, address: Address, size_bytes: int) -> int:
         """Have the initiator's page tables lead there; answers its virtual address."""
         virtual = next(self._windows)
+        if self.mutation is Mutation.FABRIC_ANY_ADDRESS:
+            value = address["value"] & (1 << ADDRESS_BITS) - 1
+            right = {"kind": "fabric", "user": self.initiator.name, "fabric": FABRIC}
+            address = {"physical": False, **address, **right, "value": value}
         self.initiator.call(
             "map", owner=self.owner.name, address=address, virtual=virtual, size_bytes=size_bytes
         )
@@ -250,7 +277,9 @@ class Fabric:
     def open(self, node: str) -> None:
         """Open a node's devices, and have its GPUs join; again after it was started anew."""
         machine = self._rack.nodes[node]
-        devices = [*machine.plan.by_role(Role.VRAM), *machine.plan.by_role(Role.ENGINE)]
+        ours = {name.partition("/")[2] for name in self._identities if name.startswith(f"{node}/")}
+        roles = machine.plan.by_role(Role.VRAM, Role.ENGINE)
+        devices = [function for function in roles if function.device in ours]
         bench = self._benches[node] = Bench.open(machine, devices)
         for name, identity in self._identities.items():
             if name.partition("/")[0] != node:
@@ -313,15 +342,15 @@ def the_fabric(rack: LiveRack) -> Fabric:
 
 
 @pytest.fixture
-def between(rack: LiveRack) -> Iterator[Way]:
+def between(rack: LiveRack, mutation: Mutation) -> Iterator[Way]:
     """GPUs of two nodes: of two operating systems."""
-    yield from _way(rack, same_os=False)
+    yield from _way(rack, mutation, same_os=False)
 
 
 @pytest.fixture
-def within(rack: LiveRack) -> Iterator[Way]:
+def within(rack: LiveRack, mutation: Mutation) -> Iterator[Way]:
     """GPUs of one operating system."""
-    yield from _way(rack, same_os=True)
+    yield from _way(rack, mutation, same_os=True)
 
 
 def refusal(call: Any, *args: Any, **params: Any) -> tuple[str, int | None, str]:
@@ -342,8 +371,9 @@ def judge_refusal(
     return Judgement(holds, said, (Note(said),))
 
 
-def _way(rack: LiveRack, *, same_os: bool) -> Iterator[Way]:
+def _way(rack: LiveRack, mutation: Mutation, *, same_os: bool) -> Iterator[Way]:
     way = the_fabric(rack).way(same_os=same_os)
+    way.mutation = mutation
     try:
         yield way
     finally:

@@ -12,6 +12,7 @@ import pytest
 
 from testbed.errors import CapabilityMissing, DeviceLost
 from testbed.harness.racks import LiveRack
+from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer, Refuted
 from testbed.results.evidence import Note
 from testbed.results.judging import PAGE_BYTES, Judgement
@@ -75,13 +76,14 @@ def restartable(rack: LiveRack) -> Iterator[Restartable]:
 
 
 @pytest.mark.requirement("FAB-08")
-def test_a_link_that_goes_down(between: Way, observe: Observer) -> None:
+def test_a_link_that_goes_down(between: Way, mutation: Mutation, observe: Observer) -> None:
     """Peers fault and are told; when it is back, what was mapped works, and can be remapped."""
     page = Mapped(between)
     observe.require(page.carries(50))
     owner = between.owner.gpu
     between.initiator.gpu.submit({"op": "nop"}, by="interrupt")  # interrupts are armed
-    owner.model("link", peer=between.initiator.name, up=False)
+    if mutation is not Mutation.FABRIC_STAY_UP:
+        owner.model("link", peer=between.initiator.name, up=False)
     try:
         observe.require(page.told("down"))
         if not owner.call("link_wait", link=between.links[1], state="down")["reached"]:
@@ -96,21 +98,26 @@ def test_a_link_that_goes_down(between: Way, observe: Observer) -> None:
 
 
 @pytest.mark.requirement("FAB-08")
-def test_a_node_that_dies(rack: LiveRack, restartable: Restartable, observe: Observer) -> None:
+def test_a_node_that_dies(
+    rack: LiveRack, restartable: Restartable, mutation: Mutation, observe: Observer
+) -> None:
     """QEMU is killed: its peers fault, are told, live on, and use it again after its return."""
     fabric = the_fabric(rack)
     page = Mapped(fabric.way(same_os=False))
     observe.require(page.carries(60))
     page.way.initiator.gpu.submit({"op": "nop"}, by="interrupt")
     node = page.way.owner.node
-    restartable.kill(node)
+    if mutation is not Mutation.FABRIC_STAY_UP:
+        restartable.kill(node)
     _lost(page, observe)
     _back(rack, restartable, fabric, page, observe)
     observe.conclude(f"{node} was killed and came back; its peer faulted, was told, mapped anew")
 
 
 @pytest.mark.requirement("FAB-08")
-def test_a_gpu_that_dies(rack: LiveRack, restartable: Restartable, observe: Observer) -> None:
+def test_a_gpu_that_dies(
+    rack: LiveRack, restartable: Restartable, mutation: Mutation, observe: Observer
+) -> None:
     """A GPU's model is killed: its own node loses the device, its peers the link."""
     fabric = the_fabric(rack)
     page = Mapped(fabric.way(same_os=False))
@@ -119,7 +126,8 @@ def test_a_gpu_that_dies(rack: LiveRack, restartable: Restartable, observe: Obse
     owner = page.way.owner
     devices = rack.nodes[owner.node].models.call("devices")
     (pid,) = [each["pid"] for each in devices if each["device"] == owner.gpu.name]
-    os.kill(pid, signal.SIGKILL)
+    if mutation is not Mutation.FABRIC_STAY_UP:
+        os.kill(pid, signal.SIGKILL)
     _lost(page, observe)
     try:
         owner.gpu.model("counters")

@@ -16,6 +16,7 @@ _LABELS = {
     Role.SWITCH_DOWNSTREAM: "port",
     Role.NETWORK: "control network",
     Role.IOMMU: "IOMMU",
+    Role.BELL: "doorbell for other nodes",
 }
 
 

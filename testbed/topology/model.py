@@ -203,6 +203,17 @@ class OwnDevice(_OnPcie):
         return self.model.rpartition(":")[0]
 
 
+class Bell(_Entry):
+    """A card with which nodes interrupt one another: all of a rack are joined."""
+
+    kind = "bell"
+    name: Name = Field(
+        alias="bell",
+        description="The card's name. The rack's bells are numbered from 0 as the file has them, "
+        "and each has 2 MSI-X vectors; QEMU's `ivshmem-doorbell`.",
+    )
+
+
 class Switch(_OnPcie):
     """A PCIe switch; each entry below gets a downstream port of its own."""
 
@@ -241,7 +252,7 @@ class RootPort(_OnPcie):
         return self.below
 
 
-DEVICE_KINDS = ("gpu", "nic", "nvme", "passthrough", "device")
+DEVICE_KINDS = ("gpu", "nic", "nvme", "passthrough", "device", "bell")
 ROOT_KINDS = ("root_port", *DEVICE_KINDS)
 BELOW_KINDS = ("switch", *DEVICE_KINDS)
 ALL_KINDS = ("root_port", *BELOW_KINDS)
@@ -266,12 +277,13 @@ _Device = (
     | Annotated[Nvme, Tag("(nvme)")]
     | Annotated[Passthrough, Tag("(passthrough)")]
     | Annotated[OwnDevice, Tag("(device)")]
+    | Annotated[Bell, Tag("(bell)")]
 )
 RootEntry = Annotated[Annotated[RootPort, Tag("(root_port)")] | _Device, Discriminator(_tag_of)]
 BelowEntry = Annotated[Annotated[Switch, Tag("(switch)")] | _Device, Discriminator(_tag_of)]
 Switch.model_rebuild()
 RootPort.model_rebuild()
-Entry = RootPort | Switch | Gpu | Nic | Nvme | Passthrough | OwnDevice
+Entry = RootPort | Switch | Gpu | Nic | Nvme | Passthrough | OwnDevice | Bell
 
 
 class Node(Strict):

@@ -20,6 +20,7 @@ from testbed.topology.checks import problems
 from testbed.topology.model import (
     IOMMU_NAME,
     NETWORK_NAME,
+    Bell,
     Entry,
     Gpu,
     Nic,
@@ -34,7 +35,7 @@ from testbed.topology.model import (
 from testbed.topology.plan import Function, NodePlan, RackPlan, Role
 from testbed.topology.problem import DataPath, Problem
 from testbed.topology.slots import Bus, Seat, assign
-from testbed.topology.units import GIB, format_size
+from testbed.topology.units import GIB, MIB, format_size
 from testbed.topology.windows import MOST_IO_BRIDGES, hole64_bytes, io_bridges
 
 BUS_COUNT = 256
@@ -49,6 +50,9 @@ ROOT_BUS_RESERVED = {
     NETWORK_SLOT: f"the control network's card '{NETWORK_NAME}'",
     0x1F: "the chipset's ISA bridge",
 }
+
+# What all bells of a rack share beside their interrupts: QEMU wants some, a power of two.
+BELL_MEMORY_BYTES = MIB
 
 # Their own registers have a page that a peer rings.
 ENGINES_WITH_DOORBELL = ("model", "edu")
@@ -220,6 +224,9 @@ class _Placer:
                     "bars_bytes": entry.bars_bytes or 0,
                 }
                 self._functions.append(spot.function(entry.name, Role.DEVICE, "own", options=own))
+            case Bell():
+                shared = {"bars_bytes": BELL_MEMORY_BYTES}
+                self._functions.append(spot.function(entry.name, Role.BELL, "bell", options=shared))
             case _:
                 assert_never(entry)
 

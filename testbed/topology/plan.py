@@ -30,6 +30,7 @@ class Role(StrEnum):
     NVME = "nvme"
     PASSTHROUGH = "passthrough"
     DEVICE = "device"  # of the user's own
+    BELL = "bell"  # how nodes interrupt one another
     NETWORK = "network"  # the rack's own control network, not part of the topology
     IOMMU = "iommu"  # virtio-iommu is a PCI function too
 

@@ -15,6 +15,7 @@ from pydantic_core import CoreSchema
 from testbed.topology.fields import EXPECTED_KEY, Size
 from testbed.topology.machine import Iommu, Machine
 from testbed.topology.model import (
+    Bell,
     Gpu,
     Link,
     Nic,
@@ -34,7 +35,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # The order in which a reader meets them, and what the file calls them.
 MODELS = (
     *(Topology, Node, Machine, Iommu, RootPort, Switch),
-    *(Gpu, Nic, Nvme, Passthrough, OwnDevice, Link),
+    *(Gpu, Nic, Nvme, Passthrough, OwnDevice, Bell, Link),
 )
 _HEADINGS = {
     Topology: "the file",

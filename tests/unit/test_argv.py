@@ -14,6 +14,7 @@ import pytest
 
 from testbed.errors import CapabilityMissing, ExitCode
 from testbed.machine.argv import command
+from testbed.machine.bells import bells_command, bells_of
 from testbed.machine.command import LaunchContext, NodeCommand
 from testbed.machine.kernel_words import iommu_words
 from testbed.topology.machine import Iommu
@@ -158,6 +159,35 @@ def test_functions_of_one_slot() -> None:
     ]
     assert made["g-vram"]["multifunction"] is True
     assert "multifunction" not in made["g-engine"]
+
+
+def test_a_bell_connects_to_the_rack_s_server() -> None:
+    argv = commanded(pcie=[{"bell": "b0", "address": "07.0"}])
+    assert devices(argv)["b0"] == {
+        "driver": "ivshmem-doorbell",
+        "id": "b0",
+        "bus": "pcie.0",
+        "addr": "07.0",
+        "chardev": "b0-wire",
+        "vectors": 2,
+    }
+    assert "socket,id=b0-wire,path=b0.bell" in argv.argv
+
+
+def test_bells_of_a_rack_have_one_server_and_numbers_in_the_file_s_order() -> None:
+    nodes = {name: {"pcie": [{"bell": "left"}, {"bell": "right"}]} for name in ("one", "two")}
+    plan = place(from_data({"rack": "r", "nodes": nodes}))
+    server = bells_command(plan)
+    assert server is not None
+    sockets = ("left.bell", "right.bell", "../two/left.bell", "../two/right.bell")
+    assert json.loads(server.argv[-1])["sockets"] == list(sockets)
+    assert (server.node, server.ready_file) == ("one", "bells.ready")
+    assert server.makes == (*sockets, "bells.ready")  # also of a server that was killed
+    assert [f"{node}/{f.device}" for node, f in bells_of(plan)][2:] == ["two/left", "two/right"]
+
+
+def test_a_rack_without_bells_has_no_server() -> None:
+    assert bells_command(place(from_data({"rack": "r", "nodes": {"h": {}}}))) is None
 
 
 def test_passthrough() -> None:

@@ -128,7 +128,7 @@ def test_between_machines_there_is_the_fabric_or_nothing() -> None:
     assert {(each.chosen, each.backwards) for each in found.values()} == {(way, way)}
     apart = choices("two-node-fabric", "one/gpu1", "two/gpu0")
     assert {each.chosen for each in apart.values()} == {policies.NOTHING}
-    inside = choices("two-node-fabric", "one/gpu0", "one/gpu1")
+    inside = choices("two-node-fabric", "one/gpu0", "one/gpu2")
     assert inside["best-quality"].chosen.startswith("ual-physical")
 
 
