@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -127,7 +128,9 @@ def _run(
         asked.keyword,
         parse_mutation(asked.mutation or "none"),
         policy=asked.policy,
+        pristine=asked.pristine,
     )
+    start = dataclasses.replace(start, warm=asked.pristine)
     # KTAP would say ok to what must be as it was; the record has all of it.
     stream = io.StringIO()
     if asked.engine == run_options.ALL_ENGINES and wanted.overrides.engine is None:

@@ -198,6 +198,7 @@ def _keep_options(choice: Choice, run_dir: Path, *, engine: str = "") -> None:
         str(choice.mutation),
         engine,
         policy=choice.policy,
+        pristine=choice.pristine,
     )
     write_options(options, run_dir)
     write_places(run_dir)
