@@ -29,7 +29,8 @@ class RunOptions:
     ``verb``       ``run`` or ``repro``.
     ``suites``     as the user named them; of ``run``.
     ``keyword``    ``-k``. ``mutation``: ``--break``, "" for none.
-    ``policy``     ``--policy``, "" if it was not given. ``pristine``: a fresh machine for each test.
+    ``policy``     ``--policy``, "" if it was not given.
+    ``pristine``   a fresh machine for each test.
     ``engine``     ``all``: one engine after the other; else what it says over the topology, or "".
     ``kernel``, ``iommu_mode``  over a report's topology, or "". A run's topology has them in it.
     """
