@@ -11,11 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn
-from rich.progress import Progress as RichBars
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichBars
+    from rich.progress import TaskID
 
 _PLAIN_PERIOD_S = 2.0
 
@@ -90,10 +90,15 @@ class TerminalProgress:
 @contextmanager
 def shown() -> Iterator[Progress]:
     """The kind that fits standard error."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield PlainProgress()
         return
+    # Slow to import, and every start of a rack may have something to show.
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import BarColumn, DownloadColumn, TextColumn  # noqa: PLC0415
+    from rich.progress import Progress as RichBars  # noqa: PLC0415
+
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with RichBars(*columns, console=console, transient=True) as bars:
         yield TerminalProgress(bars)
