@@ -17,6 +17,7 @@ from testbed.suites.p2p_dmabuf import LINKED_TWICE, NOT_HELD_AGAINST_MASK
 from tests.breaks import dmabuf_breaks, negotiation_breaks
 from tests.breaks.guards import requirements_of
 from tests.contract import test_suite_mutations as iommu
+from tests.vm import test_suite_hmm as hmm
 from tests.vm import test_suite_kernel as kernel
 
 # Watched by hand with ``testbed run SUITE --break NAME``: they take longer than CI has for them.
@@ -69,6 +70,9 @@ def failing() -> dict[tuple[str, Mutation], set[str]]:
         found["p2p-dmabuf", mutation] |= requirements_of(test)
     for mutation, test, _ in negotiation_breaks.GUARDS:
         found["p2p-negotiation", mutation] |= requirements_of(test)
+    for mutation, ids in hmm.FAILING.items():
+        if mutation:
+            found["p2p-hmm", mutation] |= ids
     for key, ids in BY_HAND.items():
         found[key] |= ids
     return dict(found)

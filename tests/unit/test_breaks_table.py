@@ -13,7 +13,7 @@ from tests.breaks import table
 ROOT = Path(__file__).parents[2]
 SUITES = sorted({suite for suite, _ in table.failing()})
 # Of suites that have tables of their own, in their tests.
-ELSEWHERE = ("fabric-", "hmm-")
+ELSEWHERE = ("fabric-",)
 
 
 @pytest.mark.parametrize("suite", SUITES)

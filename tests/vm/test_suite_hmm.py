@@ -57,7 +57,7 @@ nodes:
           - {gpu: gpu1, vram: 16M, engine: edu}
 """
 ALL = {"HMM-02", "HMM-03", "HMM-04"}
-FAILING = {
+FAILING: dict[Mutation, set[str]] = {
     Mutation.NONE: set(),
     Mutation.HMM_MIGRATE_ALL: {"HMM-02"},
     Mutation.HMM_NO_CHECK: {"HMM-02", "HMM-03"},  # the address is right, and not by the rule
