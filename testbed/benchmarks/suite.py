@@ -20,6 +20,7 @@ from typing import Any
 
 from testbed.errors import HostError
 from testbed.results.record import FILE_NAME, load_record
+from testbed.results.verdicts import Verdict
 
 SUITE_TIMEOUT_S = 1800.0
 _LOOK_S = 0.1
@@ -72,6 +73,11 @@ def _one(words: Sequence[str]) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 2),
         "exit_code": run.exit_code,
+        "not_passed": [
+            f"{o.verdict} {o.title}: {o.reason}"
+            for o in run.outcomes
+            if o.verdict is not Verdict.PASS
+        ],
         "tests": len(run.outcomes),
         "cpu_s": {kind: round(used[kind], 2) for kind in KINDS},
         "share": {kind: round(used[kind] / total_s, 3) if total_s else 0 for kind in KINDS},

@@ -124,6 +124,8 @@ def kernel_word(kernel: str | None, modules: str | None, tree: str | None) -> st
 
     :raises InputError: they contradict one another, or the tree was not built.
     """
+    if kernel is None and modules is None and tree is None:
+        return None  # nothing to import for
     from testbed.host import kbuild
     from testbed.host import kernel as kernels
 

@@ -128,17 +128,15 @@ def run(
     """
     from testbed import deploy
     from testbed.harness import runner
-    from testbed.harness.report_items import ReportOptions
     from testbed.harness.sources import RunningSource, TopologySource, engine_sources
     from testbed.history.store import remember
     from testbed.instruments.mutations import parse_mutation
     from testbed.instruments.negotiation_rules import parse_policy
-    from testbed.reports.load import Overrides
-    from testbed.reports.model import SUFFIX
     from testbed.results import record
     from testbed.topology.placement import place
     from testbed.verbs.install import install_for
 
+    known = (*runner.SUITES, *runner.PAYLOAD_SUITES, runner.ALL_SUITES)
     if only_list:
         for name in (*runner.SUITES, *runner.PAYLOAD_SUITES):
             click.echo(name)
@@ -169,7 +167,7 @@ def run(
             trust=trust,
         )
     wanted = None
-    only_reports = bool(suites) and all(word.endswith(SUFFIX) for word in suites)
+    only_reports = bool(suites) and all(word.endswith(".report.yaml") for word in suites)
     if not rack:
         wanted = load_topology(
             topologies[0] if topologies else DEFAULT_TOPOLOGY,
@@ -181,8 +179,13 @@ def run(
         )
     payload = words.payload(suites, kernel, place(wanted) if wanted else None)
     run_dir = run_folder(output, rack or (wanted.rack if wanted else "run"))
-    overrides = Overrides(kernel, iommu_mode, None if engine == "all" else engine, qemu)
-    reports = ReportOptions(parse_settings(settings) if only_reports else {}, overrides, trust)
+    reports = None
+    if any(word not in known for word in suites):  # a path may be a report; importing them is slow
+        from testbed.harness.report_items import ReportOptions
+        from testbed.reports.load import Overrides
+
+        overrides = Overrides(kernel, iommu_mode, None if engine == "all" else engine, qemu)
+        reports = ReportOptions(parse_settings(settings) if only_reports else {}, overrides, trust)
     choice = runner.Choice(
         suites, keyword, chosen, reports, payload, policy=rule, pristine=pristine
     )
