@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 
 import pytest
 
@@ -54,9 +55,9 @@ def test_a_device_writes_at_most_what_it_has_a_buffer_for() -> None:
 
 def test_an_answer_is_lines_of_words(monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[bytes] = []
-    monkeypatch.setattr(command_file.os, "pwrite", lambda _fd, data, _at: written.append(data))
+    monkeypatch.setattr(os, "pwrite", lambda _fd, data, _at: written.append(data))
     answer = b"errno=0 moved=2\npage=0 offset=0x1000 kind=peer\n"
-    monkeypatch.setattr(command_file.os, "pread", lambda *_: answer)
+    monkeypatch.setattr(os, "pread", lambda *_: answer)
     assert command_file.tell(3, "take a") == [
         {"errno": 0, "moved": 2},
         {"page": 0, "offset": 4096, "kind": "peer"},
@@ -68,6 +69,6 @@ def test_a_command_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: object) -> int:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(command_file.os, "pwrite", refuse)
+    monkeypatch.setattr(os, "pwrite", refuse)
     with pytest.raises(OSError, match="take a: Invalid argument"):
         command_file.tell(3, "take a")
