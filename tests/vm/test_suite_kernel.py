@@ -15,6 +15,7 @@ from testbed.harness.runner import Choice, run_suites
 from testbed.harness.sources import TopologySource
 from testbed.host.prepare import Installation
 from testbed.instruments.mutations import Mutation
+from testbed.page.render import render
 from testbed.results.verdicts import Verdict
 from testbed.topology import load
 
@@ -89,6 +90,11 @@ def test_behind_a_host_bridge_that_linux_does_not_know(
     }, ktap
     assert "# SKIP an AMD processor of family 0x17 or later" in ktap
     assert code is ExitCode.PASS
+    # Its page: what the kernel said of each pair, and what was asked of it in which test.
+    page = render(tmp_path)
+    assert "6 pairs, 6 asked of the kernel" in page
+    assert page.index("TOPO-12</h3>") < page.index("p2p.map_types")
+    assert "Where nothing is drawn, machines booted" in page
 
 
 def test_behind_that_of_an_amd_processor(

@@ -17,8 +17,11 @@ from testbed.harness.runner import Choice, RunResult, run_suites
 from testbed.harness.sources import TopologySource
 from testbed.host.prepare import Installation
 from testbed.instruments.mutations import Mutation
+from testbed.machine.command import CONSOLE_LOG
+from testbed.page.peers import run_matrix
 from testbed.rack import Rack
 from testbed.results.verdicts import Outcome, Verdict
+from testbed.topology.matrix import Arrival, Measured, Way
 from testbed.topology.model import Topology, with_overrides
 from tests.vm.conftest import shipped
 
@@ -97,6 +100,12 @@ def test_every_requirement_is_shown(
     for requirement in ("MAP-02", "MAP-04", "MAP-10"):
         seen = [e for e in by_id[requirement].evidence if e.kind == "bytes"]
         assert {e.witness for e in seen} == {"guest", "host"}, requirement
+    # What the page of this run makes of it.
+    pair = run_matrix(quad.plan, {}, result.record.outcomes).cells["gpu0", "gpu1"]
+    assert pair.measured == Measured({Way.RAW: Arrival.REFUSED, Way.IOVA: Arrival.IOMMU})
+    (span,) = by_id["MAP-01"].console
+    log = (quad.run_dir / span.node / CONSOLE_LOG).read_bytes()
+    assert b"DMAR: [DMA" in log[span.begin_bytes : span.end_bytes]
 
 
 @pytest.mark.parametrize(
