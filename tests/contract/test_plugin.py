@@ -61,6 +61,19 @@ class Run:
         return [outcome.verdict for outcome in self.result.record.outcomes]
 
 
+def test_the_policy_of_a_run_is_what_tests_get_and_the_record_has(tmp_path: Path) -> None:
+    body = """
+        def test_policy(policy):
+            assert policy == "mailing-list"
+    """
+    run = Run(tmp_path, body, policy="mailing-list")
+    assert run.verdicts == [PASS]
+    assert run.result.record.policy == "mailing-list"
+    assert load_record(tmp_path / "record.json").policy == "mailing-list"
+    assert '"policy": "mailing-list"' in (tmp_path / "options.json").read_text()
+    assert Run(tmp_path, body).result.record.policy == ""
+
+
 def test_each_end_has_its_word(tmp_path: Path) -> None:
     run = Run(
         tmp_path,
@@ -400,6 +413,7 @@ def test_without_a_rack_the_fixture_says_how_to_get_one(tmp_path: Path) -> None:
         (["--testbed-topology=no-such.yaml"], "no-such.yaml"),
         (["--testbed-topology=a", "--testbed-rack=b"], "choose"),
         (["--testbed-rack=b", "--testbed-break=x"], "unknown mutation 'x'"),
+        (["--testbed-rack=b", "--testbed-policy=x"], "unknown policy 'x'"),
     ],
 )
 def test_bad_options_are_a_usage_error(tmp_path: Path, arguments: list[str], message: str) -> None:
