@@ -220,7 +220,7 @@ def test_an_address_that_cannot_be_mapped_is_given_back(machine: Machine) -> Non
     def refuse(*_: object, **__: object) -> None:
         raise OSError(22, "the IOMMU takes no such address")
 
-    plain, machine.backend.map = machine.backend.map, refuse  # type: ignore[method-assign,assignment]
+    plain, machine.backend.map = machine.backend.map, refuse  # type: ignore[method-assign]
     with pytest.raises(ReachError, match=r"nic0\.0 offered"):
         machine.map(attachment)
     assert machine.backend.reserved() == 0
