@@ -289,7 +289,9 @@ class Buffer:
         needs = list({id(f): f for f in (*mapping.ready, *self.resv.fences(Usage.KERNEL))}.values())
         after = self.resv.fences(Usage.to_wait_for(write))
         address = mapping.live.address
-        operation = self.core.graph.add(name, lambda: begin(address), after, needs)
+        verb = "write" if write else "read"
+        with self.core.events.span("submit", str(attachment), what=f"{verb} {name}"):
+            operation = self.core.graph.add(name, lambda: begin(address), after, needs)
         if not operation.fence.is_signalled():
             self.add_fence(task, attachment, operation.fence, Usage.WRITE if write else Usage.READ)
         return operation.fence

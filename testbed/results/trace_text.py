@@ -59,7 +59,7 @@ def _said(kind: str, details: Mapping[str, Any]) -> str:
     for name, value in details.items():
         if name in _SAID_OTHERWISE or value is False:
             continue
-        plain = name in ("path", "way", "why", "action", "address")
+        plain = name in ("path", "way", "why", "what", "action", "address")
         words.append(name if value is True else str(value) if plain else f"{name} {value}")
     return ", ".join(words)
 

@@ -227,3 +227,16 @@ def test_an_address_that_cannot_be_mapped_is_given_back(machine: Machine) -> Non
     machine.backend.map = plain  # type: ignore[method-assign]
     machine.map(attachment)
     assert machine.backend.reserved() == 1
+
+
+def test_a_fence_of_an_access_names_who_submitted_it(machine: Machine) -> None:
+    attachment = machine.attach(machine.export(), "nic0.0")
+    mapping = machine.map(attachment)
+    fence = Fence(FenceContext("engine"), "dma", 10**9)
+    with locked(NIC, attachment.buffer.resv):
+        attachment.submit(NIC, mapping, "dma", lambda _: fence, write=False)
+    fence.signal()
+    machine.settle()
+    events = {event.kind: event for event in machine.core.events.events()}
+    assert events["submit"].details["what"] == "read dma"
+    assert events["fence"].cause == events["submit"].number
