@@ -26,7 +26,8 @@ from testbed.topology.placement import place
 from testbed.topology.plan import RackPlan
 
 MOST_RECORD_BYTES = 64 << 20
-MOST_PLAN_BYTES = 4 << 20
+MOST_PLAN_BYTES = 1 << 20
+MOST_FUNCTIONS = 1500  # of a rack that is drawn; a node has room for some hundreds
 MOST_RACKS = 64
 
 _TOPOLOGY_FILE = "topology.json"
@@ -141,6 +142,12 @@ def _rack(folder: Path, name: str) -> RackFolder:
     plan, problem = None, ""
     try:
         plan = placed(_json(folder / _TOPOLOGY_FILE))
+        functions = sum(len(node.functions) for node in plan.nodes.values())
+        if functions > MOST_FUNCTIONS:
+            plan, problem = (
+                None,
+                f"it has {functions:,} PCI functions, more than {MOST_FUNCTIONS:,}",
+            )
     except InputError as error:
         problem = str(error)
     nodes = {sub.name: sub for sub in files.folders(folder) if not sub.name.startswith(".")}

@@ -32,6 +32,7 @@ from testbed.page.view import (
     Anchors,
     RequirementView,
     calls_by_test,
+    number,
     requirement_views,
     safe_link,
     shortened,
@@ -41,6 +42,7 @@ from testbed.results.changes import changes
 from testbed.results.record import DeviceRecord, injected
 from testbed.results.verdicts import Outcome, Verdict, combine, count
 from testbed.topology import graph, graph_svg
+from testbed.topology.peers import peers as devices_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -49,6 +51,7 @@ MOST_LOG_HEAD_BYTES = 128 << 10
 MOST_LOG_TAIL_BYTES = 256 << 10
 MOST_LOGS_BYTES = 4 << 20
 MOST_CALLS_BYTES = 32 << 20
+MOST_PAIRS = 6000  # of all racks together
 MOST_JSON = 200_000  # characters of the topology as text
 
 _LOGS = ("console.log", "qemu.log")
@@ -79,6 +82,7 @@ class RackView:
     problem: str
     picture: Markup | None
     matrix: MatrixView | None
+    matrix_cut: bool
     devices: tuple[DeviceRecord, ...]
     nodes: tuple[NodeView, ...]
 
@@ -102,11 +106,11 @@ def render(run_dir: Path, *, against: Path | None = None) -> str:
     }
     observed = {rack.name: _observed(rack) for rack in run.racks}
     made = [
-        (float(call["at_s"]), node, call)
+        (at_s, node, call)
         for nodes in observed.values()
         for node, some in nodes.items()
         for call in some
-        if isinstance(call.get("at_s"), int | float)
+        if (at_s := number(call.get("at_s"))) is not None
     ]
     calls = calls_by_test(run.record.outcomes, made)
     requirements = requirement_views(run.record.outcomes, anchors, names, calls)
@@ -181,9 +185,10 @@ def _word(run: Run) -> str:
 
 @dataclass
 class _Budget:
-    """How much of all logs may still be read."""
+    """How much of all logs may still be read, and how many pairs the page may still have."""
 
     left_bytes: int
+    left_pairs: int = MOST_PAIRS
 
 
 def _rack_view(
@@ -196,11 +201,15 @@ def _rack_view(
 ) -> RackView:
     prefix = rack.name.removesuffix(rack.label)
     picture = table = None
+    pairs = 0
     if rack.plan is not None:
         drawn = graph_svg.svg(graph.layout(rack.plan), style=False)
         picture = Markup(drawn)  # noqa: S704  (the drawing escapes)
-        ours = _outcomes_of(run, rack, prefix)
-        table = matrix_view(rack.plan, peers.run_matrix(rack.plan, calls, ours))
+        pairs = len(devices_of(rack.plan)) ** 2
+        if pairs <= budget.left_pairs:
+            budget.left_pairs -= pairs
+            ours = _outcomes_of(run, rack, prefix)
+            table = matrix_view(rack.plan, peers.run_matrix(rack.plan, calls, ours))
     tests = [test for view in requirements for test in view.tests]
     nodes = []
     for name, folder in rack.nodes.items():
@@ -219,6 +228,7 @@ def _rack_view(
         rack.problem,
         picture,
         table,
+        rack.plan is not None and table is None and pairs > 1,
         tuple(devices),
         tuple(nodes),
     )
@@ -275,8 +285,7 @@ def _kernel_log(calls: Iterable[Mapping[str, Any]]) -> bytes:
             continue
         for record in records:
             if isinstance(record, dict) and isinstance(record.get("sequence"), int):
-                time_us = record.get("time_us")
-                stamp = time_us / 1e6 if isinstance(time_us, int) else 0.0
+                stamp = (number(record.get("time_us")) or 0.0) / 1e6
                 text = str(record.get("text", "")).replace("\n", " ")
                 found[record["sequence"]] = f"[{stamp:12.6f}] {text}"
     return "\n".join(found[number] for number in sorted(found)).encode(errors="replace")

@@ -25,6 +25,7 @@ from testbed.results.verdicts import Outcome, Verdict, combine
 
 MOST_ROWS = 200  # of one kind of evidence of one test
 MOST_TEXT = 16_000  # characters of a traceback or a console's tail
+MOST_TIME = 1e15  # of any unit; larger is no time, and neither is NaN
 MOST_CALLS = 80  # of one test
 _ROUNDED_S = 0.005  # the times in a record have whole milliseconds
 WORST_FIRST = (Verdict.FAIL, Verdict.LOST, Verdict.ERROR, Verdict.SKIP, Verdict.PASS)
@@ -214,6 +215,13 @@ def _byte_rows(evidence: Sequence[Evidence]) -> Iterator[BytesRow]:
         yield row
 
 
+def number(value: object) -> float | None:
+    """A time as a stranger wrote it, if it is one that can be reckoned with."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if abs(value) < MOST_TIME else None
+
+
 def safe_link(address: str) -> str:
     """The address if a page may link to it: http or https with a host. Else ""."""
     try:
@@ -252,8 +260,7 @@ def calls_by_test(
             continue
         error = call.get("error")
         said = str(error.get("message", "failed")) if isinstance(error, dict) else ""
-        took = call.get("elapsed_s")
-        spent_s = float(took) if isinstance(took, int | float) else 0.0
+        spent_s = number(call.get("elapsed_s")) or 0.0
         since_s = max(0.0, at_s - started_s)
         calls.append(Call(node, str(call.get("method"))[:80], since_s, spent_s, said[:300]))
     return found

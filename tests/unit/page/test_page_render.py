@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import re
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -275,6 +277,24 @@ def test_all_logs_together_are_bounded(tmp_path: Path, monkeypatch: pytest.Monke
     text = render(folder)
     assert text.count("x" * 50) <= 12
     assert "bytes in its middle were not read" in text
+
+
+def test_racks_without_end_are_not_drawn(tmp_path: Path) -> None:
+    """What a stranger can write in a megabyte must not take minutes to lay out."""
+    data = topology_data()
+    gpu = {"vram": 1 << 20, "engine": "model", "doorbell": False, "faults": []}
+    for number in range(24):
+        entry = {"root_port": f"many{number}", "acs": "none"}
+        data["nodes"]["host0"]["pcie"].append({**entry, "below": [{"gpu": f"g{number}", **gpu}]})
+    nodes = {f"node{number}": data["nodes"]["host0"] for number in range(60)}
+    large = {**data, "nodes": nodes, "links": []}
+    folder = write_run(tmp_path / "run", topology=data, racks=[f"rack-{n}" for n in range(12)])
+    (folder / "rack-0" / "topology.json").write_text(json.dumps(large))
+    began_s = time.monotonic()
+    found = Parsed(render(folder))
+    assert time.monotonic() - began_s < 30
+    assert "PCI functions, more than 1,500" in found.text
+    assert "has more devices than a page has room for pairs" in found.text
 
 
 def test_a_folder_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
