@@ -19,7 +19,7 @@ from testbed.instruments.cases import route_between
 from testbed.instruments.dmabuf_breaks import Break, break_of
 from testbed.instruments.faults import FaultWatch
 from testbed.instruments.interface import RackNode
-from testbed.instruments.memory import VRAM_BAR, sha256
+from testbed.instruments.memory import VRAM_BAR, judge_video_page, sha256
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.paths import DeviceWitness, PathWatch
 from testbed.instruments.reasons import reasons_of
@@ -245,15 +245,7 @@ class Exchange:
             place = {"device": exporter.bdf, "bar": VRAM_BAR, "offset": bar_offset}
             answer = self.call("peek", **place)
         guest = bytes.fromhex(answer["hex"])
-        with self.node.host_memory(exporter.name) as view:
-            host = view[bar_offset : bar_offset + PAGE_BYTES]
-        return judge_bytes(
-            f"{exporter.name}+{bar_offset:#x}",
-            PAGE_BYTES,
-            sha256(expected),
-            guest=sha256(guest),
-            host=sha256(host),
-        )
+        return judge_video_page(self.node, exporter, bar_offset, expected, guest)
 
 
 @dataclass(frozen=True)
@@ -416,14 +408,7 @@ class Import:
         if importer.kind == "model":  # its accesses are translated outside QEMU, which traces none
             routed = exchange.pair.route is Route.SWITCH and not exchange.by_iova
             return paths.judge("peer" if routed else "iommu", PAGE_BYTES)
-        if not translations.watched or exchange.iommu.mode == "off":
-            return Judgement(True, "this machine's IOMMU shows no translations")
+        if exchange.iommu.mode == "off":
+            return Judgement(True, "without an IOMMU there are no translations")
         place = exchange.bus_address + self.buffer.bar_offset(offset)
-        seen = translations.into(importer.bdf, place, PAGE_BYTES)
-        evidence = tuple(Note(f"{t.requester} {t.iova:#x} → {t.physical:#x}") for t in seen[:2])
-        if not seen:
-            return Judgement(False, f"no access to {place:#x} was translated", evidence)
-        address = self.mapped.address(offset)
-        if any(not t.iova <= address < t.iova + t.size_bytes for t in seen):
-            return Judgement(False, f"{place:#x} was reached by another address", evidence)
-        return Judgement(True, f"{place:#x} was reached by {address:#x}", evidence)
+        return translations.judge(importer.bdf, place, PAGE_BYTES, self.mapped.address(offset))

@@ -10,14 +10,45 @@ from typing import Any
 from guest_agent.pattern import pattern
 from testbed.instruments.interface import RackNode
 from testbed.results.judging import Judgement, judge_bytes
+from testbed.topology.plan import Function
 
 VRAM_BAR = 2  # ivshmem-plain: BAR2 is the shared memory (QEMU docs/specs/ivshmem-spec.rst)
+_WITNESS_FILE = "witness.bin"
 PROVIDED_BYTES = 2 << 20  # of it, made peer-to-peer memory: p2pdma wants sections of 2 MiB
 
 
 def sha256(data: bytes) -> str:
     """In hexadecimal."""
     return hashlib.sha256(data).hexdigest()
+
+
+def by_machine(node: RackNode, physical: int, size_bytes: int) -> bytes:
+    """What QEMU itself reads at an address of the machine, without the guest's help."""
+    place = {"val": physical, "size": size_bytes}
+    node.qmp("pmemsave", **place, filename=_WITNESS_FILE)
+    file = node.folder / _WITNESS_FILE
+    try:
+        return file.read_bytes()
+    finally:
+        file.unlink()
+
+
+def judge_video_page(
+    node: RackNode, video: Function, offset: int, expected: bytes, guest: bytes
+) -> Judgement:
+    """Did the guest's CPU read ``expected`` in a page of a video memory, and does the host?
+
+    :param guest: what the guest's CPU read there.
+    """
+    with node.host_memory(video.name) as view:
+        host = view[offset : offset + len(expected)]
+    return judge_bytes(
+        f"{video.name}+{offset:#x}",
+        len(expected),
+        sha256(expected),
+        guest=sha256(guest),
+        host=sha256(host),
+    )
 
 
 @dataclass(frozen=True)

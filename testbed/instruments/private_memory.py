@@ -20,7 +20,7 @@ from testbed.instruments.bench import CLAIM
 from testbed.instruments.dmabuf import BufferPair
 from testbed.instruments.faults import FaultWatch
 from testbed.instruments.interface import RackNode
-from testbed.instruments.memory import VRAM_BAR, sha256
+from testbed.instruments.memory import VRAM_BAR, by_machine, judge_video_page, sha256
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.paths import DeviceWitness, PathWatch
 from testbed.instruments.reasons import reasons_of
@@ -46,7 +46,6 @@ PEER = ("peer2peer",)
 
 FILLED, STALE, WRITTEN, READ = 51, 52, 53, 54  # seeds of patterns
 
-_WITNESS_FILE = "private-memory-witness"
 _WRONG_MANNERS = {
     Mutation.HMM_MIGRATE_ALL: (),
     Mutation.HMM_NO_CHECK: ("no-check",),
@@ -98,25 +97,7 @@ class Workplace:
         exporter = self.pair.exporter
         place = {"device": exporter.bdf, "bar": VRAM_BAR, "offset": offset}
         guest = bytes.fromhex(self.node.agent.call("dmabuf.peek", **place)["hex"])
-        with self.node.host_memory(exporter.name) as view:
-            host = view[offset : offset + PAGE_BYTES]
-        return judge_bytes(
-            f"{exporter.name}+{offset:#x}",
-            PAGE_BYTES,
-            sha256(expected),
-            guest=sha256(guest),
-            host=sha256(host),
-        )
-
-    def by_machine(self, physical: int) -> bytes:
-        """What QEMU reads of a page of system memory, without the guest's help."""
-        place = {"val": physical, "size": PAGE_BYTES}
-        self.node.qmp("pmemsave", **place, filename=_WITNESS_FILE)
-        file = self.node.folder / _WITNESS_FILE
-        try:
-            return file.read_bytes()
-        finally:
-            file.unlink()
+        return judge_video_page(self.node, exporter, offset, expected, guest)
 
 
 @dataclass
@@ -194,7 +175,7 @@ class ProcessMemory:
             PAGE_BYTES,
             sha256(expected),
             guest=sha256(guest),
-            host=sha256(self.place.by_machine(physical)),
+            host=sha256(by_machine(self.place.node, physical, PAGE_BYTES)),
         )
 
     def look(self, manners: Sequence[str] = STOCK) -> Mirror:
@@ -351,20 +332,10 @@ class Mirror:
         if witness is not None:
             way = paths.judge(path, PAGE_BYTES)
         else:
-            way = self._judge_translation(translations, page, physical)
+            way = translations.judge(
+                self.device.bdf, physical, PAGE_BYTES, self.pages[page].address
+            )
         return all_of(claim, judge_no_fault(faults.window), way)
-
-    def _judge_translation(
-        self, translations: TranslationWatch, page: int, physical: int
-    ) -> Judgement:
-        if not translations.watched:
-            return Judgement(True, "this machine's IOMMU shows no translations")
-        address = self.pages[page].address
-        seen = translations.into(self.device.bdf, physical, PAGE_BYTES)
-        evidence = tuple(Note(f"{t.requester} {t.iova:#x} → {t.physical:#x}") for t in seen[:2])
-        if any(t.iova <= address < t.iova + t.size_bytes for t in seen):
-            return Judgement(True, f"{physical:#x} was reached by {address:#x}", evidence)
-        return Judgement(False, f"{physical:#x} was not reached by {address:#x}", evidence)
 
     def _read(self, page: int, expected: bytes) -> Judgement:
         place = self.memory.place

@@ -18,6 +18,7 @@ from testbed.errors import CapabilityMissing
 from testbed.instruments.cases import path_between, route_between
 from testbed.instruments.faults import FaultWatch, watch_machine
 from testbed.instruments.interface import RackNode
+from testbed.instruments.memory import by_machine
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.translations import Translation, TranslationWatch
 from testbed.results.evidence import Counter, Note
@@ -27,7 +28,6 @@ from testbed.topology.plan import Function, RackPlan, Role
 
 TRANSFER_BYTES = 8192  # two pages, of which QEMU traces every word
 PROVIDED_BYTES = 2 * TRANSFER_BYTES  # the second half is for what goes wrong
-_WITNESS_FILE = "witness.bin"
 
 
 @dataclass(frozen=True)
@@ -142,18 +142,8 @@ class Provided:
             TRANSFER_BYTES,
             hashlib.sha256(expected).hexdigest(),
             guest=guest["sha256"],
-            host=hashlib.sha256(self._by_machine()).hexdigest(),
+            host=hashlib.sha256(by_machine(self.node, self.physical, TRANSFER_BYTES)).hexdigest(),
         )
-
-    def _by_machine(self) -> bytes:
-        """What QEMU reads at its physical address, without the guest's help."""
-        place = {"val": self.physical, "size": TRANSFER_BYTES}
-        self.node.qmp("pmemsave", **place, filename=_WITNESS_FILE)
-        file = self.node.folder / _WITNESS_FILE
-        try:
-            return file.read_bytes()
-        finally:
-            file.unlink()
 
     def free(self) -> None:
         """Give it back."""

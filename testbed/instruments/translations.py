@@ -16,7 +16,8 @@ from typing import Self
 from testbed.errors import QmpError
 from testbed.instruments.interface import RackNode
 from testbed.machine.command import QEMU_LOG
-from testbed.results.judging import PAGE_BYTES
+from testbed.results.evidence import Note
+from testbed.results.judging import PAGE_BYTES, Judgement
 
 TRACE_EVENTS = ("vtd_dmar_translate", "amdvi_translation_result", "virtio_iommu_translate_out")
 _LINE = re.compile(
@@ -81,6 +82,18 @@ class TranslationWatch:
             and each.physical < physical + size_bytes
             and physical < each.physical + each.size_bytes
         )
+
+    def judge(self, requester: str, physical: int, size_bytes: int, address: int) -> Judgement:
+        """Was every access of ``requester`` to a place of the machine made by ``address``?"""
+        if not self.watched:
+            return Judgement(True, "this machine's IOMMU shows no translations")
+        seen = self.into(requester, physical, size_bytes)
+        evidence = tuple(Note(f"{t.requester} {t.iova:#x} → {t.physical:#x}") for t in seen[:2])
+        if not seen:
+            return Judgement(False, f"no access to {physical:#x} was translated", evidence)
+        if any(not t.iova <= address < t.iova + t.size_bytes for t in seen):
+            return Judgement(False, f"{physical:#x} was reached by another address", evidence)
+        return Judgement(True, f"{physical:#x} was reached by {address:#x}", evidence)
 
     def _switch(self, *, on: bool) -> bool:
         try:
