@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from guest_agent.hw.region import Region
     from guest_agent.hw.vfio import VfioContainer
     from guest_agent.p2p.addresses import Address
+    from guest_agent.p2p_device.room import HostForwarder
 
 # A fabric physical address: whose memory, and which byte of it. In a page table entry the bit above
 # says that it is one; the model's driver makes a link's aperture of the two.
@@ -42,6 +43,7 @@ ROUTE_BIT = 51
 VIRTUAL_START = 3 << 42
 VIRTUAL_BYTES = 1 << 36
 SYNC_TIMEOUT_S = 5.0
+VIRTUAL_PORT = "fabric"
 CONTEXTS = ("reclaim", "notifier lock", "reservation")
 _PEER = {"name": "str", "identity": "int", "link": "int", "same_os": "bool"}
 _ADDRESS = {"kind": "str", "value": "int", "user": "str"}
@@ -152,6 +154,22 @@ class Port:
         self.peers: dict[str, Peering] = {}
         self.links: dict[int, int] = {}  # identity of a peer → link
         self.same_os: set[str] = set()
+        self._forwarder: HostForwarder | None = None
+        self.given: dict[tuple[str, str], dict[str, Any]] = {}  # answered with an address
+
+    @property
+    def forwarder(self) -> HostForwarder:
+        """Asks the host what a virtual interconnect leads to; made when first wanted."""
+        from guest_agent.p2p_device.room import HostForwarder  # noqa: PLC0415  seldom
+
+        if self._forwarder is None:
+            self._forwarder = HostForwarder()
+        return self._forwarder
+
+    def forget(self) -> None:
+        """Forget what was asked and answered."""
+        self._forwarder = None
+        self.given.clear()
 
     def peer(self, name: str) -> Peering:
         """:raises ParameterError: it is not on the fabric, or no link leads to it."""
@@ -485,3 +503,69 @@ def fabric_window_wanted(
     """Whether it does, within ``timeout_s``. Until it is let go of, it works on."""
     check_timeout(timeout_s)
     return {"wanted": agent.vfio_device(container, device).requested(timeout_s)}
+
+
+@registry.method("fabric.attach")
+def fabric_attach(
+    agent: Agent, *, engine: int, owner: str, buffer: str, forwards: bool = True
+) -> dict[str, Any]:
+    """Attach to a ``buffer`` of another node's GPU by a virtual interconnect.
+
+    What that leads to the host knows, which is asked unless nothing ``forwards`` the question.
+    :raises NoPathError: EINVAL: it cannot be asked. :raises AbortedError: EAGAIN: it is asked;
+    otherwise its own errno and reason.
+    """
+    from guest_agent.p2p import interconnect, negotiation, policies, topology  # noqa: PLC0415
+
+    port = _port(agent, engine)
+    near = interconnect.Facts(hops=1)
+    devices = {owner: near, port.device: near}
+    joined = topology.TableTopology({(owner, port.device): near}, devices)
+    kind = interconnect.Kind.VIRTUAL
+    ours = interconnect.Offer(kind, port.device, VIRTUAL_PORT)
+    theirs = interconnect.Offer(kind, owner, buffer)
+    forwarder = port.forwarder if forwards else None
+    policy = policies.BEST_QUALITY
+    outcome = negotiation.negotiate(joined, [theirs], [ours], policy, forwarder=forwarder)
+    question = (f"{owner}:{buffer}", f"{port.device}:{VIRTUAL_PORT}")
+    return {"path": str(outcome.path), "address": port.given[question]}
+
+
+@registry.method("fabric.questions")
+def fabric_questions(agent: Agent, *, engine: int) -> dict[str, Any]:
+    """What the host is asked: pairs of ends, the owner's first."""
+    return {"questions": [list(each) for each in _port(agent, engine).forwarder.questions]}
+
+
+@registry.method("fabric.answer")
+def fabric_answer(
+    agent: Agent,
+    *,
+    engine: int,
+    question: list[str],
+    errno: int = 0,
+    why: str = "",
+    address: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The host's answer: an address of the fabric, or an errno and why."""
+    port = _port(agent, engine)
+    if len(question) != 2 or tuple(question) not in port.forwarder.questions:
+        raise ParameterError(f"question: {question} was not asked")
+    pair = (question[0], question[1])
+    if not errno:
+        if address is None:
+            raise ParameterError("address: an answer without an errno has one")
+        _address(address)
+        port.given[pair] = address
+    from guest_agent.p2p.report import Refusal  # noqa: PLC0415  seldom
+
+    port.forwarder.questions.remove(pair)
+    port.forwarder.answers[pair] = Refusal(errno, why) if errno else None
+    return {}
+
+
+@registry.method("fabric.forget")
+def fabric_forget(agent: Agent, *, engine: int) -> dict[str, Any]:
+    """Forget questions and answers: what was given may be taken back any time."""
+    _port(agent, engine).forget()
+    return {}

@@ -59,6 +59,7 @@ SUITES = {
         "p2p_fabric.py",
         "p2p_fabric_windows.py",
         "p2p_fabric_bells.py",
+        "p2p_fabric_forwarded.py",
         "p2p_fabric_loss.py",
     ),
     "p2p-dmabuf": (

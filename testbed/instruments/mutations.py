@@ -70,6 +70,7 @@ class Mutation(StrEnum):
     FABRIC_KEEP_WINDOW = "fabric-keep-window"
     FABRIC_KEEP_MAPPED = "fabric-keep-mapped"
     FABRIC_WRONG_BELL = "fabric-wrong-bell"
+    FABRIC_BLIND_ANSWER = "fabric-blind-answer"
     # Of the protocol core in the agent (guest_agent/p2p_device/breaks.py).
     NEGO_FIRST_OFFER = "nego-first-offer"
     NEGO_SWALLOW_ERRNO = "nego-swallow-errno"
@@ -136,7 +137,7 @@ DESCRIPTIONS = {
     Mutation.HMM_ANY_GROUP: "a device says that it is of the owner's group, and is not",
     Mutation.HMM_NO_GROUP: "the owner's own device does not say whose it is",
     Mutation.FABRIC_MAP_PHYSICAL: "addresses are allocated and mapped in physical mode too",
-    Mutation.FABRIC_EXPORT_ALL: "in virtual mode too a peer is shown all of the memory",
+    Mutation.FABRIC_EXPORT_ALL: "whatever is allocated on the fabric leads to memory, linked or not",
     Mutation.FABRIC_SKIP_UNLINK: "what is unlinked on the fabric stays linked",
     Mutation.FABRIC_EARLY_SYNC: "each link on the fabric is synced at once",
     Mutation.FABRIC_ALWAYS_VIRTUAL: "virtual mode is the default within one system too",
@@ -146,6 +147,7 @@ DESCRIPTIONS = {
     Mutation.FABRIC_KEEP_WINDOW: "a window is not pulled out",
     Mutation.FABRIC_KEEP_MAPPED: "who lets go of a window keeps what an IOMMU has of it",
     Mutation.FABRIC_WRONG_BELL: "a bell rings with another vector than is asked for",
+    Mutation.FABRIC_BLIND_ANSWER: "the host agrees to what it is asked, and asks no owner",
     Mutation.NEGO_FIRST_OFFER: "the importer's first offer wins, whatever the facts say",
     Mutation.NEGO_SWALLOW_ERRNO: "any errno of a candidate is taken for EOPNOTSUPP",
     Mutation.NEGO_NEW_ADDRESS: "an address is not kept from one map to the next",

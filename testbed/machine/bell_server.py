@@ -3,16 +3,22 @@
 
 A client is told, in messages of eight bytes of which some carry a file descriptor: the protocol's
 version, its own number, the shared memory, of each other client its number once for each vector
-with that vector's eventfd, and at last its own. Who is there already is told of it in the same way,
-and of its end by its number alone. From then on the machines ring one another without the server:
-it can die, and only who starts later is not joined.
+with that vector's eventfd, and at last its own.
 
-A client's number is that of its socket. QEMU's own server counts connections instead, so that
-numbers depend on who started first. Run by the keeper, standard library only.
+A client's number is that of its socket, and so are its eventfds: all are there from the start and
+outlive their machine. So a machine is told of the others once, whoever of them runs, and a machine
+that starts anew is rung by what the others have already; what was rung meanwhile is forgotten.
+QEMU's own server counts connections instead, and announces who comes and goes. That must never be
+done here: QEMU 11.1.2 crashes when a number that left comes back (measured; ``resize_peers`` alone
+allocates what ``close_peer_eventfds`` frees).
+
+The machines ring one another without the server: it can die, and only who starts later is not
+joined. Run by the keeper, standard library only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -26,35 +32,6 @@ VERSION = 0
 THE_MEMORY = -1  # the number of the message that carries it
 
 
-class Client:
-    """One machine's bell: its connection, and the eventfds by which it is rung."""
-
-    def __init__(self, wire: socket.socket, vectors: int) -> None:
-        # QEMU reads at once; one that does not must not hold up the others.
-        wire.setblocking(False)
-        self.wire = wire
-        self.eventfds = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(vectors)]
-
-    def tell(self, number: int, fd: int | None = None) -> None:
-        """One message. :raises OSError: it is gone, or reads nothing."""
-        message = struct.pack("<q", number)
-        if fd is None:
-            self.wire.sendall(message)
-        else:
-            socket.send_fds(self.wire, [message], [fd])
-
-    def tell_of(self, number: int, other: Client) -> None:
-        """That ``other`` is there, and how it is rung. :raises OSError: as :meth:`tell`."""
-        for eventfd in other.eventfds:
-            self.tell(number, eventfd)
-
-    def close(self) -> None:
-        """Let go of the connection and the eventfds; machines that have them keep theirs."""
-        self.wire.close()
-        for eventfd in self.eventfds:
-            os.close(eventfd)
-
-
 class BellServer:
     """The event loop: who comes, and who goes.
 
@@ -62,10 +39,13 @@ class BellServer:
     """
 
     def __init__(self, sockets: list[str], vectors: int, memory_bytes: int) -> None:
-        self._vectors = vectors
         self._memory = os.memfd_create("bells", os.MFD_CLOEXEC)
         os.ftruncate(self._memory, memory_bytes)
-        self.clients: dict[int, Client] = {}
+        self._eventfds = [
+            [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(vectors)]
+            for _ in sockets
+        ]
+        self.clients: dict[int, socket.socket] = {}
         self._selector = selectors.DefaultSelector()
         self._listeners: list[socket.socket] = []
         for number, path in enumerate(sockets):
@@ -80,63 +60,56 @@ class BellServer:
         """Handle what there is, or wait for it."""
         for key, _ in self._selector.select(timeout_s):
             number: int = key.data
-            client = self.clients.get(number)
-            if client is not None and key.fileobj is client.wire:
-                if _has_ended(client.wire):
-                    self._leave(number)
-            elif key.fileobj in self._listeners:
-                self._come(number, self._listeners[number])
+            if key.fileobj is self._listeners[number]:
+                self._come(number)
+            elif key.fileobj is self.clients.get(number) and _has_ended(self.clients[number]):
+                self._leave(number)
 
-    def _come(self, number: int, listener: socket.socket) -> None:
+    def _come(self, number: int) -> None:
         try:
-            wire, _ = listener.accept()
+            wire, _ = self._listeners[number].accept()
         except OSError:
             return  # it went away again
         if number in self.clients:
             self._leave(number)  # its machine was started anew, and the old one's end is to be read
-        client = Client(wire, self._vectors)
+        for eventfd in self._eventfds[number]:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(eventfd)  # rung while nobody was there
+        wire.setblocking(False)  # it takes all of that at once, or it is no QEMU
         try:
-            client.tell(VERSION)
-            client.tell(number)
-            client.tell(THE_MEMORY, self._memory)
-            for other, there in self.clients.items():
-                client.tell_of(other, there)
-            client.tell_of(number, client)
+            self._introduce(number, wire)
         except OSError:
-            client.close()
+            wire.close()
             return
-        self.clients[number] = client
+        self.clients[number] = wire
         self._selector.register(wire, selectors.EVENT_READ, number)
-        self._tell_others(number, client)
+
+    def _introduce(self, number: int, wire: socket.socket) -> None:
+        wire.sendall(_message(VERSION))
+        wire.sendall(_message(number))
+        socket.send_fds(wire, [_message(THE_MEMORY)], [self._memory])
+        others = [other for other in range(len(self._eventfds)) if other != number]
+        for each in (*others, number):
+            for eventfd in self._eventfds[each]:
+                socket.send_fds(wire, [_message(each)], [eventfd])
 
     def _leave(self, number: int) -> None:
-        client = self.clients.pop(number)
-        self._selector.unregister(client.wire)
-        client.close()
-        self._tell_others(number, None)
-
-    def _tell_others(self, number: int, client: Client | None) -> None:
-        """Who came, or, without ``client``, who left; who cannot be told leaves too."""
-        for other, there in list(self.clients.items()):
-            if other == number or other not in self.clients:
-                continue
-            try:
-                if client is None:
-                    there.tell(number)
-                else:
-                    there.tell_of(number, client)
-            except OSError:
-                self._leave(other)
+        wire = self.clients.pop(number)
+        self._selector.unregister(wire)
+        wire.close()
 
     def close(self) -> None:
-        """End all connections."""
-        for client in self.clients.values():
-            client.close()
-        for listener in self._listeners:
-            listener.close()
+        """End all connections; machines that have eventfds keep them."""
+        for wire in (*self.clients.values(), *self._listeners):
+            wire.close()
         self.clients.clear()
         self._selector.close()
-        os.close(self._memory)
+        for eventfd in (self._memory, *(each for bell in self._eventfds for each in bell)):
+            os.close(eventfd)
+
+
+def _message(number: int) -> bytes:
+    return struct.pack("<q", number)
 
 
 def _has_ended(wire: socket.socket) -> bool:

@@ -18,12 +18,11 @@ from testbed.instruments.model_devices import copy, place
 from testbed.instruments.observer import Observer, Refuted
 from testbed.results.evidence import Counter
 from testbed.results.judging import PAGE_BYTES, Judgement
-from testbed.suites.p2p_fabric_ground import Way, judge_refusal, refusal
+from testbed.suites.p2p_fabric_ground import TARGET, Way, judge_refusal, refusal
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]
 
 MIB = 1 << 20
-TARGET = 4 * MIB  # in the owner's memory
 RESULT = 8 * MIB  # in the initiator's
 SECRET, PUBLIC = 90, 91
 FABRIC_RULES = {

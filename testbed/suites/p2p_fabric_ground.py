@@ -26,6 +26,7 @@ from testbed.results.judging import PAGE_BYTES, Judgement, all_of
 from testbed.topology.plan import Role
 
 FABRIC = "ual0"
+TARGET = 4 << 20  # where tests write, in the owner's memory
 KIND = "ual"
 NEEDED = "two GPUs with `engine: model`, joined by a link of `kind: ual`"
 FIRST_VIRTUAL = 1 << 40  # in the initiator's own address space
@@ -76,13 +77,22 @@ class State:
         self.mode = str(answer["mode"])
         self.iova_ranges = int(answer["iova_ranges"])
         self._links: dict[int, int] = {}
+        self._exposed_bytes = 0
         self.is_open = True
 
     def _call(self, method: str, **params: Any) -> Any:
         return self._agent.call(f"fabric.{method}", state=self._number, **params)
 
+    def expose(self, size_bytes: int) -> None:
+        """Break it: all of it leads to the owner's memory from now on, whatever is asked for."""
+        self._call("link", physical=TARGET, size_bytes=size_bytes, offset=0)
+        self._call("sync", offset=0, size_bytes=size_bytes)
+        self._exposed_bytes = size_bytes
+
     def link(self, physical: int, size_bytes: int, offset: int = 0, **more: bool) -> None:
         """Let ``offset`` lead to the owner's memory at ``physical``."""
+        if self._exposed_bytes:
+            return
         self._call("link", physical=physical, size_bytes=size_bytes, offset=offset, **more)
         self._links[offset] = size_bytes
         if self._mutation is Mutation.FABRIC_EARLY_SYNC:
@@ -94,7 +104,7 @@ class State:
 
     def unlink(self, offset: int) -> None:
         """Undo one link."""
-        if self._mutation is not Mutation.FABRIC_SKIP_UNLINK:
+        if self._mutation is not Mutation.FABRIC_SKIP_UNLINK and not self._exposed_bytes:
             self._unlink(offset)
 
     def _unlink(self, offset: int) -> None:
@@ -108,12 +118,14 @@ class State:
 
     def free(self) -> None:
         """Give the addresses back."""
+        if self._exposed_bytes:
+            self._call("unlink", offset=0, size_bytes=self._exposed_bytes)
         self._call("free")
         self.is_open = False
 
     def destroy(self, mapped_bytes: int) -> None:
         """Undo all links, and give the addresses back."""
-        self._call("destroy", mapped_bytes=mapped_bytes)
+        self._call("destroy", mapped_bytes=self._exposed_bytes or mapped_bytes)
         self.is_open = False
         self._links.clear()
 
@@ -147,8 +159,6 @@ class Way:
         match self.mutation:
             case Mutation.FABRIC_MAP_PHYSICAL if virtual is False:
                 virtual = True
-            case Mutation.FABRIC_EXPORT_ALL if virtual:
-                virtual = False
             case Mutation.FABRIC_ALWAYS_VIRTUAL if virtual is None:
                 virtual = True
             case Mutation.FABRIC_ANY_CONTEXT:
@@ -160,6 +170,8 @@ class Way:
             "alloc", peer=self.initiator.name, size_bytes=size_bytes, context=list(context), **mode
         )
         self._states.append(State(self.owner, answer, self.mutation))
+        if self.mutation is Mutation.FABRIC_EXPORT_ALL and answer["mode"] == "virtual":
+            self._states[-1].expose(size_bytes)
         return self._states[-1]
 
     def map(self, address: Address, size_bytes: int) -> int:
@@ -303,6 +315,17 @@ class Fabric:
                 return Way(self.members[one], self.members[other], links, self._windows)
         where = "of one node" if same_os else "of two nodes"
         raise CapabilityMissing(f"{NEEDED}, {where}")
+
+    def joined(self, one: str, other: str) -> bool:
+        """Whether a link of the fabric has these two ends."""
+        return any({one, other} == set(ends) for ends in self._links)
+
+    def backwards(self, way: Way) -> Way:
+        """The same link, used by the other one."""
+        links = (way.links[1], way.links[0])
+        turned = Way(way.owner, way.initiator, links, self._windows)
+        turned.mutation = way.mutation
+        return turned
 
     def bench(self, node: str) -> Bench:
         """A node's devices."""

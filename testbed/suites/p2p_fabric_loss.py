@@ -6,20 +6,27 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
+from errno import EHOSTDOWN
 from typing import Protocol, runtime_checkable
 
 import pytest
 
 from testbed.errors import CapabilityMissing, DeviceLost
 from testbed.harness.racks import LiveRack
+from testbed.instruments.model_devices import copy, place
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer, Refuted
+from testbed.machine.bells import bells_of
 from testbed.results.evidence import Note
 from testbed.results.judging import PAGE_BYTES, Judgement
-from testbed.suites.p2p_fabric import TARGET
-from testbed.suites.p2p_fabric_ground import Fabric, Way, the_fabric
+from testbed.suites.p2p_fabric_bells import open_bells, ring_all
+from testbed.suites.p2p_fabric_forwarded import Host
+from testbed.suites.p2p_fabric_ground import TARGET, Fabric, Way, judge_refusal, the_fabric
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]
+
+LOAD_COPIES, LOAD_BYTES = 400, 4 << 20  # more than a second's, of a GPU of 16 MiB
 
 
 @runtime_checkable
@@ -34,16 +41,16 @@ class Restartable(Protocol):
 
 
 class Mapped:
-    """A page of the owner's memory, mapped by the initiator in virtual mode."""
+    """Of the owner's memory a page, or more, mapped by the initiator in virtual mode."""
 
-    def __init__(self, way: Way) -> None:
+    def __init__(self, way: Way, size_bytes: int = PAGE_BYTES) -> None:
         self.way = way
-        state = way.alloc(PAGE_BYTES, virtual=True)
-        state.link(TARGET, PAGE_BYTES)
-        state.sync(0, PAGE_BYTES)
+        state = way.alloc(size_bytes, virtual=True)
+        state.link(TARGET, size_bytes)
+        state.sync(0, size_bytes)
         address, _ = state.address()
         self.value = int(address["value"])
-        self.virtual = way.map(address, PAGE_BYTES)
+        self.virtual = way.map(address, size_bytes)
 
     def carries(self, seed: int) -> Judgement:
         """Bytes arrive."""
@@ -98,6 +105,29 @@ def test_a_link_that_goes_down(between: Way, mutation: Mutation, observe: Observ
 
 
 @pytest.mark.requirement("FAB-08")
+def test_a_link_goes_down_under_load(between: Way, mutation: Mutation, observe: Observer) -> None:
+    """Copies under way end with link_down where they are, and at once; the rest is refused."""
+    page = Mapped(between, LOAD_BYTES)
+    owner, gpu = between.owner.gpu, between.initiator.gpu
+    observe.require(page.carries(53))
+    load = [copy(place("vram", 0), place("virtual", page.virtual), LOAD_BYTES)] * LOAD_COPIES
+    batch = gpu.begin(*load)
+    if mutation is not Mutation.FABRIC_STAY_UP:
+        owner.model("link", peer=between.initiator.name, up=False)
+    try:
+        answer = gpu.call("wait", batch=batch, timeout_s=30.0)
+        observe.note(f"{LOAD_COPIES} copies under way ended with {answer['status']}")
+        if not answer["ended"] or (answer["status"] or {}).get("cause") != "link_down":
+            raise Refuted(f"{LOAD_COPIES} copies under way ended with {answer}")
+        observe.require(page.faults())
+    finally:
+        owner.model("link", peer=between.initiator.name, restore=True)
+    observe.require(page.told("up", by="poll"))
+    observe.require(page.carries(54))
+    observe.conclude("copies under way ended with link_down; up again it carries")
+
+
+@pytest.mark.requirement("FAB-08")
 def test_a_node_that_dies(
     rack: LiveRack, restartable: Restartable, mutation: Mutation, observe: Observer
 ) -> None:
@@ -107,10 +137,16 @@ def test_a_node_that_dies(
     observe.require(page.carries(60))
     page.way.initiator.gpu.submit({"op": "nop"}, by="interrupt")
     node = page.way.owner.node
+    _ring(rack, mutation, observe)
+    host = Host(rack, page.way)
+    asked = host.ask()
     if mutation is not Mutation.FABRIC_STAY_UP:
         restartable.kill(node)
     _lost(page, observe)
+    host.answer(asked)  # for a node that is gone since it was asked for
+    observe.require(judge_refusal("attach", host.refusal(), "AbortedError", node, EHOSTDOWN))
     _back(rack, restartable, fabric, page, observe)
+    _ring(rack, mutation, observe)
     observe.conclude(f"{node} was killed and came back; its peer faulted, was told, mapped anew")
 
 
@@ -141,6 +177,13 @@ def test_a_gpu_that_dies(
     observe.conclude(
         f"{owner.name} was lost and came back; its peer faulted, was told, mapped anew"
     )
+
+
+def _ring(rack: LiveRack, mutation: Mutation, observe: Observer) -> None:
+    """All bells, if two nodes have some: before a node dies, and after its return."""
+    if len({node for node, _ in bells_of(rack.plan)}) > 1:
+        with ExitStack() as stack:
+            ring_all(open_bells(rack, mutation, stack), observe)
 
 
 def _lost(page: Mapped, observe: Observer) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from testbed.harness.runner import SUITES
 from testbed.instruments.mutations import DESCRIPTIONS, Mutation
 from testbed.suites.p2p_dmabuf import LINKED_TWICE, NOT_HELD_AGAINST_MASK
-from tests.breaks import dmabuf_breaks, negotiation_breaks
+from tests.breaks import dmabuf_breaks, fabric_breaks, negotiation_breaks
 from tests.breaks.guards import requirements_of
 from tests.contract import test_suite_mutations as iommu
 from tests.vm import test_suite_hmm as hmm
@@ -27,6 +27,7 @@ BY_HAND: dict[tuple[str, Mutation], set[str]] = {
     ("p2p-kernel", Mutation.KEEP_PROVIDER): {"LIFE-08"},
     ("p2p-kernel", Mutation.KEEP_PLUGGED): {"LIFE-09"},
     ("p2p-dmabuf", Mutation.KEEP_PLUGGED): {"LIFE-09"},
+    **{("p2p-fabric", mutation): ids for mutation, ids in fabric_breaks.BY_HAND.items()},
 }
 # Rows that need no break, and why not.
 WITHOUT_BREAK = {
@@ -70,6 +71,10 @@ def failing() -> dict[tuple[str, Mutation], set[str]]:
         found["p2p-dmabuf", mutation] |= requirements_of(test)
     for mutation, test, _ in negotiation_breaks.GUARDS:
         found["p2p-negotiation", mutation] |= requirements_of(test)
+    for mutation, test, _ in fabric_breaks.GUARDS:
+        found["p2p-fabric", mutation] |= requirements_of(test)
+    for mutation, ids in fabric_breaks.FAILING.items():
+        found["p2p-fabric", mutation] |= ids
     for mutation, ids in hmm.FAILING.items():
         if mutation:
             found["p2p-hmm", mutation] |= ids
