@@ -71,7 +71,9 @@ def find_programs(
             expected = "a program that was built: " + ", ".join(built[:20])
             near = nearest(name, built)
             wrong.append(
-                Diagnostic("--program", 0, 0, f"there is no {FOLDER}/{name}{SUFFIX}", expected, near)
+                Diagnostic(
+                    "--program", 0, 0, f"there is no {FOLDER}/{name}{SUFFIX}", expected, near
+                )
             )
         elif why := _unfit(file):
             wrong.append(Diagnostic(str(file), 0, 0, why, "a multiboot program", ""))
