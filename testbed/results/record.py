@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from testbed import __version__
 from testbed.errors import Diagnostic, ExitCode, InputError
@@ -165,7 +166,17 @@ def write_record(record: RunRecord, path: Path) -> None:
     Raises:
         OSError: the folder is missing, or the disk full; nothing is left behind then.
     """
-    write_atomically(path, _adapter().dump_json(record, indent=2) + b"\n")
+    write_atomically(path, _as_json(record) + b"\n")
+
+
+def _as_json(record: RunRecord) -> bytes:
+    try:
+        return _adapter().dump_json(record, indent=2)
+    except PydanticSerializationError:
+        # Half a character, as a guest can say it: it has no form in UTF-8, and the run has to end
+        # with a record all the same.
+        data = _adapter().dump_python(record, mode="json")
+        return json.dumps(data, indent=2, ensure_ascii=False).encode(errors="replace")
 
 
 def load_record(path: Path) -> RunRecord:

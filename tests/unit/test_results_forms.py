@@ -179,3 +179,12 @@ def test_a_verdict_is_never_coloured_into_another() -> None:
     record = replace(record, outcomes=(outcome,), requirements=by_requirement([outcome]))
     print_table(record, Path("/r"), Console(file=stream, width=100))
     assert "[bold]not markup[/bold]" in stream.getvalue()
+
+
+def test_half_a_character_of_a_guests_is_no_reason_to_lose_the_record(tmp_path: Path) -> None:
+    record = sample_record()
+    record = replace(record, outcomes=(replace(OUTCOMES[1], reason="half \ud800 a character"),))
+    write_record(record, tmp_path / "record.json")
+    read = load_record(tmp_path / "record.json")
+    assert read.outcomes[0].reason == "half ? a character"
+    assert read.requirements == record.requirements
