@@ -66,7 +66,10 @@ def run(
     folder: Path,
     mutation: Mutation = Mutation.NONE,
 ) -> tuple[dict[str, Verdict], str, ExitCode]:
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
+    # What is broken is broken in one and the same machine: booted once, then restored.
+    options = deploy.StartOptions(
+        accelerator=accelerator, installation=installation, warm=mutation is not Mutation.NONE
+    )
     topology = load.load_text(TOPOLOGY, "disks.yaml", {"cpu": cpu})
     stream = io.StringIO()
     result = run_suites(
