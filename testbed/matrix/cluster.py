@@ -17,7 +17,6 @@ import contextlib
 import logging
 import queue
 import shutil
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -425,8 +424,3 @@ class ClusterRun:
             cell.name, cell.key, cell.values, Verdict.ERROR, reason, attempts=attempts
         )
         return self.store.keep(record, None)
-
-
-def is_loaded() -> bool:
-    """Whether Dask was imported: it takes a second, and only `--cluster` needs it."""
-    return "distributed" in sys.modules

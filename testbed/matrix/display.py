@@ -86,9 +86,8 @@ class TerminalDisplay:
             self._describe()
         style = STYLES[verdict]
         words = f": {escape(reason)}" if reason else ""
-        self._bars.console.print(
-            f"[{style}]{verdict}[/] {escape(name)} ({duration_s:.1f} s){words}"
-        )
+        line = f"[{style}]{verdict}[/] {escape(name)} ({duration_s:.1f} s){words}"
+        self._bars.console.print(line, highlight=False, soft_wrap=True)
 
     def _describe(self) -> None:
         names = ", ".join(sorted(self._running, key=self._running.__getitem__))

@@ -17,10 +17,9 @@ from testbed.matrix.display import Display, shown
 from testbed.matrix.load import Plan
 from testbed.matrix.needs import Room
 from testbed.matrix.pool import Pool
-from testbed.matrix.records import CellRecord, MatrixRecord, exit_code, write_matrix
+from testbed.matrix.records import MATRIX_FILE, CellRecord, MatrixRecord, exit_code, to_json
 from testbed.matrix.run_cell import run_cell, skipped
 from testbed.matrix.store import Store
-from testbed.results.record import write_atomically
 from testbed.results.verdicts import Verdict
 
 RUN_AGAIN = (Verdict.FAIL, Verdict.LOST, Verdict.ERROR)
@@ -88,9 +87,9 @@ def drive(plan: Plan, store: Store, how: How) -> MatrixRecord:
             host=host_facts(),
             command=tuple(how.command),
         )
-        write_matrix(written, store.folder)
-        write_atomically(store.folder / JUNIT_FILE, junit.to_junit(written, store.folder))
-        write_atomically(store.folder / PAGE_FILE, page.to_html(written).encode())
+        store.write(MATRIX_FILE, to_json(written))
+        store.write(JUNIT_FILE, junit.to_junit(written, store.folder))
+        store.write(PAGE_FILE, page.to_html(written).encode())
     return written
 
 

@@ -94,11 +94,6 @@ def write_cell(record: CellRecord, folder: Path) -> None:
     write_atomically(folder / CELL_FILE, _cells().dump_json(record, indent=1) + b"\n")
 
 
-def write_matrix(record: MatrixRecord, folder: Path) -> None:
-    """Into ``folder``; OSError."""
-    write_atomically(folder / MATRIX_FILE, to_json(record))
-
-
 def to_json(record: MatrixRecord) -> bytes:
     """The JSON document."""
     return _matrices().dump_json(record, indent=1) + b"\n"

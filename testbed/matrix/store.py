@@ -20,6 +20,7 @@ from testbed.errors import Diagnostic, HostError, InputError
 from testbed.host import paths
 from testbed.matrix.cells import Cell
 from testbed.matrix.records import CELL_FILE, CellRecord, load_cell, write_cell
+from testbed.results.record import write_atomically
 from testbed.topology.problem import nearest
 
 CELLS = "cells"
@@ -50,8 +51,15 @@ class Store:
             yield
 
     def keep_file(self, content: bytes) -> None:
-        """The matrix file as it was read."""
-        (self.folder / COPY).write_bytes(content)
+        """The matrix file as it was read. :raises HostError: it cannot be kept."""
+        self.write(COPY, content)
+
+    def write(self, name: str, content: bytes) -> None:
+        """A file of the run's, whole or not at all. :raises HostError: it cannot be written."""
+        try:
+            write_atomically(self.folder / name, content)
+        except OSError as error:
+            raise HostError(f"cannot write {self.folder / name}: {error.strerror}") from error
 
     def finished(self, cells: Sequence[Cell]) -> dict[str, CellRecord]:
         """By cell name, what has ended before; by key, so a changed file's new cells have not."""

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from testbed.errors import ExitCode
+from testbed.errors import ExitCode, HostError
 from testbed.matrix.cluster import Worker, missing, needed
+from testbed.matrix.display import shown
 from testbed.matrix.needs import Need, Room
 from testbed.matrix.pool import Pool
 from testbed.matrix.records import CellRecord, exit_code
 from testbed.matrix.table import word
-from testbed.matrix.worker import LEFT_BEHIND, pack, unpack
+from testbed.matrix.worker import LEFT_BEHIND, pack, unpack, work
 from testbed.results.verdicts import Verdict
 
 GIB = 1 << 30
@@ -113,6 +114,29 @@ def test_what_has_no_end_is_never_a_pass() -> None:
     assert exit_code([passed], missing=1, interrupted=True) is ExitCode.INTERRUPTED
     assert exit_code([], missing=0, interrupted=False) is ExitCode.BAD_INPUT
     assert word([passed, failed, failed])[0] == "FAIL 2/3"
+
+
+def test_a_worker_of_another_version_runs_nothing() -> None:
+    pytest.importorskip("distributed")
+    with pytest.raises(HostError, match=r"the worker has testbed .*, the matrix is of 0\.0"):
+        work(None, {}, "0.0")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_one_display_tells_each_end(
+    on_terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1" if on_terminal else "")
+    if not on_terminal:
+        monkeypatch.delenv("FORCE_COLOR")
+    with shown(3, 1) as display:
+        display.started("a [cell]")
+        display.ended("a [cell]", Verdict.FAIL, "one is not [two]", 1.25)
+        display.ended("b", Verdict.PASS, "", 2.0)
+    out, errors = capsys.readouterr()
+    assert not out
+    assert "a [cell] (1.2 s): one is not [two]" in errors
+    assert ("[1/2] FAIL" in errors) is not on_terminal
 
 
 def test_logs_come_back_and_the_largest_stay_behind(tmp_path: Path) -> None:
