@@ -22,7 +22,8 @@ from testbed.models.memory import SharedMemory
 from testbed.models.pacing import Transfer
 from testbed.models.witness import Event, Path, Witness
 
-CHUNK_BYTES: Final = 8 << 20  # after so much the other devices have their turn
+CHUNK_BYTES: Final = 8 << 20  # after so much links, the host and other devices have their turn
+COMMAND_BYTES: Final = 64 << 10  # what a small copy takes in time, about
 BOUNCE_BYTES: Final = 1 << 20  # how much is moved at once when it has to pass through this process
 MAX_READ_BYTES: Final = 16 << 20  # what one read may keep: its size often comes from the guest
 READ_TIMEOUT_S: Final = 0.05  # a dropped read, as the completion time-out of a real device
@@ -118,6 +119,7 @@ class Mover:
     def __init__(self, witness: Witness, rules: Rules) -> None:
         self.witness = witness
         self.rules = rules
+        self._turn = CHUNK_BYTES  # left until the others have theirs, over all commands of a batch
         self._held: tuple[Space, int, bytes] | None = None  # the write that a rule put back
 
     async def copy(
@@ -131,9 +133,8 @@ class Mover:
         """Copy; AccessError at the first access that fails, with what came before it done."""
         transfer = Transfer()
         done = 0
-        turn = CHUNK_BYTES
         while done < size_bytes:
-            left = min(size_bytes - done, turn)
+            left = min(size_bytes - done, self._turn)
             read, write = await self._both(
                 source, source_address + done, target, target_address + done, left
             )
@@ -150,9 +151,9 @@ class Mover:
                 await self._write_all(target, target_address + done, data, transfer)
             done += size
             await transfer.keep_pace()
-            turn -= size
-            if turn <= 0:
-                turn = CHUNK_BYTES
+            self._turn -= max(size, COMMAND_BYTES)
+            if self._turn <= 0:
+                self._turn = CHUNK_BYTES
                 await asyncio.sleep(0)
         await transfer.end()
 
