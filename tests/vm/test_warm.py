@@ -4,16 +4,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from testbed import deploy
+from testbed.harness.runner import Choice, run_suites
+from testbed.harness.sources import TopologySource
 from testbed.host.prepare import Installation
 from testbed.machine import saving
 from testbed.rack import Rack
+from testbed.results.verdicts import Verdict
 from testbed.topology import load
 from testbed.warm import restore
 from testbed.warm.store import MEMORY, Store
@@ -87,6 +92,49 @@ def test_a_restored_rack_is_as_a_booted_one_and_two_are_two(
         assert seen(one) == seen(two) == wanted
         assert not set(fresh(one)) & set(fresh(two))
         assert not (tmp_path / "two" / "saving").exists()
+
+
+LEAVES_A_TRACE = """
+import pytest
+
+def untouched(rack):
+    node = rack.node()
+    before = node.link.run("cat /run/trace").stdout
+    node.link.run("echo was here >>/run/trace")
+    return before == b""
+
+def test_first(rack):
+    assert untouched(rack.get())
+
+def test_on_the_same_machine(rack):
+    assert not untouched(rack.get())
+
+@pytest.mark.pristine
+def test_on_another(rack):
+    assert untouched(rack.get())
+
+def test_on_that_one_again(rack):
+    assert not untouched(rack.get())
+"""
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_a_pristine_machine_is_one_that_no_test_has_used(
+    options: deploy.StartOptions, tmp_path: Path, *, every: bool
+) -> None:
+    # One process imports both; a module has one place.
+    suite = tmp_path / f"test_traces_{every}.py"
+    suite.write_text(LEAVES_A_TRACE)
+    topology = load.load_text(TOPOLOGY, "warm.yaml", {})
+    result = run_suites(
+        Choice([str(suite)], pristine=every),
+        TopologySource(topology, tmp_path, options=options),
+        tmp_path,
+        stream=io.StringIO(),
+        console=Console(file=io.StringIO()),
+    )
+    failed = {o.test for o in result.record.outcomes if o.verdict is not Verdict.PASS}
+    assert failed == ({"on_the_same_machine", "on_that_one_again"} if every else set())
 
 
 def test_its_clock_is_the_hosts_however_that_jumped(
