@@ -29,7 +29,8 @@ from testbed.suites.p2p_dmabuf import both_ends, imported
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
 
 STUBBORN = (*REVOCABLE, "stubborn")
-FENCE_MS, UNMAP_MS = 300, 500
+FENCE_MS, UNMAP_MS = 400, 500
+TICKS_MS = 10  # the kernel's clock and its timers: so much less is not a wait cut short
 TIMEOUT_MS = 2000
 SHORT_MS = 300  # for what does not come
 
@@ -95,11 +96,11 @@ def test_a_revoke_waits_for_fences_and_unmapping(
     importer = imported(buffer, observe, delay=UNMAP_MS)
     observe.require(judge_errno("fence", importer.command(f"fence {FENCE_MS}")["errno"], 0))
     answer = revoked(buffer, observe)
-    for what, least_ms in (("fences", FENCE_MS), ("unmaps", UNMAP_MS)):
+    # The fence's time runs since the call before, and on a busy host that was a while ago.
+    for what, least_ms in (("fences", FENCE_MS // 2), ("unmaps", UNMAP_MS - TICKS_MS)):
         waited_ns = answer[f"{what}_ns"]
         observe.add(Counter(f"waited for {what}", waited_ns, "ns"))
-        # The kernel's clock and its timers: a tick less is not a wait cut short.
-        if waited_ns < (least_ms - 10) * 1_000_000:
+        if waited_ns < least_ms * 1_000_000:
             raise Refuted(f"the exporter did not wait for {what}: {waited_ns} ns of {least_ms} ms")
     if importer.command("state")["invalidated"] != 1:
         raise Refuted("the importer was not told once")

@@ -55,7 +55,7 @@ Linux fails these by itself. They stay FAILs, and bring the kernel's mistake wit
 
 | row | where | why |
 |---|---|---|
-| MAP-13 | `p2p-dmabuf`, a plain switch in common, no IOMMU | {mask} |
+| MAP-13 | `p2p-dmabuf`, a switch in common, no IOMMU | {mask} |
 | MAP-15 | `p2p-dmabuf`, through the host bridge and an IOMMU | {twice} |
 """
 

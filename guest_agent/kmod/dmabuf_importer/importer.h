@@ -64,6 +64,7 @@ int import_attach(struct import *import, struct engine *engine, int fd,
 		  const struct manners *manners);
 void import_detach(struct import *import);
 int import_map(struct import *import);
+int import_map_locked(struct import *import);
 void import_unmap(struct import *import);
 int import_fence(struct import *import, unsigned int after_ms);
 void import_say_table(struct import *import, struct answer *answer);
