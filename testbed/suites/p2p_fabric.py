@@ -8,6 +8,8 @@ the owner's guest and the host see, or in a refusal that both ends have counted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import EINVAL, ERANGE
 
 import pytest
@@ -88,31 +90,8 @@ def test_what_is_not_exported_is_out_of_reach(between: Way, observe: Observer) -
     iova = address["value"]
     before = owner.gpu.vram.read(0, owner.free_bytes)
     nothing = gpu.vram.fill(RESULT, PAGE_BYTES, 7)
-    link = between.links[0]
-    between.initiator.call("map", **_as_physical(between))
-    attempts = [
-        *(place("link", page, link) for page in range(0, owner.gpu.vram.size_bytes, MIB // 2)),
-        *(place("link", 1 << bit, link) for bit in range(12, 64)),
-        *(place("link", iova + delta, link) for delta in (-8, 2 * PAGE_BYTES, 1 << 20)),
-        place("virtual", _PHYSICAL),  # a physical address, which the owner gives nobody now
-    ]
-    observe.add(Counter("places tried", len(attempts), "addresses"))
-    counts = between.initiator.refusals(), owner.refusals()
-    for one in attempts:
-        for command in (
-            copy(one, place("vram", RESULT), 8),
-            {"op": "fill", "target": one, "size_bytes": 8, "value": 0},
-        ):
-            answer = gpu.submit(command)
-            if (answer["status"] or {}).get("cause") != "link_refused":
-                raise Refuted(f"{command['op']} at {one} ended with {answer['status']}")
-    # A page that may be read only, and a copy that runs over the end of what is exported.
-    for size, start in ((8, iova + PAGE_BYTES), (3 * PAGE_BYTES, iova)):
-        answer = gpu.submit(copy(place("vram", 0), place("link", start, link), size))
-        if (answer["status"] or {}).get("cause") != "link_refused":
-            raise Refuted(f"{size} bytes to {start:#x} ended with {answer['status']}")
-    between.initiator.call("unmap", virtual=_PHYSICAL, size_bytes=PAGE_BYTES)
-    _counted(between, counts, 2 * len(attempts) + 2, observe)
+    with _made_up(between):
+        tried = _refuse_all(between, iova, observe)
     observe.require(gpu.vram.judge(RESULT, nothing))
     after = bytearray(owner.gpu.vram.read(0, owner.free_bytes))
     after[TARGET : TARGET + PAGE_BYTES] = before[TARGET : TARGET + PAGE_BYTES]
@@ -120,7 +99,7 @@ def test_what_is_not_exported_is_out_of_reach(between: Way, observe: Observer) -
     observe.require(Judgement(same, "a byte of the other node changed" if not same else "no byte"))
     state.unlink(0)
     observe.require(between.refused(virtual, iova))  # the window is stale
-    observe.conclude(f"{len(attempts)} places read and written: all refused, counted at both ends")
+    observe.conclude(f"{tried} places read and written: all refused, counted at both ends")
 
 
 _PHYSICAL = 1 << 45
@@ -137,6 +116,44 @@ def _as_physical(way: Way) -> dict[str, object]:
         "virtual": _PHYSICAL,
         "size_bytes": PAGE_BYTES,
     }
+
+
+@contextmanager
+def _made_up(way: Way) -> Iterator[None]:
+    """While the initiator's page tables lead to what it made up."""
+    way.initiator.call("map", **_as_physical(way))
+    try:
+        yield
+    finally:
+        way.initiator.call("unmap", virtual=_PHYSICAL, size_bytes=PAGE_BYTES)
+
+
+def _refuse_all(way: Way, iova: int, observe: Observer) -> int:
+    """Every place that is tried is refused, read and written, and counted; answers how many."""
+    owner, gpu, link = way.owner, way.initiator.gpu, way.links[0]
+    attempts = [
+        *(place("link", page, link) for page in range(0, owner.gpu.vram.size_bytes, MIB // 2)),
+        *(place("link", 1 << bit, link) for bit in range(12, 64)),
+        *(place("link", iova + delta, link) for delta in (-8, 2 * PAGE_BYTES, 1 << 20)),
+        place("virtual", _PHYSICAL),  # a physical address, which the owner gives nobody now
+    ]
+    observe.add(Counter("places tried", len(attempts), "addresses"))
+    counts = way.initiator.refusals(), owner.refusals()
+    for one in attempts:
+        for command in (
+            copy(one, place("vram", RESULT), 8),
+            {"op": "fill", "target": one, "size_bytes": 8, "value": 0},
+        ):
+            answer = gpu.submit(command)
+            if (answer["status"] or {}).get("cause") != "link_refused":
+                raise Refuted(f"{command['op']} at {one} ended with {answer['status']}")
+    # A page that may be read only, and a copy that runs over the end of what is exported.
+    for size, start in ((8, iova + PAGE_BYTES), (3 * PAGE_BYTES, iova)):
+        answer = gpu.submit(copy(place("vram", 0), place("link", start, link), size))
+        if (answer["status"] or {}).get("cause") != "link_refused":
+            raise Refuted(f"{size} bytes to {start:#x} ended with {answer['status']}")
+    _counted(way, counts, 2 * len(attempts) + 2, observe)
+    return len(attempts)
 
 
 def _counted(way: Way, before: tuple[int, int], least: int, observe: Observer) -> None:

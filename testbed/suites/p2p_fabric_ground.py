@@ -364,6 +364,14 @@ def the_fabric(rack: LiveRack) -> Fabric:
     return rack.once("fabric", Fabric, Fabric.close, holds="fabric")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def give_back(rack: LiveRack) -> Iterator[None]:
+    """At the end the devices go back to their drivers, in a rack that lives on."""
+    yield
+    if rack.is_running and not rack.ours:
+        rack.drop_all()
+
+
 @pytest.fixture
 def between(rack: LiveRack, mutation: Mutation) -> Iterator[Way]:
     """GPUs of two nodes: of two operating systems."""
