@@ -30,11 +30,13 @@ def words_of(context: click.Context, without: frozenset[str] = _OF_THE_WHOLE) ->
     words: list[str] = []
     for parameter in context.command.params:
         value: Any = context.params.get(parameter.name or "")
-        if parameter.name in without or not isinstance(parameter, click.Option) or not value:
+        if parameter.name in without or not isinstance(parameter, click.Option):
             continue
         name = max(parameter.opts, key=len)
         if parameter.is_flag:
-            words.append(name)
+            words += [name] if value else parameter.secondary_opts[:1]
+        elif value is None or value == "":
+            continue
         else:
             for each in value if parameter.multiple else (value,):
                 words += [name, str(each)]

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from testbed.errors import InputError
+from testbed.verbs.apart import words_of
 from testbed.verbs.run import run as verb
 from tests.contract import matrix_runs as runs
 
@@ -132,3 +133,28 @@ def test_what_is_wrong_is_said_before_anything_starts(words: list[str], said: st
     result = CliRunner().invoke(verb, words)
     assert isinstance(result.exception, InputError)
     assert said in str(result.exception)
+
+
+def test_options_are_said_again_word_for_word() -> None:
+    words = [
+        "x",
+        "-t",
+        "a",
+        "-t",
+        "b",
+        "-s",
+        "n=1",
+        "-s",
+        "m=2",
+        "--warm",
+        "-k",
+        "one two",
+        "-j",
+        "3",
+    ]
+    context = verb.make_context("run", words)
+    said = " ".join(words_of(context))
+    assert said == "-k one two --set n=1 --set m=2 --warm --break none"
+    again = verb.make_context("run", ["x", *words_of(context)])
+    changed = {name for name, value in again.params.items() if value != context.params[name]}
+    assert changed == {"topologies", "jobs"}
