@@ -26,6 +26,7 @@ from testbed.topology.oracle import Route
 from testbed.topology.placement import place
 from testbed.topology.plan import Function
 
+IOMMU_OFF = "iommu-off"  # a variant of the rack
 ROUTES = (Route.ROOT, Route.REDIRECTED, Route.SWITCH)
 THROUGH_HOST_BRIDGE = (Route.ROOT, Route.REDIRECTED)
 
@@ -41,8 +42,10 @@ def arrange_buffers(
 
     ``routes``    which pairs show it, in this order.
     ``allowed``   False: also a pair that the kernel allows no peer-to-peer DMA.
-    ``variant``   the rack's variant to use, "" for the rack itself, whose IOMMU must translate.
+    ``name``      the rack's variant to use, "" for the rack itself, whose IOMMU must translate; if
+        any route will do and the kernel allows none there, the variant without an IOMMU.
     ``vfio``      the exporter is left to VFIO.
+    ``here``      no variant will do, unless it is named.
     ``broken``    what is broken on purpose, instead of what the run breaks.
     """
     with ExitStack() as stack:
@@ -53,17 +56,21 @@ def arrange_buffers(
             allowed: bool = True,
             name: str = "",
             vfio: bool = False,
+            here: bool = False,
             broken: Mutation = mutation,
         ) -> Exchange:
             live = variant(name) if name else rack
-            live.get()
-            live.drop_all()  # what VFIO has, no driver can have
-            pairs = buffer_pairs(place(live.topology))
-            if not pairs:
-                raise CapabilityMissing(
-                    "this rack lacks two GPUs, one of which has an engine (edu or the GPU model)"
-                )
-            node, pair, through_host = _choose(live, pairs, routes, allowed=allowed)
+            try:
+                node, pair, through_host = _choose(live, routes, allowed=allowed)
+            except CapabilityMissing as missing:
+                if name or vfio or here or routes != ROUTES:
+                    raise
+                # Where Linux refuses what a switch redirects, it allows it without an IOMMU.
+                try:
+                    name, live = IOMMU_OFF, variant(IOMMU_OFF)
+                    node, pair, through_host = _choose(live, routes, allowed=allowed)
+                except CapabilityMissing:
+                    raise missing from None
             iommu = live.topology.nodes[pair.node].iommu
             if not name and (why := why_not_shown(iommu)):
                 raise CapabilityMissing(why)
@@ -112,12 +119,19 @@ def opened(
 
 
 def _choose(
-    live: LiveRack, pairs: list[BufferPair], routes: tuple[Route, ...], *, allowed: bool
+    live: LiveRack, routes: tuple[Route, ...], *, allowed: bool
 ) -> tuple[RackNode, BufferPair, bool]:
     """The first pair, by route, that the kernel lets do peer-to-peer DMA, unless any will do.
 
     And whether the kernel sends it through the host bridge.
     """
+    live.get()
+    live.drop_all()  # what VFIO has, no driver can have
+    pairs = buffer_pairs(place(live.topology))
+    if not pairs:
+        raise CapabilityMissing(
+            "this rack lacks two GPUs, one of which has an engine (edu or the GPU model)"
+        )
     for route in routes:
         for pair in pairs:
             if pair.route is not route:

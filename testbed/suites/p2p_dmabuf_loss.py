@@ -59,7 +59,7 @@ def test_the_importer_is_pulled_out(
     """In the middle of a copy, by surprise: ENODEV, and the exporter is not held up."""
     if not rack.ours:
         raise CapabilityMissing("a rack of its own: this pulls a device out for good")
-    exchange = arrange_buffers()
+    exchange = arrange_buffers(here=True)  # where ``faults`` is
     importing, exporting = exchange.pair.importer, exchange.pair.exporter
     if importing.kind != "model":
         raise CapabilityMissing(f"an importer that can be pulled out (engine: model): {importing}")
