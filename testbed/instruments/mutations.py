@@ -137,7 +137,7 @@ DESCRIPTIONS = {
     Mutation.HMM_ANY_GROUP: "a device says that it is of the owner's group, and is not",
     Mutation.HMM_NO_GROUP: "the owner's own device does not say whose it is",
     Mutation.FABRIC_MAP_PHYSICAL: "addresses are allocated and mapped in physical mode too",
-    Mutation.FABRIC_EXPORT_ALL: "whatever is allocated on the fabric leads to memory, linked or not",
+    Mutation.FABRIC_EXPORT_ALL: "what is allocated on the fabric leads to memory, linked or not",
     Mutation.FABRIC_SKIP_UNLINK: "what is unlinked on the fabric stays linked",
     Mutation.FABRIC_EARLY_SYNC: "each link on the fabric is synced at once",
     Mutation.FABRIC_ALWAYS_VIRTUAL: "virtual mode is the default within one system too",

@@ -141,7 +141,7 @@ class WirePort:
                 frame, data = await _receive(reader)
                 if frame.kind not in (_WRITE, _READ):
                     raise ValueError(f"a request of kind {frame.kind}")
-                # Not writelines(): Python 3.12 never gets rid of an empty part (_SelectorTransport).
+                # Not writelines(): from Python 3.12 on it never gets rid of an empty part.
                 for part in await self._answer(frame, data, self._serve):
                     writer.write(part)
                 await writer.drain()
