@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 START_TIMEOUT_MS = 60_000
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One for all tests. SKIP if it cannot be had; that it does not start is an error."""
+    """One for a module's tests. SKIP if it cannot be had; that it does not start is an error.
+
+    Playwright has an event loop running as long as it is there: no other test may meet it.
+    """
     playwright = pytest.importorskip("playwright.sync_api", reason="no Python package 'playwright'")
     home = tmp_path_factory.mktemp("browser")
     try:

@@ -87,7 +87,7 @@ def test_each_fault_is_one_requirements(
         (folder / "Kbuild").write_text(f"obj-m := {name}.o\n")
         (folder / "module.yaml").write_text("config: []\n")
     monkeypatch.setattr(kmod, "_sources_folder", lambda: tmp_path / "kmod")
-    suite = tmp_path / "test_own_faults.py"
+    suite = tmp_path / "test_faults_of_the_guest.py"  # a name of its own: pytest imports by it
     suite.write_text(SUITE)
     options = deploy.StartOptions(accelerator=accelerator, installation=installation)
     result = run_suites(
