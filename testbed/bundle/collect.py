@@ -18,13 +18,12 @@ from testbed.bundle import archive, manifest
 from testbed.bundle.manifest import LeftOut, Manifest
 from testbed.bundle.scrub import SCRUBBED, scrubber
 from testbed.deploy import KERNEL_CONFIG
-from testbed.errors import Diagnostic, InputError
-from testbed.host import paths, places
+from testbed.errors import InputError
+from testbed.host import places
 from testbed.page.render import render
 from testbed.reports.runner import REPORT_YAML
 from testbed.results import options, record
 from testbed.results.ktap import one_line
-from testbed.topology.problem import listing, nearest
 
 SUFFIX = ".testbed.zip"
 INDEX = "index.html"
@@ -40,28 +39,6 @@ class _Found:
     members: dict[str, bytes] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
     cut: dict[str, int] = field(default_factory=dict)
-
-
-def find_run(word: str) -> Path:
-    """The folder that a user means: itself, or one of the state folder by the beginning of its
-    name.
-
-    :raises InputError: there is none, or there are several.
-    """
-    path = Path(word)
-    if path.exists() or "/" in word or not word:
-        return path
-    runs = paths.state_dir() / "runs"
-    found = [each for each in sorted(runs.glob("*")) if each.name.startswith(word)]
-    if len(found) == 1:
-        return found[0]
-    known = [each.name for each in sorted(runs.glob("*"))]
-    if found:
-        expected = listing(each.name for each in found)
-        raise InputError(diagnostics=[Diagnostic(word, 0, 0, "several runs", expected)])
-    near = nearest(word, known)
-    message = f"no such folder, and no run in {runs}"
-    raise InputError(diagnostics=[Diagnostic(word, 0, 0, message, "a run's folder", near)])
 
 
 def write(file: Path, content: bytes) -> None:

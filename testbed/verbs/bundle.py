@@ -9,10 +9,11 @@ import click
 
 from testbed.errors import InputError
 from testbed.verbs.common import format_option, print_json, say
+from testbed.verbs.run_folders import complete_run, find_run
 
 
 @click.command()
-@click.argument("run", required=False, metavar="RUN")
+@click.argument("run", required=False, shell_complete=complete_run)
 @click.option(
     "-o",
     "--output",
@@ -26,16 +27,17 @@ def bundle(run: str | None, output: Path | None, show: str | None, form: str) ->
     """Make one file of the run in folder RUN: all that it takes to look at it and to replay it.
 
     RUN is the folder that `testbed run` or `testbed repro` named at its end, or the beginning of
-    its name in the state folder. The same run always gives the same bytes. `testbed repro FILE`
-    replays it; index.html in it is the page to look at. docs/bundles.md says what is left out.
+    its name in the state folder; the newest if it is not given. The same run always gives the same
+    bytes. `testbed repro FILE` replays it; index.html in it is the page to look at. docs/bundles.md
+    says what is left out.
 
     Exit codes: 0, or 2 for bad input.
     """
     from testbed.bundle import archive, collect
     from testbed.bundle import show as shown
 
-    if (run is None) is (show is None):
-        raise InputError("which run?", hint="RUN, its folder; or --show FILE, a bundle")
+    if run is not None and show is not None:
+        raise InputError("which of the two?", hint="RUN, to bundle it; or --show FILE, a bundle")
     if show is not None:
         found = archive.read(Path(show))
         if form == "json":
@@ -43,7 +45,7 @@ def bundle(run: str | None, output: Path | None, show: str | None, form: str) ->
         else:
             click.echo("\n".join(shown.lines(found)))
         return 0
-    run_dir = collect.find_run(run or "")
+    run_dir = find_run(run)
     listed, content = collect.bundle(run_dir)
     file = output or Path(f"{run_dir.resolve().name}{collect.SUFFIX}")
     try:

@@ -10,12 +10,13 @@ import click
 
 from testbed.errors import InputError
 from testbed.verbs.common import format_option, print_json, say
+from testbed.verbs.run_folders import complete_run, find_run
 
 DEFAULT_FILE = "page.html"
 
 
 @click.command()
-@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("run", required=False, shell_complete=complete_run)
 @click.option(
     "--output",
     "-o",
@@ -26,23 +27,24 @@ DEFAULT_FILE = "page.html"
 @click.option(
     "--against",
     metavar="RUN",
-    type=click.Path(path_type=Path),
+    shell_complete=complete_run,
     help="Also show what changed since this earlier run.",
 )
-def page(run: Path, output: Path | None, against: Path | None) -> None:
+def page(run: str | None, output: Path | None, against: str | None) -> None:
     """Make one HTML file of the run folder RUN: verdicts, evidence, rack, peers, logs.
 
-    It needs nothing else and asks no network: open it from a disk, send it, print it. Prints the
-    file's name.
+    RUN may be the beginning of its name, and is the newest if it is not given. The file needs
+    nothing else and asks no network: open it from a disk, send it, print it. Prints its name.
     """
     from testbed.page.render import render
     from testbed.results.record import write_atomically
 
-    text = render(run, against=against)
+    folder = find_run(run)
+    text = render(folder, against=None if against is None else find_run(against))
     if output is not None and str(output) == "-":
         click.echo(text, nl=False)
         return
-    target = output or run / DEFAULT_FILE
+    target = output or folder / DEFAULT_FILE
     try:
         write_atomically(target, text.encode(errors="replace"))
     except OSError as error:
@@ -52,10 +54,10 @@ def page(run: Path, output: Path | None, against: Path | None) -> None:
 
 
 @click.command()
-@click.argument("before", metavar="RUN_A", type=click.Path(path_type=Path))
-@click.argument("after", metavar="RUN_B", type=click.Path(path_type=Path))
+@click.argument("before", metavar="RUN_A", shell_complete=complete_run)
+@click.argument("after", metavar="RUN_B", shell_complete=complete_run)
 @format_option("text", "json")
-def diff(before: Path, after: Path, form: str) -> int:
+def diff(before: str, after: str, form: str) -> int:
     """Say what changed from run folder RUN_A to RUN_B: verdicts, environment, figures.
 
     Exit codes: 0 no verdict changed (environment and figures may have), 1 some verdict is new,
@@ -65,7 +67,7 @@ def diff(before: Path, after: Path, form: str) -> int:
     from testbed.results.changes import changes
     from testbed.results.changes_text import lines
 
-    found = changes(load_run(before).record, load_run(after).record)
+    found = changes(load_run(find_run(before)).record, load_run(find_run(after)).record)
     if form == "json":
         print_json(
             "testbed.diff/1",

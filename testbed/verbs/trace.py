@@ -9,20 +9,13 @@ from pathlib import Path
 
 import click
 
-from testbed.errors import Diagnostic, InputError
+from testbed.errors import InputError
 from testbed.verbs.common import format_option, print_json, say
-
-
-def _complete(_ctx: click.Context, _parameter: click.Parameter, word: str) -> list[str]:
-    from testbed.host import paths
-
-    runs = paths.state_dir() / "runs"
-    names = sorted((each.name for each in runs.iterdir()), reverse=True) if runs.is_dir() else []
-    return [name for name in names if name.startswith(word)]
+from testbed.verbs.run_folders import complete_run, find_run
 
 
 @click.command()
-@click.argument("run", required=False, shell_complete=_complete)
+@click.argument("run", required=False, shell_complete=complete_run)
 @format_option("text", "json", "perfetto")
 @click.option(
     "--output",
@@ -34,15 +27,15 @@ def trace(run: str | None, form: str, output: Path | None) -> None:
     """What the protocol core did in RUN: each negotiation, move, fence and fault, with its time,
     what made it happen and what it is a part of.
 
-    RUN is a run folder or its name; the newest that has such events if it is not given. They come
-    from the suite p2p-negotiation. --format perfetto is Chrome's trace event format: open the file
-    at https://ui.perfetto.dev or chrome://tracing.
+    RUN is a run folder or the beginning of its name; the newest that has such events if it is not
+    given. They come from the suite p2p-negotiation. Format perfetto is Chrome's trace event
+    format: open the file at https://ui.perfetto.dev or chrome://tracing.
     """
     from testbed.host import paths
     from testbed.results import trace as traces
     from testbed.results import trace_perfetto, trace_text
 
-    folder = _folder(run, paths.state_dir() / "runs")
+    folder = traces.newest(paths.state_dir() / "runs") if run is None else find_run(run)
     if run is None:
         say(f"the newest run with protocol events: {folder}")
     rooms = traces.read(folder)
@@ -64,19 +57,3 @@ def trace(run: str | None, form: str, output: Path | None) -> None:
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror}") from None
     say(f"{output} is written")
-
-
-def _folder(run: str | None, runs: Path) -> Path:
-    """The run folder that is meant. :raises InputError: there is none, with the nearest name."""
-    from testbed.results import trace as traces
-    from testbed.topology.problem import nearest
-
-    if run is None:
-        return traces.newest(runs)
-    for folder in (Path(run), runs / run):
-        if folder.is_dir():
-            return folder
-    known = [each.name for each in runs.iterdir()] if runs.is_dir() else []
-    expected = f"a folder, or the name of one in {runs}"
-    message = "is no folder" if Path(run).exists() else "no such run"
-    raise InputError(diagnostics=[Diagnostic(run, 0, 0, message, expected, nearest(run, known))])

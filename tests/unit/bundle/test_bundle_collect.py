@@ -118,19 +118,6 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
         collect.bundle(folder)
 
 
-def test_a_run_is_found_by_the_beginning_of_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TESTBED_STATE_DIR", str(tmp_path))
-    for name in ("20260101-quad", "20260102-quad"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-    assert collect.find_run("20260102").name == "20260102-quad"
-    with pytest.raises(InputError, match="several runs; expected 20260101-quad or 20260102-quad"):
-        collect.find_run("2026")
-    with pytest.raises(InputError, match="did you mean '20260101-quad'"):
-        collect.find_run("20260101-quat")
-
-
 @pytest.mark.parametrize(
     ("text", "scrubbed"),
     [
@@ -178,12 +165,12 @@ def test_the_verb_names_the_file_after_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "again.zip").read_bytes() == made.read_bytes()
     assert archive.read(made).manifest.kind == "run"
     for words, said in (
-        ((), "which run?"),
-        ((".", "--show", "x"), "which run?"),
+        ((), "no run yet in"),
+        ((".", "--show", "x"), "which of the two?"),
         (("--show", "none.zip"), "cannot be read"),
         ((".", "-o", "none/x.zip"), "cannot write none/x.zip"),
         ((".", "-o", str(tmp_path)), "cannot write"),
-        (("none",), "no such folder"),
+        (("none",), "no such run"),
     ):
         done = verb(*words)
         assert done.returncode == 2, done.stderr
