@@ -117,7 +117,7 @@ def test_the_verb_answers_by_its_exit_code(
     assert said["format"] == "testbed.diff/1"
     assert said["verdicts"][0]["kind"] == "broken"
     assert run_verb("diff", one, tmp_path / "none") == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "no such run" in capsys.readouterr().err
 
 
 def test_the_page_verb_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
