@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,10 @@ from testbed.matrix.model import (
     Matrix,
 )
 from testbed.topology import load as topologies
-from testbed.topology import variables
+from testbed.topology.document import read_document
 from testbed.topology.model import Topology
 from testbed.topology.problem import DataPath, Problem, listing, nearest
-from testbed.topology.source import Source, decode
-from testbed.topology.template import Rendered, render
 from testbed.topology.validation import explain
-from testbed.topology.yaml_data import Parsed, parse
 
 WHOLE = "the matrix"
 
@@ -53,19 +50,9 @@ def load(path: Path, settings: Mapping[str, str], *, trust: bool = False) -> Pla
     """
     content = topologies.read(path)
     name, folder = str(path), path.absolute().parent
-    if len(content) > topologies.MOST_FILE_BYTES:
-        raise InputError(f"{name}: larger than {topologies.MOST_FILE_BYTES} bytes")
-    source = decode(name, content)
-    values = variables.override(variables.read(source), settings, name)
-    rendered = render(source, values)
-    parsed = parse(rendered.text)
-    if parsed.faults:
-        raise source.error(*(topologies.in_file(fault, rendered) for fault in parsed.faults))
-    if values and isinstance(parsed.data, dict):
-        parsed.data["vars"] = values
-    file = _File(source, rendered, parsed)
+    file = read_document(content, name, settings)
     try:
-        matrix = Matrix.model_validate(parsed.data)
+        matrix = Matrix.model_validate(file.data)
     except ValidationError as error:
         raise file.error(explain(error, Matrix, whole=WHOLE)) from None
     if problems := list(_count(matrix)):
@@ -97,21 +84,6 @@ def shipped_matrices() -> dict[str, Path]:
 
     folder = paths.data_dir("topologies") / "matrices"
     return {p.name.removesuffix(SUFFIX): p for p in sorted(folder.glob(f"*{SUFFIX}"))}
-
-
-@dataclass(frozen=True)
-class _File:
-    """The file's text, to which problems are traced back."""
-
-    source: Source
-    rendered: Rendered
-    parsed: Parsed
-
-    def error(self, found: Iterable[Problem]) -> InputError:
-        """The problems as one error, each at its place."""
-        return self.source.error(
-            *(topologies.located(each, self.parsed.places, self.rendered) for each in found)
-        )
 
 
 def _count(matrix: Matrix) -> Iterator[Problem]:

@@ -25,15 +25,12 @@ from testbed.reports import strangers
 from testbed.reports.checks import problems
 from testbed.reports.model import SUFFIX, Environment, Report
 from testbed.topology import load as topologies
-from testbed.topology import variables
+from testbed.topology.document import Document, read_document
 from testbed.topology.model import Topology, from_data, to_data, with_overrides
 from testbed.topology.placement import attempt
 from testbed.topology.plan import RackPlan
 from testbed.topology.problem import DataPath, Problem, listing, nearest
-from testbed.topology.source import Source, decode
-from testbed.topology.template import Rendered, render
 from testbed.topology.validation import explain
-from testbed.topology.yaml_data import Parsed, parse
 
 WHOLE = "the report"
 
@@ -112,19 +109,9 @@ def load_bytes(
     :param resolved: its topology with the environment in it, as a record keeps it, instead of what
         the report names.
     """
-    if len(content) > topologies.MOST_FILE_BYTES:
-        raise InputError(f"{name}: larger than {topologies.MOST_FILE_BYTES} bytes")
-    source = decode(name, content)
-    values = variables.override(variables.read(source), settings, name)
-    rendered = render(source, values)
-    parsed = parse(rendered.text)
-    if parsed.faults:
-        raise source.error(*(topologies.in_file(fault, rendered) for fault in parsed.faults))
-    if values and isinstance(parsed.data, dict):
-        parsed.data["vars"] = values
-    file = _File(source, rendered, parsed)
+    file = read_document(content, name, settings)
     try:
-        report = Report.model_validate(parsed.data)
+        report = Report.model_validate(file.data)
     except ValidationError as error:
         raise file.error(explain(error, Report, whole=WHOLE)) from None
     overrides = overrides or Overrides()
@@ -139,33 +126,18 @@ def load_bytes(
     placed = attempt(topology)
     if placed.plan is None:
         raise file.error([Problem(("topology",), p.message, p.expected) for p in placed.problems])
-    found = problems(report, placed.plan, parsed.data)
+    found = problems(report, placed.plan, file.data)
     if found:
         raise file.error(found)
     qemu = overrides.qemu or report.environment.qemu
-    return Case(name, report, topology, placed.plan, dict(values), qemu, content, overrides)
-
-
-@dataclass(frozen=True)
-class _File:
-    """The report's text, to which problems are traced back."""
-
-    source: Source
-    rendered: Rendered
-    parsed: Parsed
-
-    def error(self, found: Any) -> InputError:
-        """The problems as one error, each at its place."""
-        return self.source.error(
-            *(topologies.located(each, self.parsed.places, self.rendered) for each in found)
-        )
+    return Case(name, report, topology, placed.plan, dict(file.values), qemu, content, overrides)
 
 
 @dataclass(frozen=True)
 class _Racks:
     """Where a report's topology comes from."""
 
-    file: _File
+    file: Document
     report: Report
     folder: Path
     trust: bool

@@ -15,20 +15,16 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from testbed.errors import Diagnostic, InputError
-from testbed.topology import variables
+from testbed.topology.document import MOST_FILE_BYTES, read_document
 from testbed.topology.model import Topology, from_data
 from testbed.topology.placement import attempt
-from testbed.topology.problem import DataPath, Problem, nearest
-from testbed.topology.source import Fault, decode
-from testbed.topology.template import Rendered, render
+from testbed.topology.problem import Problem, nearest
 from testbed.topology.validation import explain
-from testbed.topology.yaml_data import Place, parse
 
 # What may still refuse a topology (each Problem is then shown at its place), or complete it.
 Admission = Callable[[Topology], tuple[Topology, tuple[Problem, ...]]]
 
 STDIN = "-"
-MOST_FILE_BYTES = 1 << 20
 
 
 def load(
@@ -62,19 +58,9 @@ def load_bytes(
     admit: Admission | None = None,
 ) -> Topology:
     """The topology in the bytes of a file called ``name``; ``folder`` is where it stands."""
-    if len(content) > MOST_FILE_BYTES:
-        raise InputError(f"{name}: larger than {MOST_FILE_BYTES} bytes")
-    source = decode(name, content)
-    values = variables.override(variables.read(source), settings, name)
-    rendered = render(source, values)
-    parsed = parse(rendered.text)
-    if parsed.faults:
-        raise source.error(*(in_file(fault, rendered) for fault in parsed.faults))
-    data = parsed.data
-    if values and isinstance(data, dict):
-        data["vars"] = values
+    document = read_document(content, name, settings)
     try:
-        topology = from_data(data, folder=folder)
+        topology = from_data(document.data, folder=folder)
     except ValidationError as error:
         found = explain(error, Topology)
     else:
@@ -82,7 +68,7 @@ def load_bytes(
         if admit is not None and not found:
             topology, found = admit(topology)
     if found:
-        raise source.error(*(located(problem, parsed.places, rendered) for problem in found))
+        raise document.error(found)
     return topology
 
 
@@ -99,19 +85,3 @@ def read(path: Path) -> bytes:
         raise InputError(
             diagnostics=[Diagnostic(str(path), 0, 0, message, nearest=close)]
         ) from None
-
-
-def in_file(fault: Fault, rendered: Rendered) -> Fault:
-    """A fault in the rendered text, moved to where that text came from."""
-    index = rendered.source_index(fault.index)
-    return Fault(index, fault.message, fault.expected, fault.nearest)
-
-
-def located(problem: Problem, places: Mapping[DataPath, Place], rendered: Rendered) -> Fault:
-    """The problem at its place in the file, or at that of the nearest value around it."""
-    path = problem.path
-    while path not in places:
-        path = path[:-1]
-    place = places[path]
-    index = place.key if problem.at_key else place.value
-    return in_file(Fault(index, problem.message, problem.expected, problem.nearest), rendered)

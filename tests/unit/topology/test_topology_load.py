@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import ExitCode, InputError
-from testbed.topology.load import MOST_FILE_BYTES, load, load_text
+from testbed.topology.document import MOST_FILE_BYTES
+from testbed.topology.load import load, load_text
 from testbed.topology.model import Gpu, from_data, to_data, with_overrides
 
 SHIPPED = Path(__file__).parents[3] / "topologies"
