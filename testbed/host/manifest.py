@@ -97,6 +97,7 @@ class Manifest(_Strict):
     toolroot: PackageSet
     toolchain: PackageSet
     browser: PackageSet
+    virtme: PackageSet
     headers: Headers
     guest: PackageSet
     image: GuestFiles

@@ -131,7 +131,7 @@ def bench(
     from testbed.benchmarks import suite as bench_suite
     from testbed.benchmarks.plot import svg
     from testbed.host import probe
-    from testbed.verbs.install import install_for
+    from testbed.verbs.install import install_for, options
 
     topologies = {
         file: load_topology(
@@ -144,7 +144,9 @@ def bench(
     accelerator = probe.accelerator(installation)
     result: dict[str, Any]
     if what == "boot":
-        peer = virtme.command(installation, accelerator) if against else peer
+        if against:
+            with options() as setup:
+                peer = virtme.command(installation, accelerator, setup)
         result = measure.boot(
             topologies, installation, accelerator, runs=runs, peer=peer, warm=warm
         )

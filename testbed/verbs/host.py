@@ -51,6 +51,11 @@ def doctor(qemu: str | None, fresh: bool, form: str) -> int:
     is_flag=True,
     help="Also make ready what builds kernel modules for these kernels (otherwise: when needed).",
 )
+@click.option(
+    "--virtme",
+    is_flag=True,
+    help="Also make ready what virtme-ng calls in `testbed bench` (otherwise: when needed).",
+)
 @click.option("--quiet", is_flag=True, help="Say nothing unless something is downloaded.")
 @format_option("text", "json")
 def setup(
@@ -61,6 +66,7 @@ def setup(
     update_lock: bool,
     qemu: str | None,
     toolchain: bool,
+    virtme: bool,
     quiet: bool,
     form: str,
 ) -> None:
@@ -69,8 +75,9 @@ def setup(
     What is made already is left alone: a second set-up asks no mirror and takes no time.
     """
     from testbed import deploy
+    from testbed.benchmarks import virtme as peer
     from testbed.host import prepare, probe
-    from testbed.verbs.install import builders, install
+    from testbed.verbs.install import builders, install, options
 
     installation = install(
         [prepare.DEFAULT_KERNEL, *kernels], qemu=qemu, mirror=mirror, locked=locked, refresh=refresh
@@ -79,6 +86,9 @@ def setup(
     if toolchain:
         for builder in builders(installation.kernels, locked=locked, refresh=refresh):
             sets |= builder.packages
+    if virtme:
+        with options(mirror, locked, refresh) as setup_options:
+            sets |= peer.prepare(setup_options)
     if update_lock:
         prepare.update_lock(sets)
     accelerator = probe.accelerator(installation)

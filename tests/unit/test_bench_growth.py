@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -16,6 +17,8 @@ from testbed.benchmarks import growth, virtme
 from testbed.benchmarks.plot import svg
 from testbed.benchmarks.suite import _Watch
 from testbed.errors import CapabilityMissing
+from testbed.host.kernel import KernelImage
+from testbed.host.packages import PackageRoot, SetupOptions
 from testbed.topology import load, placement
 from testbed.topology.model import Gpu
 
@@ -75,11 +78,57 @@ def test_processor_time_is_counted_by_who_used_it(tmp_path: Path) -> None:
     assert used["models"] == 0
 
 
-def test_without_what_virtme_calls_it_is_a_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setattr(virtme, "_SBIN", "/nowhere")
-    with pytest.raises(CapabilityMissing, match="virtme-ng needs depmod and busybox"):
-        virtme.command(None, "tcg")  # type: ignore[arg-type]
+@pytest.fixture
+def setup(tmp_path: Path) -> SetupOptions:
+    return SetupOptions(cache=tmp_path / "cache", offline=True)
+
+
+def _kernel(folder: Path, *modules: str) -> KernelImage:
+    """A kernel as Debian's packages put it."""
+    place = folder / "usr/lib/modules/7.0-x"
+    for name in modules:
+        (place / "kernel" / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / "kernel" / name).write_bytes(b"a module")
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "vmlinuz").write_bytes(b"a kernel")
+    (place / "modules.order").write_text("kernel/9p.ko\n")
+    image = place / "vmlinuz"
+    return KernelImage("x", "7.0-x", image, False, "0" * 64, image, None, image, ())
+
+
+def test_a_kernel_that_virtme_cannot_boot_is_a_skip(tmp_path: Path, setup: SetupOptions) -> None:
+    installation = SimpleNamespace(kernels={"x": _kernel(tmp_path / "root")})
+    with pytest.raises(CapabilityMissing, match=r"9p, which kernel 7\.0-x does not have"):
+        virtme.command(installation, "tcg", setup)  # type: ignore[arg-type]
+
+
+def test_virtme_writes_beside_a_kernel_and_never_into_its_packages(
+    tmp_path: Path, setup: SetupOptions
+) -> None:
+    kernel = _kernel(tmp_path / "root", "fs/9p.ko.xz")
+    before = sorted(tmp_path.rglob("*"))
+    image = virtme.view(kernel, kernel.source.parent, setup)
+    assert image.name == "vmlinuz-7.0-x", "its release is read from its name"
+    assert image.resolve() == kernel.source
+    modules = image.parent.parent / "lib/modules/7.0-x"
+    (modules / "modules.dep").write_text("depmod was here")
+    assert (modules / "kernel/fs/9p.ko.xz").read_bytes() == b"a module"
+    assert (
+        sorted(each for each in tmp_path.rglob("*") if setup.cache not in (each, *each.parents))
+        == before
+    )
+    assert virtme.view(kernel, kernel.source.parent, setup) == image, "made once"
+
+
+def test_what_virtme_calls_is_in_the_packages(tmp_path: Path, setup: SetupOptions) -> None:
+    """Run through their own loader, whatever is on the host."""
+    root = tmp_path / "root"
+    found = virtme.tools(PackageRoot("virtme", "k", root, ()), setup)
+    assert {each.name for each in found.iterdir()} == {"busybox", "depmod", "modprobe", "strings"}
+    assert (found / "busybox").readlink() == root / "usr/bin/busybox"
+    script = (found / "depmod").read_text()
+    assert str(root / "usr/lib64/ld-linux-x86-64.so.2") in script
+    assert '--argv0 "$0"' in script, "kmod does what its name says"
 
 
 def test_the_command_line_starts_in_time() -> None:
