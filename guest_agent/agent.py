@@ -181,10 +181,11 @@ class Agent(KernelMethods):
         return system.info()
 
     @registry.method("pci.tree")
-    def _pci_tree(self) -> dict[str, Any]:
+    def _pci_tree(self, *, only: list[str] | None = None) -> dict[str, Any]:
+        """Of all functions, or of those whose addresses are given."""
         from guest_agent.observe import pci
 
-        return {"devices": pci.tree()}
+        return {"devices": pci.tree(only=only)}
 
     @registry.method("kmsg.mark")
     def _kmsg_mark(self) -> dict[str, int]:

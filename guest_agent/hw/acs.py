@@ -18,7 +18,8 @@ def set_control(bdf: str, control: int) -> int:
     :raises ParameterError: the function has no ACS, or the register no such bits.
     """
     path = f"{sysfs.ROOT}/bus/pci/devices/{bdf}/config"
-    found = pci.acs(sysfs.read_bytes(path))
+    with pci.ConfigSpace(path) as config:
+        found = pci.acs(config)
     if found is None:
         raise ParameterError(f"device: {bdf} has no ACS capability")
     if control & ~0x7F:

@@ -24,7 +24,8 @@ back, ``witness("gpu0")`` counts what one does in a ``with`` block
 
 Markers: ``requirement("ID", …)`` names what a test shows; ``gated_by("ID")`` skips it unless the
 tests of ID have passed before; ``boots("name", …)`` lets these variants boot in the background as
-soon as a test that uses them is chosen; ``pristine`` gives a test a machine that no other has used.
+soon as a test that uses them is chosen (:mod:`testbed.harness.early`); ``pristine`` gives a test a
+machine that no other has used.
 
 Ends: an AssertionError is a FAIL, :class:`~testbed.errors.LostError` is LOST (the next test gets a
 fresh machine), :class:`~testbed.errors.CapabilityMissing` is a SKIP, anything else is an ERROR.
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 _MARKERS = (
     "requirement(id, ...): the requirements of the conformance catalogue that this test shows",
     "gated_by(id, ...): skip unless the tests of these requirements passed before",
-    "boots(variant, ...): variants of the rack that this test uses, to be booted early",
+    "boots(variant, ..., when=fits): these variants (the rack itself) may boot early if fits(plan)",
     "pristine: start on a machine that no other test has used",
 )
 

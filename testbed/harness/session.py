@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from testbed.errors import CapabilityMissing, LostError, ModuleStays
+from testbed.harness import early
 from testbed.harness.racks import RackPool
 from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 REQUIREMENT = "requirement"
 GATED_BY = "gated_by"
-BOOTS = "boots"
 PRISTINE = "pristine"
 VARIANTS_HOOK = "rack_variants"  # a module's function: topology → {name: topology}
 
@@ -138,15 +138,18 @@ class ConformanceSession:
         self._announce(len(session.items))
         if session.config.option.collectonly:
             return
-        if any("rack" in _fixtures(item) for item in session.items):
+        wanted = early.wanted(session.items, self.pool.source.plan)
+        if wanted.main:
             self.pool.main.start()
+        made: dict[object, dict[str, Topology]] = {}  # by hook, which several modules can share
         for item in session.items:
             if "variant" in _fixtures(item) and isinstance(item, pytest.Function):
                 hook = getattr(item.module, VARIANTS_HOOK, None)
-                variants: dict[str, Topology] = hook(self.pool.source.topology) if hook else {}
-                for name, topology in variants.items():
-                    self.pool.declare(name, topology)
-                for name in set(_marked(item, BOOTS)) & variants.keys():
+                if hook not in made:
+                    made[hook] = hook(self.pool.source.topology) if hook else {}
+                    for name, topology in made[hook].items():
+                        self.pool.declare(name, topology)
+                for name in wanted.variants.get(item, set()) & made[hook].keys():
                     self.pool.variant(name).start()
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:

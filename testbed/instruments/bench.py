@@ -121,10 +121,19 @@ class Bench:
 
     @classmethod
     def open(
-        cls, node: RackNode, functions: Iterable[Function], mutation: Mutation = Mutation.NONE
+        cls,
+        node: RackNode,
+        functions: Iterable[Function],
+        mutation: Mutation = Mutation.NONE,
+        *,
+        tree: Sequence[Mapping[str, Any]] | None = None,
     ) -> Bench:
-        """Hand the devices to VFIO, in one container."""
-        tree = node.agent.call("pci.tree")["devices"]
+        """Hand the devices to VFIO, in one container.
+
+        :param tree: the agent's ``pci.tree``, if it is at hand.
+        """
+        if tree is None:
+            tree = node.agent.call("pci.tree")["devices"]
         opened = node.agent.call("vfio.open", devices=_unique(functions))
         bars = [
             (bar["address"], bar["size_bytes"])

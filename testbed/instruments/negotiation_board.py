@@ -25,7 +25,9 @@ from testbed.instruments.observer import Refuted
 from testbed.instruments.paths import DeviceWitness, PathWatch
 from testbed.results.judging import Judgement
 from testbed.topology.interconnects import Offer, links_of, offers_of, tables
-from testbed.topology.plan import Function, Role
+from testbed.topology.model import Node
+from testbed.topology.oracle import iommu_groups
+from testbed.topology.plan import Function, NodePlan, Role
 
 EVENTS = "protocol-events.jsonl"
 BUFFERS_AT = 1 << 20  # in each video memory
@@ -42,6 +44,24 @@ def do(name: str, /, **parts: Any) -> dict[str, Any]:
     return {"do": name, **parts}
 
 
+def takes_part(plan: NodePlan, spec: Node) -> tuple[list[Function], list[Function]]:
+    """The GPU models and NIC models of a node that can have an address space each, in order.
+
+    Of devices that share an IOMMU group, and so all their addresses, the first takes part.
+    """
+    groups = iommu_groups(plan, spec)
+    group_of = {bdf: number for number, group in enumerate(groups) for bdf in group}
+    found: dict[str, list[Function]] = {"model": [], "model-nic": []}
+    taken: set[int | str] = set()
+    for kind, chosen in found.items():
+        for function in plan.by_role(Role.ENGINE):
+            group = group_of.get(function.bdf, function.bdf)
+            if function.kind == kind and group not in taken:
+                taken.add(group)
+                chosen.append(function)
+    return found["model"], found["model-nic"]
+
+
 class NegotiationBoard:
     """Everything of one node opened, and a room of the protocol core in its agent."""
 
@@ -50,12 +70,13 @@ class NegotiationBoard:
     ) -> None:
         self.policy = policy  # under which every test begins
         self.node: RackNode = rack.nodes[node]
-        plan = self.node.plan
-        gpus = [f for f in plan.by_role(Role.ENGINE) if f.kind == "model"]
-        nics = [f for f in plan.by_role(Role.ENGINE) if f.kind == "model-nic"]
+        gpus, nics = takes_part(self.node.plan, rack.topology.nodes[node])
         self.gpus = [f.device for f in gpus]
         self.nics = [f.device for f in nics]
-        self.links, self.link_numbers = links_of(rack.plan, node)
+        links, self.link_numbers = links_of(rack.plan, node)
+        self.links = [
+            link for link in links if all(device in self.gpus for device, _ in link["ends"])
+        ]
         self._topology = rack.topology
         self._events_file: Path = rack.run_dir / EVENTS
         self._after = 0
@@ -63,7 +84,8 @@ class NegotiationBoard:
         self.witness: dict[str, DeviceWitness] = {}
         self.requesters = {f.device: f.bdf for f in (*gpus, *nics)}
         self._benches: list[Bench] = []
-        members = [self._open(index, f) for index, f in enumerate((*gpus, *nics))]
+        tree = self.node.agent.call("pci.tree")["devices"]
+        members = [self._open(index, f, tree) for index, f in enumerate((*gpus, *nics))]
         self.call(
             "open",
             members=members,
@@ -74,9 +96,11 @@ class NegotiationBoard:
         self.unused: dict[str, int] = self.call("clean")["left"]
         self.broken = ""  # the break in force, of this board alone
 
-    def _open(self, index: int, function: Function) -> dict[str, Any]:
+    def _open(
+        self, index: int, function: Function, tree: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
         device = function.device
-        bench = Bench.open(self.node, self.node.plan.of_device(device))
+        bench = Bench.open(self.node, self.node.plan.of_device(device), tree=tree)
         self._benches.append(bench)
         # Each device's addresses begin elsewhere, so that another's lead nowhere.
         bench.mapper.reserve((index + 1) * _IOVA_BYTES)
@@ -183,6 +207,13 @@ class NegotiationBoard:
     def gpu_offers(self, device: str, *kinds: str) -> list[Offer]:
         """A GPU's list: its links, PCIe, RAM; of these ``kinds`` if any are named, in order."""
         return offers_of(self.links, device, *kinds)
+
+    def way(self, exporter: str, importer: str) -> dict[str, Any]:
+        """The facts of the importer's path over PCIe to the exporter's memory."""
+        for way in self.facts()["pcie"]:
+            if (way["exporter"], way["importer"]) == (exporter, importer):
+                return {k: v for k, v in way.items() if k not in ("exporter", "importer")}
+        raise KeyError(f"{importer} has no path to {exporter}")
 
     # --- what was seen
 

@@ -4,7 +4,7 @@ help from the core's code.
 
 A rule picks from two lists of offers. It sees what a path is like through ``rank``, which is by
 facts alone: the bytes stay in device memory, fewer redirects, not through the root complex, nothing
-translates, wider, fewer hops.
+translates, more bandwidth, fewer hops.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from testbed.topology.problem import nearest
 
 Rank = tuple[object, ...]
 _PRIVATE = ("xgmi", "nvlink", "xelink")
+# Nominal gigabits a second of a lane, as the vendors publish them: AMD's xGMI 2, NVIDIA's NVLink 3,
+# Intel's Xe Link; PCI Express 4.0 is the rest, with its 130 bits for 128.
+_LANE_GBPS = {"xgmi": 25.0, "nvlink": 50.0, "xelink": 53.0}
+_PCIE_LANE_GBPS = 16 * 128 / 130
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def _rank(ours: Offer, theirs: Offer, facts: Mapping[str, Any]) -> Rank | None:
         ends = [[ours["device"], ours["port"]], [theirs["device"], theirs["port"]]]
         for link in facts["links"]:
             if link["kind"] == ours["kind"] and sorted(link["ends"]) == sorted(ends):
-                return (0, 0, False, False, -link["width"], 1)
+                rate = _LANE_GBPS[link["kind"]] * link["width"]
+                return (0, 0, False, False, -rate, 1)
         return None
     if ours["kind"] == "system":
         way = facts["system"][theirs["device"]]
@@ -112,4 +117,5 @@ def _rank(ours: Offer, theirs: Offer, facts: Mapping[str, Any]) -> Rank | None:
 
 
 def _numbers(way: Mapping[str, Any]) -> Rank:
-    return (len(way["redirects"]), way["host_bridge"], way["iommu"], -way["width"], way["hops"])
+    rate = _PCIE_LANE_GBPS * way["width"]
+    return (len(way["redirects"]), way["host_bridge"], way["iommu"], -rate, way["hops"])

@@ -19,12 +19,12 @@ from testbed.instruments.interface import RackNode
 from testbed.instruments.memory import VRAM_BAR
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.reasons import why_not_shown
-from testbed.suites.kernel_fixtures import is_trusted_amd, kernel_module
+from testbed.suites.kernel_fixtures import kernel_module, trusted_nodes
 from testbed.suites.p2p_kernel import ROUTER
 from testbed.topology.machine import Iommu
 from testbed.topology.oracle import Route
 from testbed.topology.placement import place
-from testbed.topology.plan import Function
+from testbed.topology.plan import Function, RackPlan
 
 IOMMU_OFF = "iommu-off"  # a variant of the rack
 ROUTES = (Route.ROOT, Route.REDIRECTED, Route.SWITCH)
@@ -32,6 +32,15 @@ THROUGH_HOST_BRIDGE = (Route.ROOT, Route.REDIRECTED)
 
 # ``arrange_buffers(...)``: see the fixture.
 ArrangeBuffers = Callable[..., Exchange]
+
+
+def with_buffers(*routes: Route) -> Callable[[RackPlan], bool]:
+    """Whether a rack has a pair of exporter and importer with one of these routes; of any if none
+    is named."""
+    return lambda plan: any(pair.route in (routes or ROUTES) for pair in buffer_pairs(plan))
+
+
+has_buffers = with_buffers()
 
 
 @pytest.fixture
@@ -48,6 +57,8 @@ def arrange_buffers(
     ``here``      no variant will do, unless it is named.
     ``broken``    what is broken on purpose, instead of what the run breaks.
     """
+    # Asked of the rack itself: a variant has the same processor, and need not boot to say so.
+    trusted = trusted_nodes(rack)
     with ExitStack() as stack:
 
         def make(
@@ -61,14 +72,14 @@ def arrange_buffers(
         ) -> Exchange:
             live = variant(name) if name else rack
             try:
-                node, pair, through_host = _choose(live, routes, allowed=allowed)
+                node, pair, through_host = _choose(live, routes, trusted, allowed=allowed)
             except CapabilityMissing as missing:
                 if name or vfio or here or routes != ROUTES:
                     raise
                 # Where Linux refuses what a switch redirects, it allows it without an IOMMU.
                 try:
                     name, live = IOMMU_OFF, variant(IOMMU_OFF)
-                    node, pair, through_host = _choose(live, routes, allowed=allowed)
+                    node, pair, through_host = _choose(live, routes, trusted, allowed=allowed)
                 except CapabilityMissing:
                     raise missing from None
             iommu = live.topology.nodes[pair.node].iommu
@@ -119,14 +130,16 @@ def opened(
 
 
 def _choose(
-    live: LiveRack, routes: tuple[Route, ...], *, allowed: bool
+    live: LiveRack,
+    routes: tuple[Route, ...],
+    trusted: Callable[[str], bool],
+    *,
+    allowed: bool,
 ) -> tuple[RackNode, BufferPair, bool]:
     """The first pair, by route, that the kernel lets do peer-to-peer DMA, unless any will do.
 
-    And whether the kernel sends it through the host bridge.
+    And whether the kernel sends it through the host bridge, which it does if it trusts it.
     """
-    live.get()
-    live.drop_all()  # what VFIO has, no driver can have
     pairs = buffer_pairs(place(live.topology))
     if not pairs:
         raise CapabilityMissing(
@@ -136,10 +149,11 @@ def _choose(
         for pair in pairs:
             if pair.route is not route:
                 continue
-            node = live.nodes[pair.node]
-            through_host = route in THROUGH_HOST_BRIDGE and is_trusted_amd(node)
+            through_host = route in THROUGH_HOST_BRIDGE and trusted(pair.node)
             if through_host or not allowed or route is Route.SWITCH:
-                return node, pair, through_host
+                live.get()
+                live.drop_all()  # what VFIO has, no driver can have
+                return live.nodes[pair.node], pair, through_host
     if not any(pair.route in routes for pair in pairs):
         with_or_without = "with" if Route.SWITCH in routes else "without"
         raise CapabilityMissing(
@@ -155,9 +169,8 @@ def _release(exchange: Exchange) -> None:
 
 def bus_address(node: RackNode, exporter: Function) -> int:
     """Where the BAR of a video memory is. CapabilityMissing: it has no address."""
-    for device in node.agent.call("pci.tree")["devices"]:
-        if device["bdf"] == exporter.bdf:
-            for bar in device["bars"]:
-                if bar["index"] == VRAM_BAR:
-                    return int(bar["address"])
+    for device in node.agent.call("pci.tree", only=[exporter.bdf])["devices"]:
+        for bar in device["bars"]:
+            if bar["index"] == VRAM_BAR:
+                return int(bar["address"])
     raise CapabilityMissing(f"{exporter.name}: its BAR {VRAM_BAR} has no address")

@@ -20,7 +20,7 @@ from testbed.instruments.mutations import Mutation
 from testbed.instruments.private_memory import MODULE, Workplace
 from testbed.instruments.reasons import why_not_shown
 from testbed.suites.dmabuf_fixtures import ROUTES, THROUGH_HOST_BRIDGE, bus_address
-from testbed.suites.kernel_fixtures import is_trusted_amd, kernel_module
+from testbed.suites.kernel_fixtures import kernel_module, trusted_nodes
 from testbed.suites.p2p_kernel import ROUTER
 from testbed.topology.oracle import Route
 from testbed.topology.placement import place
@@ -40,8 +40,6 @@ def arrange_private(rack: LiveRack, mutation: Mutation) -> Iterator[ArrangePriva
     with ExitStack() as stack:
 
         def make(*, path: bool | None = None, own: bool = False) -> Workplace:
-            rack.get()
-            rack.drop_all()  # what VFIO has, no driver can have
             plan = place(rack.topology)
             pairs = buffer_pairs(plan)
             if own:
@@ -49,6 +47,8 @@ def arrange_private(rack: LiveRack, mutation: Mutation) -> Iterator[ArrangePriva
             if not pairs:
                 lacking = " (the GPU model in both)" if own else ""
                 raise CapabilityMissing(f"this rack lacks two GPUs with engines{lacking}")
+            rack.get()
+            rack.drop_all()  # what VFIO has, no driver can have
             node, pair, by_iova = _choose(rack, pairs, path)
             iommu = rack.topology.nodes[pair.node].iommu
             if why := why_not_shown(iommu):
@@ -95,14 +95,14 @@ def _choose(
 
     And whether that leads through the host bridge, where the IOMMU translates.
     """
+    trusted = trusted_nodes(rack)
     for route in ROUTES:
         for pair in pairs:
             if pair.route is not route:
                 continue
-            node = rack.nodes[pair.node]
-            through_host = route in THROUGH_HOST_BRIDGE and is_trusted_amd(node)
+            through_host = route in THROUGH_HOST_BRIDGE and trusted(pair.node)
             if path is None or path is (through_host or route is Route.SWITCH):
-                return node, pair, through_host
+                return rack.nodes[pair.node], pair, through_host
     if path:
         raise CapabilityMissing(
             "two GPUs below a plain switch, or an AMD processor of family 0x17 or later"

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import pytest
 
@@ -23,6 +24,7 @@ from testbed.rack import RackNode as RealNode
 from testbed.topology.model import Node
 from testbed.topology.oracle import FIRST_ZEN_FAMILY, Route
 from testbed.topology.placement import place
+from testbed.topology.plan import RackPlan
 
 Variant = Callable[[str], LiveRack]
 
@@ -68,6 +70,11 @@ class Machine:
 Arrange = Callable[[Needs], Machine]
 
 
+def with_disks(*routes: Route) -> Callable[[RackPlan], bool]:
+    """Whether a rack has a pair of disks with one of these routes."""
+    return lambda plan: any(pair.route in routes for pair in disk_pairs(plan))
+
+
 @pytest.fixture
 def arrange(rack: LiveRack, variant: Variant, mutation: Mutation) -> Iterator[Arrange]:
     """``arrange(Needs(...))``: the machine that a requirement needs, or a SKIP that says what the
@@ -99,6 +106,11 @@ def is_trusted_amd(node: RackNode) -> bool:
     """Linux trusts the host bridge of its processor to route between root ports."""
     found = node.agent.call("system.info")
     return bool(found["cpu_vendor"] == "AuthenticAMD" and found["cpu_family"] >= FIRST_ZEN_FAMILY)
+
+
+def trusted_nodes(rack: LiveRack) -> Callable[[str], bool]:
+    """:func:`is_trusted_amd` of a node by its name; each is asked once at most."""
+    return cache(lambda name: is_trusted_amd(rack.nodes[name]))
 
 
 @contextmanager

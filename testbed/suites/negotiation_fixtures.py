@@ -11,20 +11,26 @@ from testbed.errors import CapabilityMissing
 from testbed.harness.racks import LiveRack
 from testbed.instruments.interface import Rack
 from testbed.instruments.mutations import Mutation
-from testbed.instruments.negotiation_board import NegotiationBoard, do
+from testbed.instruments.negotiation_board import NegotiationBoard, do, takes_part
 from testbed.instruments.negotiation_rules import DEFAULT_POLICY
 from testbed.instruments.observer import Refuted
-from testbed.topology.plan import Role
+from testbed.topology.placement import place
+from testbed.topology.plan import RackPlan
 
 
-def _node(rack: LiveRack) -> str:
-    """The first node with two GPU models that are translated for."""
-    for name, plan in rack.plan.nodes.items():
-        iommu = rack.topology.nodes[name].iommu
-        models = [f for f in plan.by_role(Role.ENGINE) if f.kind == "model"]
-        if len(models) > 1 and iommu.kind != "none" and iommu.mode not in ("off", "passthrough"):
+def a_node(plan: RackPlan) -> str:
+    """The first node on which two GPU models have an address space each, or "" if none is so."""
+    for name, node in plan.nodes.items():
+        spec = plan.topology.nodes[name]
+        translates = spec.iommu.kind != "none" and spec.iommu.mode not in ("off", "passthrough")
+        if translates and len(takes_part(node, spec)[0]) > 1:
             return name
-    raise CapabilityMissing("a node with two GPU models behind an IOMMU that translates")
+    return ""
+
+
+def has_node(plan: RackPlan) -> bool:
+    """Whether any test of this suite will get as far as its rack."""
+    return bool(a_node(plan))
 
 
 @pytest.fixture
@@ -36,10 +42,16 @@ def board(
     What a test leaves in use, with everything ended, is a leak and a FAIL.
     """
 
-    def make(booted: Rack) -> NegotiationBoard:
-        return NegotiationBoard(booted, _node(rack), mutation, policy or DEFAULT_POLICY)
+    node = a_node(place(rack.topology))
+    if not node:
+        raise CapabilityMissing(
+            "a node with two GPU models behind an IOMMU that translates, in a group each"
+        )
 
-    key = ("negotiation", _node(rack))
+    def make(booted: Rack) -> NegotiationBoard:
+        return NegotiationBoard(booted, node, mutation, policy or DEFAULT_POLICY)
+
+    key = ("negotiation", node)
     made = rack.once(key, make, NegotiationBoard.close, holds="negotiation")
     made.run(do("chapter", title=request.node.name.removeprefix("test_")))
     yield made

@@ -32,13 +32,19 @@ from testbed.instruments.dmabuf import (
 from testbed.instruments.observer import Observer, Refuted
 from testbed.results.evidence import Counter
 from testbed.results.judging import PAGE_BYTES, Judgement, all_of
-from testbed.suites.dmabuf_fixtures import THROUGH_HOST_BRIDGE, ArrangeBuffers
+from testbed.suites.dmabuf_fixtures import (
+    THROUGH_HOST_BRIDGE,
+    ArrangeBuffers,
+    has_buffers,
+    with_buffers,
+)
 from testbed.suites.kernel_fixtures import kernel_module
 from testbed.suites.p2p_kernel import PROBE
 from testbed.topology.model import Topology, with_overrides
 from testbed.topology.oracle import Route
 
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
+pytestmark = pytest.mark.boots(when=has_buffers)
 
 GIB = 1 << 30
 LARGE_VRAM = "16G"  # memory that is not used costs nothing
@@ -219,7 +225,6 @@ def test_a_mask_that_translation_makes_wide_enough(
     observe.conclude(f"a BAR at {exchange.bus_address:#x} is reached by {NARROW_BITS} bits")
 
 
-@pytest.mark.boots("iommu-off")
 @pytest.mark.requirement("MAP-13")
 def test_a_mask_too_narrow_for_the_bar(arrange_buffers: ArrangeBuffers, observe: Observer) -> None:
     """Without an IOMMU the mapping fails; no address is cut to what fits."""
@@ -227,7 +232,8 @@ def test_a_mask_too_narrow_for_the_bar(arrange_buffers: ArrangeBuffers, observe:
     refused_to_narrow(exchange, observe)
 
 
-@pytest.mark.boots("iommu-off")
+# Without an IOMMU Linux has no switch redirect, so that each has its own way.
+@pytest.mark.boots("iommu-off", when=with_buffers(Route.SWITCH, Route.REDIRECTED))
 @pytest.mark.requirement("MAP-13")
 def test_a_mask_too_narrow_for_a_bus_address(
     arrange_buffers: ArrangeBuffers, observe: Observer
@@ -237,7 +243,7 @@ def test_a_mask_too_narrow_for_a_bus_address(
     refused_to_narrow(exchange, observe)
 
 
-@pytest.mark.boots("large-vram")
+@pytest.mark.boots("large-vram", when=with_buffers(Route.SWITCH))
 @pytest.mark.requirement("MAP-14")
 def test_exports_beyond_32_bits(arrange_buffers: ArrangeBuffers, observe: Observer) -> None:
     """4 GiB, and 8 GiB and a page: an entry's length has 32 bits, the list covers it all."""

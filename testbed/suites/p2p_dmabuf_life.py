@@ -23,10 +23,11 @@ from testbed.instruments.memory import sha256
 from testbed.instruments.observer import Observer, Refuted
 from testbed.results.evidence import Counter
 from testbed.results.judging import PAGE_BYTES, judge_bytes
-from testbed.suites.dmabuf_fixtures import THROUGH_HOST_BRIDGE, ArrangeBuffers
+from testbed.suites.dmabuf_fixtures import THROUGH_HOST_BRIDGE, ArrangeBuffers, has_buffers
 from testbed.suites.p2p_dmabuf import both_ends, imported
 
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
+pytestmark = pytest.mark.boots(when=has_buffers)
 
 STUBBORN = (*REVOCABLE, "stubborn")
 FENCE_MS, UNMAP_MS = 400, 500

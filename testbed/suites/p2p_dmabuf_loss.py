@@ -17,12 +17,13 @@ from testbed.instruments.dmabuf import EXPORTER, WRITTEN, judge_errno
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer, Refuted
 from testbed.results.judging import PAGE_BYTES
-from testbed.suites.dmabuf_fixtures import ArrangeBuffers
+from testbed.suites.dmabuf_fixtures import ArrangeBuffers, has_buffers
 from testbed.suites.p2p_dmabuf import both_ends, imported
 from testbed.suites.p2p_dmabuf_life import revoked
 from testbed.suites.p2p_kernel_life import log_mark, no_trouble
 
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
+pytestmark = pytest.mark.boots(when=has_buffers)
 
 UNDER_WAY_S = 1.0  # from the doorbell until the card is pulled out
 

@@ -27,11 +27,12 @@ from testbed.instruments.memory import sha256
 from testbed.instruments.observer import Observer, Refuted
 from testbed.results.evidence import Counter, Note
 from testbed.results.judging import PAGE_BYTES, judge_bytes
-from testbed.suites.dmabuf_fixtures import THROUGH_HOST_BRIDGE, ArrangeBuffers
+from testbed.suites.dmabuf_fixtures import THROUGH_HOST_BRIDGE, ArrangeBuffers, has_buffers
 from testbed.suites.p2p_dmabuf import both_ends, imported, rack_variants
 
 __all__ = ["rack_variants"]
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
+pytestmark = pytest.mark.boots(when=has_buffers)
 
 TIMEOUT_MS = 2000
 COPY_MS = 1000  # many calls of the agent: what comes meanwhile comes before the copy

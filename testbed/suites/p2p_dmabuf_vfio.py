@@ -32,10 +32,11 @@ from testbed.instruments.dmabuf import (
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer, Refuted
 from testbed.results.judging import PAGE_BYTES
-from testbed.suites.dmabuf_fixtures import ArrangeBuffers
+from testbed.suites.dmabuf_fixtures import ArrangeBuffers, has_buffers
 from testbed.suites.p2p_dmabuf import both_ends, imported, two_ranges_are_mapped
 
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
+pytestmark = pytest.mark.boots(when=has_buffers)
 
 
 @dataclass

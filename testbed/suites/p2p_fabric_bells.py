@@ -16,17 +16,28 @@ from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer, Refuted
 from testbed.machine.bells import bells_of
 from testbed.results.evidence import Counter
+from testbed.topology.placement import place
+from testbed.topology.plan import RackPlan
 
 RING_TIMEOUT_S = 10.0
 QUIET_S = 0.3
 NOBODY = 99
 
 
+def several_bells(plan: RackPlan) -> bool:
+    """Whether nodes can interrupt one another."""
+    return len({node for node, _ in bells_of(plan)}) > 1
+
+
+pytestmark = pytest.mark.boots(when=several_bells)
+
+
 def open_bells(rack: LiveRack, mutation: Mutation, stack: ExitStack) -> list[Bell]:
     """One bell of each node. :raises CapabilityMissing: only one node has any."""
     first: dict[str, Bell] = {}
-    found = bells_of(rack.plan)
-    if len({node for node, _ in found}) < 2:
+    plan = place(rack.topology)
+    found = bells_of(plan)
+    if not several_bells(plan):
         raise CapabilityMissing("a `bell` on each of two nodes")
     for number, (node, function) in enumerate(found):
         if node not in first:

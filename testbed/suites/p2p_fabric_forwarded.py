@@ -23,12 +23,14 @@ from testbed.suites.p2p_fabric_ground import (
     TARGET,
     Address,
     Way,
+    has_fabric,
     judge_refusal,
     refusal,
     the_fabric,
 )
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]
+pytestmark = pytest.mark.boots(when=has_fabric)
 
 BUFFER = "buffer0"
 Question = list[str]

@@ -23,7 +23,7 @@ from testbed.instruments.mutations import Mutation
 from testbed.instruments.paths import PathWatch
 from testbed.results.evidence import Note
 from testbed.results.judging import PAGE_BYTES, Judgement, all_of
-from testbed.topology.plan import Role
+from testbed.topology.plan import RackPlan, Role
 
 FABRIC = "ual0"
 TARGET = 4 << 20  # where tests write, in the owner's memory
@@ -355,6 +355,11 @@ class Fabric:
                     "link": number,
                     "same_os": peer.partition("/")[0] == name.partition("/")[0],
                 }
+
+
+def has_fabric(plan: RackPlan) -> bool:
+    """Whether any test on a fabric will get as far as its rack."""
+    return any(link.kind == KIND for link in plan.topology.links)
 
 
 def the_fabric(rack: LiveRack) -> Fabric:

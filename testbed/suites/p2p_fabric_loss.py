@@ -22,9 +22,17 @@ from testbed.results.evidence import Note
 from testbed.results.judging import PAGE_BYTES, Judgement
 from testbed.suites.p2p_fabric_bells import open_bells, ring_all
 from testbed.suites.p2p_fabric_forwarded import Host
-from testbed.suites.p2p_fabric_ground import TARGET, Fabric, Way, judge_refusal, the_fabric
+from testbed.suites.p2p_fabric_ground import (
+    TARGET,
+    Fabric,
+    Way,
+    has_fabric,
+    judge_refusal,
+    the_fabric,
+)
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]
+pytestmark = pytest.mark.boots(when=has_fabric)
 
 LOAD_COPIES, LOAD_BYTES = 400, 4 << 20  # more than a second's, of a GPU of 16 MiB
 

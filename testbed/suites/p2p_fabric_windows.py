@@ -25,10 +25,11 @@ from testbed.instruments.reasons import reasons_of
 from testbed.rack import Rack, RackNode
 from testbed.results.evidence import Access, Counter
 from testbed.results.judging import PAGE_BYTES, judge_fault
-from testbed.suites.p2p_fabric_ground import TARGET, Way
+from testbed.suites.p2p_fabric_ground import TARGET, Way, has_fabric
 from testbed.topology.plan import Function, Role
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]
+pytestmark = pytest.mark.boots(when=has_fabric)
 
 FOUND_TIMEOUT_S = 30.0
 WANTED_TIMEOUT_S = 60.0  # Linux lets 5 s pass in which the button can be pressed once more

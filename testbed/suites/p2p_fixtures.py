@@ -23,6 +23,7 @@ from testbed.instruments.mutations import Mutation
 from testbed.instruments.reasons import Reasons, reasons_of
 from testbed.suites.ground import Ground
 from testbed.topology.oracle import Route
+from testbed.topology.plan import RackPlan
 
 T = TypeVar("T")
 
@@ -51,6 +52,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for value in values
         ]
         metafunc.parametrize(name, values or [None], ids=ids or ["none"], indirect=True)
+
+
+def has_pairs(plan: RackPlan) -> bool:
+    """Whether any test about a pair will get as far as its rack."""
+    return bool(cases.pairs(plan))
 
 
 @pytest.fixture(autouse=True, scope="session")

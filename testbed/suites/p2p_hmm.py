@@ -28,10 +28,12 @@ from testbed.instruments.private_memory import (
     Mirror,
     ProcessMemory,
 )
+from testbed.suites.dmabuf_fixtures import has_buffers
 from testbed.suites.hmm_fixtures import ArrangePrivate
 from testbed.topology.oracle import Route
 
 pytest_plugins = ["testbed.suites.hmm_fixtures"]
+pytestmark = pytest.mark.boots(when=has_buffers)
 
 LAST = PAGES - 1
 

@@ -27,7 +27,7 @@ from testbed.instruments.reasons import FIRST_STAGE, Reasons, reasons_of, why_no
 from testbed.results.evidence import Access, Counter
 from testbed.results.judging import PAGE_BYTES, judge_no_fault, judge_storm
 from testbed.suites.ground import LOCAL_OFFSET, PEER_OFFSET, PROBE_BYTES, Ground
-from testbed.suites.p2p_fixtures import Variant, shared_bench
+from testbed.suites.p2p_fixtures import Variant, has_pairs, shared_bench
 from testbed.topology.machine import Iommu
 from testbed.topology.model import Topology, from_data, to_data
 from testbed.topology.oracle import Route, iommu_groups
@@ -381,7 +381,7 @@ def test_fault_storm(ground: Ground, reasons: Reasons, observe: Observer) -> Non
 
 
 @gated
-@pytest.mark.boots("scalable")
+@pytest.mark.boots("scalable", when=has_pairs)
 @pytest.mark.requirement("MAP-08")
 def test_scalable_mode(variant: Variant, pair: Pair, mutation: Mutation, observe: Observer) -> None:
     """First-stage tables: the same copies work, and what is refused has its own reason codes."""

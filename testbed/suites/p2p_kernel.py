@@ -27,6 +27,7 @@ from testbed.suites.kernel_fixtures import (
     Needs,
     kernel_module,
     routing,
+    with_disks,
     without_kernel_module,
 )
 from testbed.topology.model import Topology, from_data, to_data, with_overrides
@@ -132,14 +133,14 @@ def unrouted(machine: Machine, observe: Observer) -> Transfer:
     return transfer
 
 
-@pytest.mark.boots("iommu-off")
+@pytest.mark.boots("iommu-off", when=with_disks(Route.SWITCH, Route.REDIRECTED))
 @pytest.mark.requirement("TOPO-01")
 def test_one_switch_and_no_iommu(arrange: Arrange, observe: Observer) -> None:
     """The kernel uses bus addresses, and the data is right."""
     both_ways(arrange(Needs((Route.SWITCH, Route.REDIRECTED), variant="iommu-off")), observe)
 
 
-@pytest.mark.boots("passthrough")
+@pytest.mark.boots("passthrough", when=with_disks(Route.SWITCH))
 @pytest.mark.requirement("TOPO-02")
 def test_one_switch_and_passthrough(arrange: Arrange, observe: Observer) -> None:
     """The IOMMU is there and maps everything to itself: the data is right."""
@@ -194,7 +195,7 @@ def test_a_redirecting_switch_of_an_amd(arrange: Arrange, observe: Observer) -> 
     both_ways(arrange(Needs((Route.REDIRECTED,), amd=True)), observe)
 
 
-@pytest.mark.boots("no-redirect")
+@pytest.mark.boots("no-redirect", when=with_disks(Route.REDIRECTED))
 @pytest.mark.requirement("TOPO-09")
 def test_redirection_turned_off_on_the_command_line(
     arrange: Arrange, mutation: Mutation, observe: Observer

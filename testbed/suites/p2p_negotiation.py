@@ -9,7 +9,7 @@ that path, as the model's own count of its paths says, or in a refusal by a devi
 from __future__ import annotations
 
 import errno
-from itertools import product
+from itertools import combinations, permutations, product
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from testbed.errors import CapabilityMissing
 from testbed.instruments.negotiation_board import NegotiationBoard, Offer, do, require_three
 from testbed.instruments.negotiation_rules import POLICIES, expected
 from testbed.instruments.observer import Observer
+from testbed.suites.negotiation_fixtures import has_node
 from testbed.suites.negotiation_steps import (
     FRESH,
     MINE,
@@ -30,6 +31,7 @@ from testbed.suites.negotiation_steps import (
 )
 
 pytest_plugins = ["testbed.suites.negotiation_fixtures"]
+pytestmark = pytest.mark.boots(when=has_node)
 
 
 @pytest.mark.requirement("NEG-01")
@@ -87,11 +89,19 @@ def test_of_several_ways_the_best_is_taken_every_time(
     Which is taken is judged by the rule of the policy in force: one that ranks paths takes the
     better one whatever the order, one that does not the first that the importer lists.
     """
-    if len(board.nics) < 2:
-        raise CapabilityMissing("two NIC models on different paths, as in partial-mesh")
     exporter = board.gpus[0]
+    nics = next(
+        (
+            pair
+            for pair in combinations(board.nics, 2)
+            if board.way(exporter, pair[0]) != board.way(exporter, pair[1])
+        ),
+        None,
+    )
+    if nics is None:
+        raise CapabilityMissing("two NIC models on different paths, as in partial-mesh")
     ours = board.gpu_offers(exporter, "pcie")
-    ways: list[Offer] = [{"kind": "pcie", "device": nic} for nic in board.nics[:2]]
+    ways: list[Offer] = [{"kind": "pcie", "device": nic} for nic in nics]
     chosen = set()
     for round_, offers in enumerate((ways, ways[::-1], ways)):
         name = f"nic{round_}"
@@ -367,7 +377,10 @@ def test_a_peer_s_scatter_list_needs_acceptance_and_a_distance(
     """The RFC of 2026-02: an importer that does not accept peer-to-peer is refused; one that does
     moves bytes.
     """
-    exporter, importer = board.gpus[:2]
+    pairs = [pair for pair in permutations(board.gpus, 2) if board.way(*pair)["host_bridge"]]
+    if not pairs:
+        raise CapabilityMissing("two GPU models that meet at the host bridge")
+    exporter, importer = pairs[0]
     needs = {"kind": "scatter-list", "device": exporter, "requires_p2p": True}
     takes = {"kind": "scatter-list", "device": importer}
     wish = do("attach", buffer="b", importer=importer, offers=[takes])

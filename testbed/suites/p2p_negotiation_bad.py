@@ -14,6 +14,7 @@ import pytest
 from testbed.errors import CapabilityMissing
 from testbed.instruments.negotiation_board import NegotiationBoard, do
 from testbed.instruments.observer import Observer
+from testbed.suites.negotiation_fixtures import has_node
 from testbed.suites.negotiation_steps import (
     FRESH,
     MINE,
@@ -26,6 +27,7 @@ from testbed.suites.negotiation_steps import (
 )
 
 pytest_plugins = ["testbed.suites.negotiation_fixtures"]
+pytestmark = pytest.mark.boots(when=has_node)
 
 
 def beside(board: NegotiationBoard) -> tuple[str, str, str]:

@@ -16,6 +16,7 @@ from testbed.instruments.negotiation_board import BUFFERS_BYTES, NegotiationBoar
 from testbed.instruments.observer import Observer
 from testbed.results.evidence import Counter
 from testbed.results.judging import judge_no_fault
+from testbed.suites.negotiation_fixtures import has_node
 from testbed.suites.negotiation_steps import (
     FRESH,
     MINE,
@@ -29,6 +30,7 @@ from testbed.suites.negotiation_steps import (
 )
 
 pytest_plugins = ["testbed.suites.negotiation_fixtures"]
+pytestmark = pytest.mark.boots(when=has_node)
 
 PAGE = 4096
 

@@ -15,6 +15,7 @@ from testbed.instruments.negotiation_board import NegotiationBoard, do, require_
 from testbed.instruments.observer import Observer
 from testbed.results.evidence import Counter
 from testbed.results.judging import judge_no_fault
+from testbed.suites.negotiation_fixtures import has_node
 from testbed.suites.negotiation_steps import (
     FRESH,
     MINE,
@@ -27,6 +28,7 @@ from testbed.suites.negotiation_steps import (
 )
 
 pytest_plugins = ["testbed.suites.negotiation_fixtures"]
+pytestmark = pytest.mark.boots(when=has_node)
 
 PAGE = 4096
 

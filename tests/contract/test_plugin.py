@@ -308,6 +308,46 @@ def test_a_variant_boots_in_the_background(tmp_path: Path) -> None:
     assert len(run.source.racks) == 2
 
 
+def test_what_no_test_will_use_does_not_boot(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path,
+        """
+        from testbed.errors import CapabilityMissing
+
+        def rack_variants(topology):
+            return {name: topology.model_copy(update={"rack": name}) for name in ("one", "two")}
+
+        pytestmark = pytest.mark.boots(when=lambda plan: len(plan.nodes) > 7)
+
+        @pytest.mark.boots("one")
+        def test_lacking(rack, variant):
+            raise CapabilityMissing(f"eight nodes, not {len(rack.topology.nodes)}")
+        """,
+    )
+    assert (run.verdicts, run.outcomes["lacking"].reason) == ([SKIP], "eight nodes, not 1")
+    assert run.source.racks == []
+
+
+def test_who_was_taken_for_none_that_uses_a_rack_gets_it_all_the_same(tmp_path: Path) -> None:
+    run = Run(
+        tmp_path,
+        """
+        def rack_variants(topology):
+            return {name: topology.model_copy(update={"rack": name}) for name in ("one", "two")}
+
+        @pytest.mark.boots(when=lambda plan: False)
+        @pytest.mark.boots("one")
+        def test_uses(rack): assert call(rack)
+
+        @pytest.mark.boots("one", when=lambda plan: False)
+        @pytest.mark.boots("two", when=lambda plan: "host0" in plan.nodes)
+        def test_two(variant): assert variant("two").name == "two"
+        """,
+    )
+    assert run.verdicts == [PASS, PASS]
+    assert sorted(rack.name for rack in run.source.racks) == ["quad-gpu", "two"]
+
+
 def test_a_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
     run = Run(tmp_path, "import no_such_module_anywhere")
     assert run.verdicts == [ERROR]

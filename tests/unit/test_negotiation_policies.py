@@ -74,6 +74,16 @@ def test_the_core_does_what_the_rule_says(data: st.DataObject) -> None:
     assert path.importer == lists[1][right.importer_index]
 
 
+def test_a_link_is_better_than_a_switch_that_has_more_lanes() -> None:
+    """Twelve lanes of NVLink carry more than sixteen of PCI Express, however near the peer is."""
+    facts, links, _ = KNOWN["dgx-8gpu"]
+    ours, theirs = (offers_of(links, name, "pcie", "link") for name in ("gpu0", "gpu1"))
+    way = next(w for w in facts["pcie"] if (w["exporter"], w["importer"]) == ("gpu0", "gpu1"))
+    assert not way["host_bridge"]
+    assert way["width"] > next(link["width"] for link in facts["links"])
+    assert rules.expected("best-quality", ours, theirs, facts).kind == "nvlink"
+
+
 def test_an_unknown_policy_is_named_with_the_nearest() -> None:
     assert rules.parse_policy("") == ""
     assert rules.parse_policy("mailing-list") == "mailing-list"

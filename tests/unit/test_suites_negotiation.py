@@ -6,7 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from testbed.instruments.negotiation_board import refusal_of
+import pytest
+
+from testbed.instruments.negotiation_board import refusal_of, takes_part
+from testbed.suites.negotiation_fixtures import a_node, has_node
 from testbed.topology import load
 from testbed.topology.interconnects import links_of, tables
 from testbed.topology.placement import place
@@ -67,6 +70,26 @@ def test_facts_tell_a_redirect_from_a_way_through_the_root() -> None:
     assert (beside["redirects"], beside["host_bridge"], beside["iommu"]) == ([], True, True)
     assert beside["hops"] > below["hops"]
     assert set(found["system"]) == {*GPUS, "nic0", "nic1"}
+
+
+def test_of_a_shared_group_the_first_takes_part() -> None:
+    """One address space cannot be two; where each slot has a group, all take part."""
+    found = {}
+    for name in ("nested-switches", "dgx-8gpu", "partial-mesh"):
+        plan = place(load.load(ROOT / "topologies" / f"{name}.yaml", {}))
+        gpus, nics = takes_part(plan.nodes["host0"], plan.topology.nodes["host0"])
+        found[name] = ([f.device for f in gpus], len(nics))
+    assert found["nested-switches"] == (["gpu0", "gpu2"], 1)
+    assert found["partial-mesh"] == (GPUS, 2)
+    assert found["dgx-8gpu"] == ([f"gpu{i}" for i in range(8)], 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "node"), [("four-node-ring", ""), ("minimal", "host0"), ("two-node-fabric", "one")]
+)
+def test_the_node_is_found_before_anything_boots(name: str, node: str) -> None:
+    plan = place(load.load(ROOT / "topologies" / f"{name}.yaml", {}))
+    assert (a_node(plan), has_node(plan)) == (node, bool(node))
 
 
 def test_a_refusal_is_told_from_other_answers() -> None:
