@@ -4,39 +4,19 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from testbed.models import wire
 from testbed.models.memory import SharedMemory
-from testbed.models.testing import CommandFailed, FakeQemu
+from testbed.models.testing import FakeQemu
 from testbed.models.wire import Command, HeaderFlag, Irq, IrqSetFlag
 from testbed.models.witness import Event
 from testbed.models.witness import Path as Way
+from tests.contract.vfio_user_client import PAGE, refusal
 from tests.unit.models.model_devices import BAR_BYTES, Card
-
-PAGE = 4096
-
-
-@pytest.fixture
-def qemu() -> Iterator[FakeQemu]:
-    with FakeQemu(Card()) as qemu:
-        yield qemu
-
-
-def open_descriptors() -> int:
-    gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def refusal(qemu: FakeQemu, command: int, payload: bytes, fds: tuple[int, ...] = ()) -> int:
-    with pytest.raises(CommandFailed) as failed:
-        qemu.call(command, payload, fds)
-    return failed.value.number
 
 
 class TestDescription:

@@ -5,39 +5,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import gc
 import os
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from testbed.models import wire
 from testbed.models.memory import MemoryCache
 from testbed.models.server import Session
-from testbed.models.testing import CommandFailed, FakeQemu
+from testbed.models.testing import FakeQemu
 from testbed.models.wire import Command, Irq, IrqSetFlag, Region
+from tests.contract.vfio_user_client import PAGE, open_descriptors, refusal
 from tests.unit.models.model_devices import Card
-
-PAGE = 4096
-
-
-@pytest.fixture
-def qemu() -> Iterator[FakeQemu]:
-    with FakeQemu(Card()) as qemu:
-        yield qemu
-
-
-def open_descriptors() -> int:
-    gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def refusal(qemu: FakeQemu, command: int, payload: bytes, fds: tuple[int, ...] = ()) -> int:
-    with pytest.raises(CommandFailed) as failed:
-        qemu.call(command, payload, fds)
-    return failed.value.number
 
 
 class TestConnection:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,17 +21,9 @@ from tests.contract.model_process import (
     Vfio,
     names,
     runs,
-    serving,
     ticks,
     wait_for,
 )
-
-
-@pytest.fixture
-def process(tmp_path: Path) -> Iterator[Process]:
-    with serving(tmp_path) as process:
-        yield process
-
 
 HANGING = """
 import time

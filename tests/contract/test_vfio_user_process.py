@@ -27,12 +27,6 @@ from tests.contract.model_process import (
 )
 
 
-@pytest.fixture
-def process(tmp_path: Path) -> Iterator[Process]:
-    with serving(tmp_path) as process:
-        yield process
-
-
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     """One for all that changes nothing."""
