@@ -121,6 +121,10 @@ def _machine(plan: NodePlan, node: Node, context: LaunchContext) -> list[str]:
     if context.start is not Start.BOOT:
         backend = "memory-backend-file"
         ram["mem-path"] = f"/proc/self/fd/{saving.RAM_FD}"
+    if context.start is Start.RESTORE:
+        # The saved file, of which QEMU writes copies: what is only read is shared with all machines
+        # restored from it. Models cannot map that, and send messages for the guest's memory.
+        ram |= {"share": False, "readonly": True, "rom": "off"}
     firmware = quick_firmware(node, context)
     return [
         *("-name", f"guest={plan.name},process=qemu-system-x86"),

@@ -157,6 +157,11 @@ def make_memory(name: str, size_bytes: int) -> int:
     return fd
 
 
+def open_memory(_name: str, path: str) -> int:
+    """A file of memory that its users can only read, or copy."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
 def remove_tree(folder: str) -> None:
     """Remove a folder and all in it; what is gone already, or goes meanwhile, is fine."""
     with contextlib.suppress(FileNotFoundError):

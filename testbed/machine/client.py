@@ -194,7 +194,10 @@ class Keeper:
     # -- calls -----------------------------------------------------------------------------------
 
     def start_all(
-        self, processes: Sequence[Mapping[str, Any]], memory: Mapping[str, int], timeout_s: float
+        self,
+        processes: Sequence[Mapping[str, Any]],
+        memory: Mapping[str, int | str],
+        timeout_s: float,
     ) -> None:
         """The owner's first call; see :func:`start_keeper`."""
         self.subscribe()

@@ -78,11 +78,15 @@ class LaunchContext:
 
 @dataclass(frozen=True)
 class MemoryFd:
-    """Shared memory that exists before QEMU does: ``fd`` in QEMU, named after its function."""
+    """Memory that exists before QEMU does: ``fd`` in QEMU, named after its function.
+
+    ``file``  it is this file's, which can only be read; if "", it is shared memory, new and zero.
+    """
 
     fd: int
     name: str
     size_bytes: int
+    file: str = ""
 
 
 @dataclass(frozen=True)

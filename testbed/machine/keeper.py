@@ -30,6 +30,9 @@ shutdown {}                  kill everything, remove the folder, exit; the answe
 
 Just before its end the keeper tells everyone why: ``{"event": "end", "reason": ...}``.
 
+``memory`` says of each name how many bytes of shared memory to make, or the path of the file that
+it is (opened to be read: a saved machine's).
+
 A process is ``{name, kind: "qemu"|"helper", argv, environment, folder, log, memory: [[fd, name]],
 ready: path|"", ready_timeout_s}``. The next one starts when the ``ready`` path exists; a server
 that makes it must listen before it renames its socket to that name. If the keeper itself is
@@ -55,6 +58,7 @@ from testbed.machine.children import (
     Process,
     close_fds,
     make_memory,
+    open_memory,
     remove_runtime_folder,
 )
 
@@ -298,11 +302,13 @@ class Keeper:
             raise CallError("call", "begin is the owner's first call, once")
         self.begun = True
         try:
-            for name, size_bytes in request["memory"].items():
-                self.memory[name] = (make_memory(name, size_bytes), size_bytes)
+            for name, wanted in request["memory"].items():
+                make = open_memory if isinstance(wanted, str) else make_memory
+                fd = make(name, wanted)
+                self.memory[name] = (fd, os.fstat(fd).st_size)
         except OSError as error:
             self.ending = "no memory"
-            raise CallError("host", f"no shared memory '{name}': {error}") from error
+            raise CallError("host", f"no memory '{name}': {error}") from error
         for spec in request["processes"]:
             self.processes[spec["name"]] = Process(spec)
         self.batches.append(Batch(client, request["id"], list(self.processes), first=True))

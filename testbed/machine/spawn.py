@@ -57,12 +57,13 @@ def start_keeper(
     :raises HostError: no folder, no memory, no keeper.
     """
     run_folder = run_folder.resolve()
-    memory: dict[str, int] = {}
+    memory: dict[str, int | str] = {}
     processes = []
     for command in commands:
         make_node_folder(reservation.folder, command, run_folder)
         processes.append(process_value(reservation.folder, command, run_folder))
-        memory |= {memory_name(command, part): part.size_bytes for part in command.memory}
+        for part in command.memory:
+            memory[memory_name(command, part)] = part.file or part.size_bytes
     timeout_s = START_TIMEOUT_S + sum(process["ready_timeout_s"] for process in processes)
     keeper = _launch(reservation, run_folder)
     try:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A machine's memory on disk: the blocks that are not zero, one after the other.
+"""A machine's memory in a file: as long as the memory, with holes where it is zero.
 
-Of 1 GiB about 120 MiB are left. Both ways the data goes from one mapping to a file in few system
-calls; no page of it passes through Python.
+Restored machines map it privately: pages that a machine only reads are the file's own, once in the
+host's memory for all machines, and a page that it writes is a copy of its own from then on. Of
+1 GiB about 120 MiB are no holes.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
-from collections.abc import Sequence
-from mmap import PROT_READ, mmap
+import weakref
+from collections.abc import Iterator, Sequence
+from mmap import mmap
 from pathlib import Path
 
 BLOCK_BYTES = 1 << 16
@@ -18,42 +22,78 @@ Runs = Sequence[tuple[int, int]]  # offset in the memory, length: both in bytes,
 
 
 def pack(memory: mmap | bytes, target: Path) -> Runs:
-    """Write the blocks of ``memory`` that hold anything; returns where they belong.
+    """Write the blocks of ``memory`` that hold anything; returns where those are.
 
     :raises OSError: no space.
     """
     zero = bytes(BLOCK_BYTES)
     runs: list[tuple[int, int]] = []
-    with memoryview(memory) as view, target.open("xb") as packed:
+    with memoryview(memory) as view, target.open("xb", buffering=0) as file:
         for start in range(0, len(view), BLOCK_BYTES):
             block = view[start : start + BLOCK_BYTES]
             if block == zero[: len(block)]:
                 continue
-            packed.write(block)
+            position = start
+            while position < start + len(block):
+                position += os.pwrite(file.fileno(), block[position - start :], position)
             if runs and sum(runs[-1]) == start:
                 runs[-1] = (runs[-1][0], runs[-1][1] + len(block))
             else:
                 runs.append((start, len(block)))
+        file.truncate(len(view))
     return tuple(runs)
 
 
-def unpack(packed: Path, runs: Runs, target_fd: int) -> None:
-    """Write the blocks where they belong; the rest of ``target_fd`` is zero, as it was made so.
+def checksum(fd: int, runs: Runs, size_bytes: int) -> str:
+    """SHA-256 of the runs, one after the other; "" if it is not that long or not zero elsewhere.
 
-    :raises OSError: no memory, or the file is not what was packed.
+    :raises OSError: it cannot be read.
     """
-    with packed.open("rb") as source:
-        size_bytes = os.fstat(source.fileno()).st_size
-        if size_bytes != sum(length for _, length in runs):
-            raise OSError(0, "it is shorter or longer than it was", str(packed))
-        if not size_bytes:
-            return
-        with mmap(source.fileno(), 0, prot=PROT_READ) as blocks, memoryview(blocks) as view:
-            position = 0
-            for start, length in runs:
-                end = position + length
-                while position < end:
-                    written = os.pwrite(
-                        target_fd, view[position:end], start + length - (end - position)
-                    )
-                    position += written
+    if os.fstat(fd).st_size != size_bytes:
+        return ""
+    digest = hashlib.sha256()
+    end = 0
+    for start, length in (*runs, (size_bytes, 0)):
+        if any(any(piece) for piece in _data(fd, end, start)):
+            return ""
+        for piece in _pieces(fd, start, start + length):
+            digest.update(piece)
+        end = start + length
+    return digest.hexdigest()
+
+
+def _pieces(fd: int, start: int, end: int) -> Iterator[bytes]:
+    while start < end:
+        piece = os.pread(fd, min(16 * BLOCK_BYTES, end - start), start)
+        if not piece:
+            raise OSError(errno.EIO, "it ended while it was read")
+        yield piece
+        start += len(piece)
+
+
+def _data(fd: int, start: int, end: int) -> Iterator[bytes]:
+    """What of a range is no hole: nothing of one, unless the filesystem has none."""
+    while start < end:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a hole until the file's end
+                return
+            raise
+        stop = min(end, os.lseek(fd, start, os.SEEK_HOLE)) if start < end else end
+        yield from _pieces(fd, start, stop)
+        start = stop
+
+
+class OpenMemory:
+    """The file, held open for reading: it stays what it is although the entry may be pruned."""
+
+    def __init__(self, path: Path) -> None:
+        """:raises OSError: it is gone."""
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.fd)
+
+    @property
+    def place(self) -> str:
+        """A path by which other processes of this user open the same file."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import testbed
@@ -172,8 +172,17 @@ def ready(
             kept.prune()
         if snapshot is None:
             raise SetupError(f"{kept.folder / key} went away as soon as it was there")
-        found[name] = Saved(snapshot, each.restoring())
+        found[name] = Saved(snapshot, _reading(each.restoring(), snapshot))
     return found
+
+
+def _reading(command: NodeCommand, snapshot: Snapshot) -> NodeCommand:
+    """The command, with the saved file for its guest's memory."""
+    parts = (
+        replace(part, file=snapshot.memory.place) if part.name == saving.RAM else part
+        for part in command.memory
+    )
+    return replace(command, memory=tuple(parts))
 
 
 def _save(kept: Store, key: str, wanted: Wanted, run_dir: Path, timeout_s: float) -> None:
@@ -255,40 +264,23 @@ def provide_state(snapshot: Snapshot, folder: Path) -> None:
         raise SnapshotUnfit(f"{error.filename}: {error.strerror}", snapshot.key) from error
 
 
-class Filling:
-    """A machine's memory on its way from the file, and the check that it is as it was written."""
+class Checking:
+    """The check that a saved machine's files are as they were written, while QEMU starts."""
 
-    def __init__(self, keeper: Keeper, node: str, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
-        self._parts: list[Future[str]] = []
-        place = keeper.call("memory", name=f"{node}/{saving.RAM}")
-        self._path = f"/proc/{keeper.pid}/fd/{place['fd']}"
-        for part in (self._fill, snapshot.damage):
-            future: Future[str] = Future()
-            self._parts.append(future)
-            threading.Thread(target=_run, args=(part, future), daemon=True).start()
-
-    def _fill(self) -> str:
-        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            memory.unpack(self._snapshot.memory, self._snapshot.runs, fd)
-        finally:
-            os.close(fd)
-        return ""
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._key = snapshot.key
+        self._found: Future[str] = Future()
+        threading.Thread(target=_run, args=(snapshot.damage, self._found), daemon=True).start()
 
     def wait(self) -> None:
-        """:raises SnapshotUnfit: it is damaged, or there is not enough memory."""
-        filled, checked = self._parts
+        """:raises SnapshotUnfit: they are damaged, or cannot be read."""
         try:
-            problem = checked.result() or filled.result()
+            problem = self._found.result()
         except OSError as error:
-            key = self._snapshot.key
-            if error.errno in _HOST_LACKS:
-                why = f"no memory to restore it: {error.strerror}"
-                raise SnapshotUnfit(why, key, is_sound=True) from error
-            raise SnapshotUnfit(str(error), key) from error
+            sound = error.errno in _HOST_LACKS
+            raise SnapshotUnfit(str(error), self._key, is_sound=sound) from error
         if problem:
-            raise SnapshotUnfit(problem, self._snapshot.key)
+            raise SnapshotUnfit(problem, self._key)
 
 
 def _run(part: Callable[[], str], future: Future[str]) -> None:
@@ -303,22 +295,22 @@ def resume(rack: Rack, saved: Mapping[str, Saved], keys: RackKeys, timeout_s: fl
 
     :raises SnapshotUnfit: one cannot be used, whatever the reason.
     """
-    filling = {name: Filling(rack.keeper, name, each.snapshot) for name, each in saved.items()}
+    checking = {name: Checking(each.snapshot) for name, each in saved.items()}
 
     def one(node: RackNode) -> None:
         if node.name in saved:
-            _resume(node, saved[node.name].snapshot, filling[node.name], keys, timeout_s)
+            _resume(node, saved[node.name].snapshot, checking[node.name], keys, timeout_s)
 
     on_all(rack, one)
 
 
 def _resume(
-    node: RackNode, snapshot: Snapshot, filling: Filling, keys: RackKeys, timeout_s: float
+    node: RackNode, snapshot: Snapshot, checking: Checking, keys: RackKeys, timeout_s: float
 ) -> None:
     try:
         monitor = node.monitor
-        filling.wait()
         saving.load(monitor)
+        checking.wait()
         monitor.execute("cont")
         node.introduce(json.dumps(_identity(node, keys)).encode() + b"\n", timeout_s)
     except (LostError, QmpError, HostError) as error:

@@ -22,9 +22,10 @@ from typing import Any
 from testbed.errors import SetupError
 from testbed.host import product
 from testbed.topology.units import GIB
-from testbed.warm.memory import Runs
+from testbed.warm import memory
+from testbed.warm.memory import OpenMemory, Runs
 
-FORMAT = 2
+FORMAT = 3
 MEMORY, STATE, INDEX = "memory", "state", "snapshot.json"
 DEFAULT_BUDGET_BYTES = 4 * GIB
 _LOCK = ".lock"
@@ -34,11 +35,13 @@ _LOCK = ".lock"
 class Snapshot:
     """One saved machine.
 
-    ``runs``     where its memory's blocks belong (:mod:`testbed.warm.memory`).
+    ``memory``   its file, open (:mod:`testbed.warm.memory`); ``runs``: where that is not zero.
     ``modules``  kernel modules of ours that are loaded in it.
     """
 
     folder: Path
+    memory: OpenMemory
+    size_bytes: int
     runs: Runs
     memory_sha256: str
     state_sha256: str
@@ -50,24 +53,25 @@ class Snapshot:
         return self.folder.name
 
     @property
-    def memory(self) -> Path:
-        """The file of its packed memory."""
-        return self.folder / MEMORY
-
-    @property
     def state(self) -> Path:
         """The file of its devices' state."""
         return self.folder / STATE
 
     def damage(self) -> str:
-        """What is wrong with its files; "" if they are as they were written."""
-        for path, wanted in ((self.state, self.state_sha256), (self.memory, self.memory_sha256)):
-            try:
-                if checksum(path) != wanted:
-                    return f"{path} is not as it was written"
-            except OSError as error:
-                return f"{path}: {error.strerror}"
-        return ""
+        """What is wrong with its files; "" if they are as they were written.
+
+        :raises OSError: they cannot be read, which may be the host's fault.
+        """
+        path = self.state
+        try:
+            is_sound = checksum(path) == self.state_sha256
+            if is_sound:
+                path = self.folder / MEMORY
+                found = memory.checksum(self.memory.fd, self.runs, self.size_bytes)
+                is_sound = found == self.memory_sha256
+        except FileNotFoundError as error:
+            return f"{path}: {error.strerror}"
+        return "" if is_sound else f"{path} is not as it was written"
 
 
 def checksum(path: Path) -> str:
@@ -107,9 +111,20 @@ class Store:
             return None
         with contextlib.suppress(OSError):
             os.utime(index)
+        try:
+            opened = OpenMemory(index.parent / MEMORY)
+        except OSError:
+            self.discard(key)
+            return None
         runs = tuple((int(start), int(length)) for start, length in body["runs"])
         return Snapshot(
-            index.parent, runs, body["memory_sha256"], body["state_sha256"], tuple(body["modules"])
+            index.parent,
+            opened,
+            int(body["size_bytes"]),
+            runs,
+            body["memory_sha256"],
+            body["state_sha256"],
+            tuple(body["modules"]),
         )
 
     @contextlib.contextmanager
@@ -138,12 +153,15 @@ class Store:
         """Write the index of what :meth:`making` made."""
         for name in (MEMORY, STATE):
             (partial / name).chmod(0o600)
+        opened = OpenMemory(partial / MEMORY)
+        size_bytes = os.fstat(opened.fd).st_size
         body: dict[str, Any] = {
             "format": FORMAT,
             "names": names,
             "modules": list(modules),
+            "size_bytes": size_bytes,
             "runs": [list(run) for run in runs],
-            "memory_sha256": checksum(partial / MEMORY),
+            "memory_sha256": memory.checksum(opened.fd, runs, size_bytes),
             "state_sha256": checksum(partial / STATE),
         }
         product.write_json(partial / INDEX, body | {"self": _digest(body)})
@@ -159,7 +177,7 @@ class Store:
         found = []
         for index in self.folder.glob(f"[!.]*/{INDEX}"):
             with contextlib.suppress(OSError):
-                size_bytes = sum(path.stat().st_size for path in index.parent.iterdir())
+                size_bytes = sum(_disk_bytes(path) for path in index.parent.iterdir())
                 body = product.read_json(index)
                 names = str(body.get("names", "")) if isinstance(body, dict) else ""
                 found.append(Kept(index.parent.name, size_bytes, index.stat().st_mtime, names))
@@ -193,6 +211,11 @@ class Store:
             yield False
         finally:
             os.close(descriptor)
+
+
+def _disk_bytes(path: Path) -> int:
+    """What a file takes, which for one with holes is less than its length (stat(2))."""
+    return path.stat().st_blocks * 512
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import subprocess
@@ -48,28 +49,41 @@ def make(store: Store, key: str, data: bytes = b"\1" * BLOCK) -> Snapshot:
 
 @settings(max_examples=30, deadline=None)
 @given(blocks=st.lists(st.sampled_from([0, 0, 0, 1, 255]), max_size=12), tail=st.integers(0, 9))
-def test_memory_comes_back_as_it_was_and_zeros_take_no_room(
+def test_memory_is_in_the_file_as_it_was_and_zeros_take_no_room(
     tmp_path_factory: pytest.TempPathFactory, blocks: list[int], tail: int
 ) -> None:
     data = b"".join(bytes([value]) * BLOCK for value in blocks) + b"\7" * tail
     packed = tmp_path_factory.mktemp("packed") / "memory"
     runs = memory.pack(data, packed)
-    fd = os.memfd_create("restored")
-    try:
-        os.ftruncate(fd, len(data))
-        memory.unpack(packed, runs, fd)
-        assert os.pread(fd, len(data) + 1, 0) == data
-    finally:
-        os.close(fd)
-    assert packed.stat().st_size == len(data) - BLOCK * blocks.count(0)
+    assert packed.read_bytes() == data
+    assert sum(length for _, length in runs) == len(data) - BLOCK * blocks.count(0)
+    opened = memory.OpenMemory(packed)
+    wanted = hashlib.sha256(data.replace(b"\0", b"")).hexdigest()
+    assert memory.checksum(opened.fd, runs, len(data)) == wanted
+    assert memory.checksum(opened.fd, runs, len(data) + 1) == ""
 
 
-def test_a_packed_memory_of_another_length_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("holes", [True, False])
+def test_what_stands_where_nothing_was_is_damage(tmp_path: Path, *, holes: bool) -> None:
+    data = b"\1" * BLOCK + bytes(2 * BLOCK) + b"\2" * BLOCK
     packed = tmp_path / "memory"
-    runs = memory.pack(b"\1" * BLOCK, packed)
-    packed.write_bytes(packed.read_bytes()[:-1])
-    with pytest.raises(OSError, match="shorter or longer"):
-        memory.unpack(packed, runs, -1)
+    runs = memory.pack(data, packed)
+    if not holes:  # as on a filesystem that has none
+        packed.write_bytes(data)
+    opened = memory.OpenMemory(packed)
+    sound = memory.checksum(opened.fd, runs, len(data))
+    assert sound == hashlib.sha256(data.replace(b"\0", b"")).hexdigest()
+    with packed.open("r+b") as file:
+        file.seek(2 * BLOCK + 5)
+        file.write(b"\1")
+    assert memory.checksum(opened.fd, runs, len(data)) == ""
+
+
+def test_an_entry_that_is_removed_stays_what_it_is_for_who_has_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    found = make(store, "a")
+    store.discard("a")
+    assert Path(found.memory.place).read_bytes() == b"\1" * BLOCK
 
 
 def test_an_entry_is_found_whole_and_is_nobody_elses(tmp_path: Path) -> None:
@@ -82,8 +96,10 @@ def test_an_entry_is_found_whole_and_is_nobody_elses(tmp_path: Path) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in found.folder.iterdir()} == {0o600}
 
 
-@pytest.mark.parametrize("name", [MEMORY, STATE])
-@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(MEMORY, "flip"), (MEMORY, "cut"), (STATE, "flip"), (STATE, "cut"), (STATE, "gone")],
+)
 def test_a_damaged_file_is_noticed(tmp_path: Path, name: str, how: str) -> None:
     found = make(Store(tmp_path), "a")
     path = found.folder / name
@@ -176,18 +192,6 @@ def test_two_who_want_the_same_machine_save_it_once(
     assert [each.snapshot.damage() for each in found] == [""] * 3
 
 
-class _Lacking:
-    """A keeper whose shared memory cannot be written."""
-
-    pid = os.getpid()
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def call(self, *_: object, **__: object) -> dict[str, int]:
-        return {"fd": self._fd}
-
-
 @pytest.mark.parametrize(
     ("number", "sound"), [(errno.ENOMEM, True), (errno.ENOSPC, True), (errno.EIO, False)]
 )
@@ -196,17 +200,12 @@ def test_a_host_without_memory_is_not_the_saved_machines_fault(
 ) -> None:
     found = make(Store(tmp_path), "a")
 
-    def unpack(*_: object) -> None:
+    def damage(_: Snapshot) -> str:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(memory, "unpack", unpack)
-    fd = os.memfd_create("ram")
-    keeper: Any = _Lacking(fd)
-    try:
-        with pytest.raises(restore.SnapshotUnfit, match=os.strerror(number)) as caught:
-            restore.Filling(keeper, "host0", found).wait()
-    finally:
-        os.close(fd)
+    monkeypatch.setattr(Snapshot, "damage", damage)
+    with pytest.raises(restore.SnapshotUnfit, match=os.strerror(number)) as caught:
+        restore.Checking(found).wait()
     assert caught.value.is_sound is sound
 
 
