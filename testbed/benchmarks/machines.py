@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from testbed.topology.model import Topology
 from testbed.topology.plan import Role
 
 PEER_TIMEOUT_S = 300
+SETTLED_S = 5
 
 
 def machine() -> dict[str, Any]:
@@ -92,14 +93,15 @@ def boot(
     accelerator: str,
     *,
     runs: int,
-    peer: str = "",
+    peers: Mapping[str, Callable[[], float]] | None = None,
     warm: bool = False,
 ) -> dict[str, Any]:
-    """Seconds from the call to every agent's hello, cold, in turns with the command ``peer``.
+    """Seconds from the call to every agent's hello, cold, in turns with ``peers``: by name, what
+    runs one and says its seconds.
 
     :param warm: and restored (as ``NAME --warm``), in turns too; what has to be saved is saved
         before the first is timed.
-    :raises InputError: the peer's command fails.
+    :raises TestbedError: as a peer does.
     """
     ways = [(name, each) for name in topologies for each in ((False, True) if warm else (False,))]
     times: dict[str, list[float]] = {}
@@ -111,8 +113,9 @@ def boot(
                 if run >= 0:
                     label = f"{name} --warm" if is_warm else name
                     times.setdefault(label, []).append(time.monotonic() - began_s)
-        if peer:
-            times.setdefault("peer", []).append(_timed(peer))
+        for name, go in (peers or {}).items():
+            if run >= 0:
+                times.setdefault(name, []).append(go())
     first = statistics.median(next(iter(times.values())))
     return {
         "unit": "s",
@@ -123,7 +126,11 @@ def boot(
     }
 
 
-def _timed(peer: str) -> float:
+def command_seconds(peer: str) -> float:
+    """How long a command takes; no shell reads it.
+
+    :raises InputError: it fails.
+    """
     began_s = time.monotonic()
     done = subprocess.run(
         shlex.split(peer),
@@ -155,6 +162,7 @@ def memory(
     it is given apart, as ``vram``. ``share``: the rack's part of all that exists, each page that
     several processes use divided among them (PSS), and each page of a memfd once. ``added`` is how
     much less memory the host had available after each further rack; whatever else ran is in it.
+    ``added_mean`` is from the first to when all have been up for a while, by further rack.
 
     :param warm: restore them.
     """
@@ -166,6 +174,8 @@ def memory(
             running.append(started.start(topology))
             available.append(_available_mib())
         took_s = time.monotonic() - began_s
+        time.sleep(SETTLED_S)
+        settled = _available_mib()
         each = [_memory_of(rack) for rack in running]
         answering = sum(node.alive for rack in running for node in rack.nodes.values())
     added = [before - after for before, after in itertools.pairwise(available)]
@@ -176,6 +186,7 @@ def memory(
         "started_s": round(took_s, 2),
         "machines_alive": answering,
         "added": summary(added) if added else None,
+        "added_mean": round((available[0] - settled) / len(added), 1) if added else None,
         "per_rack": {key: summary([row[key] for row in each]) for key in each[0]},
         "total": {key: round(sum(row[key] for row in each), 1) for key in each[0]},
     }

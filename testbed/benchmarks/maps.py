@@ -17,6 +17,7 @@ from testbed.benchmarks.machines import summary
 from testbed.errors import CapabilityMissing, TestbedError
 from testbed.host.prepare import Installation
 from testbed.instruments.dmabuf import REVOCABLE, Exchange, Range, buffer_pairs, errno_word
+from testbed.instruments.interface import Rack
 from testbed.instruments.reasons import why_not_shown
 from testbed.results.judging import PAGE_BYTES
 from testbed.suites.dmabuf_fixtures import opened
@@ -49,23 +50,28 @@ def maps(
         tempfile.TemporaryDirectory() as folder,
         deploy.start(topology, run_dir=Path(folder) / "rack", options=options) as rack,
     ):
-        pair = next(iter(buffer_pairs(rack.plan)), None)
-        if pair is None:
-            raise CapabilityMissing("two GPUs, one of which has an engine (edu or the GPU model)")
-        iommu = topology.nodes[pair.node].iommu
-        if why := why_not_shown(iommu):
-            raise CapabilityMissing(why)
-        with opened(rack.nodes[pair.node], pair, iommu, through_host=True) as exchange:
-            ways = {
-                name: (_samples(), way)
-                for name, way in WAYS.items()
-                if name != "kernel" or _is_allowed(exchange)
-            }
-            for _ in range(runs):
-                for samples, (mode, chunk_bytes) in ways.values():
-                    mapped, unmapped = _once(exchange, mode, chunk_bytes, size_bytes)
-                    samples["map"].append(mapped)
-                    samples["unmap"].append(unmapped)
+        return measure(rack, size_bytes=size_bytes, runs=runs)
+
+
+def measure(rack: Rack, *, size_bytes: int, runs: int) -> dict[str, Any]:
+    """The same on a rack that runs."""
+    pair = next(iter(buffer_pairs(rack.plan)), None)
+    if pair is None:
+        raise CapabilityMissing("two GPUs, one of which has an engine (edu or the GPU model)")
+    iommu = rack.topology.nodes[pair.node].iommu
+    if why := why_not_shown(iommu):
+        raise CapabilityMissing(why)
+    with opened(rack.nodes[pair.node], pair, iommu, through_host=True) as exchange:
+        ways = {
+            name: (_samples(), way)
+            for name, way in WAYS.items()
+            if name != "kernel" or _is_allowed(exchange)
+        }
+        for _ in range(runs):
+            for samples, (mode, chunk_bytes) in ways.values():
+                mapped, unmapped = _once(exchange, mode, chunk_bytes, size_bytes)
+                samples["map"].append(mapped)
+                samples["unmap"].append(unmapped)
     times = {
         name: {verb: summary(values) for verb, values in samples.items()}
         for name, (samples, _) in ways.items()

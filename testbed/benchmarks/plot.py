@@ -18,7 +18,16 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 18, 34, 40
 COLUMNS = 2
 BAR = 18
 _MOST_BARS = 40
-_BARS = ("seconds", "speed", "requirements_s", "cpu_s", "share", "per_rack", "ratio_to_first")
+_BARS = (
+    "seconds",
+    "speed",
+    "requirements_s",
+    "cpu_s",
+    "share",
+    "per_rack",
+    "ratio_to_first",
+    "of_wanted",
+)
 
 _TEMPLATE = """\
 <svg xmlns="http://www.w3.org/2000/svg" width="{{ width }}" height="{{ height }}"

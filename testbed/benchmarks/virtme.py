@@ -12,22 +12,26 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from testbed.errors import CapabilityMissing, HostError
 from testbed.host import manifest, product
+from testbed.host.digest import digest
 from testbed.host.kernel import KernelImage, locate
 from testbed.host.lock import Lock
-from testbed.host.manifest import digest
 from testbed.host.packages import PackageRoot, SetupOptions, ensure
-from testbed.host.prepare import Installation
+from testbed.host.prepare import Installation, prepare_kernel
 from testbed.host.toolchain import wrapper
 
 NAME = "virtme-ng"
 SET = "virtme"
 BUILDER = 1
 _INSTALL_TIMEOUT_S = 600
+BOOT_TIMEOUT_S = 300
 _SBIN = "/usr/sbin:/sbin"
 _KMOD = ("depmod", "modprobe")
 _BUSYBOX = ("busybox", "strings")  # it looks for a kernel's release with the latter
@@ -43,41 +47,110 @@ def prepare(setup: SetupOptions) -> dict[str, Lock]:
     return {SET: unpacked.packages}
 
 
-def command(installation: Installation, accelerator: str, setup: SetupOptions) -> str:
-    """What runs ``true`` in the installation's first kernel; what that takes is made on the way.
+@dataclass(frozen=True)
+class Boot:
+    """Seconds from exec until its command had run in the guest, and until all had ended."""
 
-    :raises CapabilityMissing: the kernel cannot have the host's files as its root.
-    :raises HostError: virtme-ng cannot be installed.
-    :raises SetupError, MirrorError: what it calls cannot be downloaded or unpacked.
+    ran_s: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Peer:
+    """virtme-ng with a kernel of ours, ready to run. ``version`` is its own, ``release`` Linux's.
+
+    ``words`` lack what it shall run.
     """
-    kernel = next(iter(installation.kernels.values()))
-    modules = locate(kernel.source).module_folder
-    if modules is None or not list(modules.rglob("9p.ko*")):
-        raise CapabilityMissing(
-            f"virtme-ng's root is 9p, which kernel {kernel.release} does not have",
-            hint="--kernel generic",
+
+    version: str
+    release: str
+    words: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls, name: str, installation: Installation, accelerator: str, setup: SetupOptions
+    ) -> Peer:
+        """With the kernel of that name; what it takes is made on the way.
+
+        :raises CapabilityMissing: the kernel cannot have the host's files as its root.
+        :raises HostError: virtme-ng cannot be installed.
+        :raises SetupError, MirrorError: what it calls cannot be downloaded or unpacked.
+        """
+        kernel = installation.kernels.get(name)
+        if kernel is None:
+            _, kernel = prepare_kernel(name, manifest.load(), setup)
+        modules = locate(kernel.source).module_folder
+        if modules is None or not list(modules.rglob("9p.ko*")):
+            raise CapabilityMissing(
+                f"virtme-ng's root is 9p, which kernel {kernel.release} does not have",
+                hint="--kernel generic",
+            )
+        programs = tools(ensure(SET, manifest.load().virtme, setup), setup)
+        bench = setup.cache / "bench"
+        folder = bench / NAME
+        program = folder / "bin" / "vng"
+        if not program.exists():
+            with product.exclusive(bench / "lock", setup.waiting(NAME)):
+                if not program.exists():
+                    setup.progress.say(f"{NAME}: installing")
+                    _install(folder)
+        qemu = folder / "qemu"
+        _write_script(qemu, installation)
+        image = view(kernel, modules, setup)
+        path = f"{program.parent}:{programs}:{os.environ.get('PATH', os.defpath)}:{_SBIN}"
+        words = [str(program), "--run", str(image), "--qemu", str(qemu), "--force-9p"]
+        words += [] if accelerator == "kvm" else ["--disable-kvm"]
+        return cls(
+            version_in(folder),
+            kernel.release,
+            tuple(words),
+            {**os.environ, "PATH": path},
         )
-    programs = tools(ensure(SET, manifest.load().virtme, setup), setup)
-    bench = setup.cache / "bench"
-    folder = bench / NAME
-    program = folder / "bin" / "vng"
-    if not program.exists():
-        with product.exclusive(bench / "lock", setup.waiting(NAME)):
-            if not program.exists():
-                setup.progress.say(f"{NAME}: installing")
-                _install(folder)
-    qemu = folder / "qemu"
+
+    def run(self) -> Boot:
+        """Boot, run a command, and out again.
+
+        The command leaves a mark on the host, through the guest's root: that it ran, and when, is
+        seen there. (On a host without udev virtme-ng finds no ports for its command's streams and
+        ends with 255, whatever its command said.)
+
+        :raises HostError: the command did not run.
+        """
+        with tempfile.TemporaryDirectory(prefix="testbed-virtme-") as name:
+            mark = Path(name) / "ran"
+            began, began_s = time.time(), time.monotonic()
+            try:
+                done = subprocess.run(
+                    [*self.words, f"--rwdir={name}", "-e", f"echo ran > {mark}"],
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    cwd=name,
+                    env=self.environment,
+                    timeout=BOOT_TIMEOUT_S,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                raise HostError(f"{NAME} did not end within {BOOT_TIMEOUT_S} s") from None
+            seconds = time.monotonic() - began_s
+            if not mark.exists():
+                said = (done.stderr or done.stdout).decode(errors="replace").strip()
+                raise HostError(f"{NAME}: its command did not run: {said[-300:]}")
+            return Boot(mark.stat().st_mtime - began, seconds)
+
+
+def version_in(folder: Path) -> str:
+    """The version that is installed in an environment, "" if none is."""
+    found = folder.glob("lib/python*/site-packages/virtme_ng-*.dist-info")
+    return next((path.stem.rpartition("-")[2] for path in found), "")
+
+
+def _write_script(qemu: Path, installation: Installation) -> None:
     lines = [f"export {k}={shlex.quote(v)}" for k, v in installation.qemu.environment.items()]
     qemu.write_text(
         "\n".join(["#!/bin/sh", *lines, f'exec {shlex.join(installation.qemu.words)} "$@"\n'])
     )
     qemu.chmod(0o755)
-    image = view(kernel, modules, setup)
-    path = f"{program.parent}:{programs}:{os.environ.get('PATH', os.defpath)}:{_SBIN}"
-    words = ["env", f"PATH={path}", str(program), "--run", str(image)]
-    words += ["--qemu", str(qemu), "--force-9p", "-e", "true"]
-    words += [] if accelerator == "kvm" else ["--disable-kvm"]
-    return shlex.join(words)
 
 
 def tools(unpacked: PackageRoot, setup: SetupOptions) -> Path:

@@ -3,27 +3,43 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from testbed.errors import ExitCode
+from testbed.errors import ExitCode, InputError
 from testbed.verbs.common import (
     engine_option,
     load_topology,
     override_options,
     print_json,
+    say,
     settings_option,
     trust_option,
 )
+
+if TYPE_CHECKING:
+    from testbed.host.prepare import Installation
+    from testbed.topology.model import Topology
 
 IDLE_S = 10
 GROWTH = ("render", "gpus", "racks", "cells")
 WHAT = (
     *("boot", "memory", "copy", "latency", "idle", "map", "cycles"),
-    *("suite", *GROWTH),
+    *("suite", *GROWTH, "figures"),
 )
+
+
+@dataclass(frozen=True)
+class _Peers:
+    """What `boot` is compared with: a command of the user's, a program that we know."""
+
+    command: str
+    against: str | None
 
 
 @click.command()
@@ -75,6 +91,12 @@ WHAT = (
     help="`suite`: run these.  [default: p2p-iommu]",
 )
 @click.option(
+    "--only",
+    multiple=True,
+    metavar="NAME",
+    help="`figures`: measure this one; may be given several times. `every`: all of them.",
+)
+@click.option(
     "--most",
     type=click.IntRange(1),
     metavar="N",
@@ -109,6 +131,7 @@ def bench(
     peer: str,
     against: str | None,
     suites: tuple[str, ...],
+    only: tuple[str, ...],
     most: int | None,
     cluster: str,
     plot: Path | None,
@@ -121,18 +144,23 @@ def bench(
     map: what mapping video memory for a peer costs the guest's kernel, by page and at once.
     suite: seconds for each requirement, and processor time by who used it. As work grows: render
     (topology to command line), gpus (boot), racks (memory, seconds), cells (of a matrix, empty).
+    figures: what the project promises, and whether it holds here: exit code 0 if all that was
+    measured does, 1 if one does not, 125 or 128 if one that was asked for cannot be measured.
 
     What is compared is measured in turns, in one run: quote the ratios.
     """
     from testbed.benchmarks import cycles as bench_cycles
-    from testbed.benchmarks import growth, virtme
+    from testbed.benchmarks import figures, growth
     from testbed.benchmarks import machines as measure
     from testbed.benchmarks import maps as bench_maps
     from testbed.benchmarks import suite as bench_suite
     from testbed.benchmarks.plot import svg
     from testbed.host import probe
-    from testbed.verbs.install import install_for, options
+    from testbed.verbs.install import install_for
 
+    named = figures.chosen(only)
+    if what == "figures" and (files or settings or kernel or iommu_mode or engine):
+        raise InputError("figures say themselves what they are measured on", hint="--only NAME")
     topologies = {
         file: load_topology(
             file, settings, kernel=kernel, iommu_mode=iommu_mode, engine=engine, trust=trust
@@ -142,42 +170,23 @@ def bench(
     first = next(iter(topologies.values()))
     installation = install_for(topologies.values())
     accelerator = probe.accelerator(installation)
-    result: dict[str, Any]
-    if what == "boot":
-        if against:
-            with options() as setup:
-                peer = virtme.command(installation, accelerator, setup)
-        result = measure.boot(
-            topologies, installation, accelerator, runs=runs, peer=peer, warm=warm
-        )
-    elif what == "memory":
-        result = measure.memory(first, installation, accelerator, racks=racks, warm=warm)
-    elif what == "latency":
-        result = measure.latency(first, installation, accelerator, runs=runs)
-    elif what == "idle":
-        result = measure.idle(first, installation, accelerator, seconds=IDLE_S)
-    elif what == "cycles":
-        result = bench_cycles.booted(first, installation, accelerator, count=count)
-    elif what == "suite":
-        words = [word for file in files or ("quad-gpu",) for word in ("-t", file)]
-        words += ["--warm"] if warm else []
-        result = bench_suite.cost([*(suites or ("p2p-iommu",)), *words], runs=runs)
-    elif what in GROWTH:
-        result = growth.measure(
-            what,
-            first,
-            installation,
-            accelerator,
-            growth.Extent(runs, warm, most, cluster),
-        )
-    elif what == "map":
-        result = bench_maps.maps(
-            first, installation, accelerator, size_bytes=size_mib << 20, runs=runs
-        )
-    else:
-        result = measure.copy(
-            first, installation, accelerator, size_bytes=size_mib << 20, runs=runs
-        )
+    on = (installation, accelerator)
+    suite_words = [*(suites or ("p2p-iommu",)), *(w for f in topologies for w in ("-t", f))]
+    size_bytes = size_mib << 20
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        "boot": lambda: _boot(topologies, *on, runs, warm, _Peers(peer, against)),
+        "memory": lambda: measure.memory(first, *on, racks=racks, warm=warm),
+        "copy": lambda: measure.copy(first, *on, size_bytes=size_bytes, runs=runs),
+        "latency": lambda: measure.latency(first, *on, runs=runs),
+        "idle": lambda: measure.idle(first, *on, seconds=IDLE_S),
+        "map": lambda: bench_maps.maps(first, *on, size_bytes=size_bytes, runs=runs),
+        "cycles": lambda: bench_cycles.booted(first, *on, count=count),
+        "suite": lambda: bench_suite.cost([*suite_words, *["--warm"][: int(warm)]], runs=runs),
+        "figures": lambda: _figures(first, *on, runs, named),
+    }
+    extent = growth.Extent(runs, warm, most, cluster)
+    ways |= {name: functools.partial(growth.measure, name, first, *on, extent) for name in GROWTH}
+    result = ways[what]()
     document = {
         "machine": measure.machine(),
         "qemu": installation.qemu.version,
@@ -189,5 +198,45 @@ def bench(
     if plot is not None:
         plot.write_text(svg(what, document))
     print_json(f"testbed.bench.{what}/1", document)
+    if what == "figures":
+        click.get_current_context().exit(figures.exit_code(result))
     if result.get("grown") or result.get("wrong"):
         click.get_current_context().exit(ExitCode.FAIL)
+
+
+def _figures(
+    topology: Topology,
+    installation: Installation,
+    accelerator: str,
+    runs: int,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    from testbed.benchmarks import figures
+    from testbed.benchmarks.commands import Commands
+    from testbed.verbs.install import options
+
+    with options() as setup, Commands() as commands:
+        bed = figures.Bed(commands, topology, installation, accelerator, setup, runs, say)
+        return figures.report(names, bed)
+
+
+def _boot(
+    topologies: dict[str, Topology],
+    installation: Installation,
+    accelerator: str,
+    runs: int,
+    warm: bool,
+    words: _Peers,
+) -> dict[str, Any]:
+    from testbed.benchmarks import machines, virtme
+    from testbed.verbs.install import options
+
+    peers: dict[str, Callable[[], float]] = {}
+    if words.command:
+        peers["peer"] = lambda: machines.command_seconds(words.command)
+    if words.against:
+        with options() as setup:
+            kernel = next(iter(installation.kernels))
+            found = virtme.Peer.of(kernel, installation, accelerator, setup)
+        peers[words.against] = lambda: found.run().ran_s
+    return machines.boot(topologies, installation, accelerator, runs=runs, peers=peers, warm=warm)

@@ -99,7 +99,7 @@ def _kernel(folder: Path, *modules: str) -> KernelImage:
 def test_a_kernel_that_virtme_cannot_boot_is_a_skip(tmp_path: Path, setup: SetupOptions) -> None:
     installation = SimpleNamespace(kernels={"x": _kernel(tmp_path / "root")})
     with pytest.raises(CapabilityMissing, match=r"9p, which kernel 7\.0-x does not have"):
-        virtme.command(installation, "tcg", setup)  # type: ignore[arg-type]
+        virtme.Peer.of("x", installation, "tcg", setup)  # type: ignore[arg-type]
 
 
 def test_virtme_writes_beside_a_kernel_and_never_into_its_packages(
