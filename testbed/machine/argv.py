@@ -70,7 +70,7 @@ def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:
     argv = [
         *context.qemu,
         *_machine(plan, node, context),
-        *_channels(plan),
+        *_channels(plan, context),
         *_iommu(plan, node.iommu),
     ]
     left_out = saving.left_out(plan) if context.start is Start.SAVE else ()
@@ -115,6 +115,8 @@ def _memory(plan: NodePlan) -> tuple[MemoryFd, ...]:
 
 def _machine(plan: NodePlan, node: Node, context: LaunchContext) -> list[str]:
     machine = node.machine
+    # Nodes that are alike but for their names are one saved machine.
+    name = "saved" if context.start is Start.SAVE else plan.name
     # Shared, so that a device model in another process can reach it too (vfio-user).
     ram: Properties = {"id": "ram0", "size": machine.memory_bytes, "share": True}
     backend = "memory-backend-memfd"
@@ -127,7 +129,7 @@ def _machine(plan: NodePlan, node: Node, context: LaunchContext) -> list[str]:
         ram |= {"share": False, "readonly": True, "rom": "off"}
     firmware = quick_firmware(node, context)
     return [
-        *("-name", f"guest={plan.name},process=qemu-system-x86"),
+        *("-name", f"guest={name},process=qemu-system-x86"),
         "-nodefaults",
         "-no-user-config",
         "-no-reboot",  # a panic or a reboot ends QEMU, and the harness sees it at once
@@ -145,7 +147,7 @@ def _machine(plan: NodePlan, node: Node, context: LaunchContext) -> list[str]:
     ]
 
 
-def _channels(plan: NodePlan) -> list[str]:
+def _channels(plan: NodePlan, context: LaunchContext) -> list[str]:
     """Control, console and network: unix sockets only, so that no port can be taken twice."""
     console_log = f"{LOG_LINK}/{CONSOLE_LOG}"
     network = {
@@ -158,7 +160,8 @@ def _channels(plan: NodePlan) -> list[str]:
         ],
     }
     monitors = [QMP_SOCKET, QMP_USER_SOCKET]
-    if any(function.kind in MODEL_KINDS for function in plan.functions):
+    has_models = any(function.kind in MODEL_KINDS for function in plan.functions)
+    if has_models and context.start is not Start.SAVE:
         monitors.append(QMP_MODELS_SOCKET)
     return [
         *(word for name in monitors for word in ("-qmp", f"unix:{name},server=on,wait=off")),
