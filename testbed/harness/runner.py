@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -149,7 +149,7 @@ def run_engines(
         folder.mkdir(mode=0o700, exist_ok=True)
         session = _run_session(choice, source, folder, ktap.subtest(engine))
         found[engine] = session.outcomes
-        devices += session.devices
+        devices += [replace(each, rack=f"{engine}/{each.rack}") for each in session.devices]
         ktap.subtest_ended(engine, session.outcomes)
         if session.interrupted:
             break

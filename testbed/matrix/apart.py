@@ -8,7 +8,7 @@ and table are in the order of the command line, whichever part ended first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,13 +57,17 @@ class _Ended:
 
 @dataclass
 class Apart:
-    """A run of several parts in ``run_dir``, each with a folder of its own below it."""
+    """A run of several parts in ``run_dir``, each with a folder of its own below it.
+
+    ``note``  is told the folder of each part that has a record.
+    """
 
     parts: Sequence[Part]
     run_dir: Path
     room: Room
     command: Sequence[str]
     mutation: str = ""
+    note: Callable[[Path], None] = lambda _: None
     _ended: dict[str, _Ended] = field(default_factory=dict)
     _told: int = 0
 
@@ -87,6 +91,8 @@ class Apart:
                     if ended is None:
                         continue
                     self._ended[part.label] = ended
+                    if ended.run is not None:
+                        self.note(self.run_dir / part.label)
                     verdict = combine(o.verdict for o in ended.outcomes)
                     first = next(o for o in ended.outcomes if o.verdict is verdict)
                     reason = "" if verdict is Verdict.PASS else f"{first.title}: {first.reason}"
@@ -149,17 +155,31 @@ class Apart:
         ended = [(p.label, self._ended[p.label]) for p in self.parts if p.label in self._ended]
         runs = [(label, each.run) for label, each in ended if each.run is not None]
         outcomes = [o for label, each in ended for o in labelled(label, each.outcomes)]
-        topologies = {str(run.topology.get("rack")): run.topology for _, run in runs}
-        versions: Mapping[str, Any] = runs[0][1].versions if runs else {}
+        topologies = {label: run.topology for label, run in runs}
+        first = next(iter(topologies.values()), {})
         info = record.RunInfo(
             command=tuple(self.command),
             started=started.isoformat(timespec="seconds"),
-            versions=versions,
+            versions=_versions([run for _, run in runs]),
             host=host_facts(),
-            # Of several racks, each part's record has its own.
-            topology=next(iter(topologies.values())) if len(topologies) == 1 else {},
+            topology=first if all(each == first for each in topologies.values()) else {},
+            topologies=topologies,
             mutation=self.mutation,
-            devices=tuple(d for _, run in runs for d in run.devices),
+            devices=tuple(
+                replace(device, rack=f"{label}/{device.rack}")
+                for label, run in runs
+                for device in run.devices
+            ),
             reports=tuple(r for _, run in runs for r in run.reports),
         )
         return record.make_record(info, (*outcomes, *agreed), duration_s=duration_s, code=code)
+
+
+def _versions(runs: Sequence[record.RunRecord]) -> dict[str, Any]:
+    """What all of them used; racks may have different kernels."""
+    found: dict[str, Any] = {}
+    kernels: dict[str, Any] = {}
+    for run in runs:
+        kernels |= run.versions.get("kernels", {})
+        found = {**run.versions, **found}
+    return found | ({"kernels": kernels} if kernels else {})

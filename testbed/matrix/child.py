@@ -55,11 +55,14 @@ def run(
 ) -> ChildEnd:
     """Run ``testbed run WORDS``; its standard output and error go to files in ``folder``.
 
+    It does not write itself into the history: that is for whoever keeps its folder.
+
     :param cancelled: asked all the time; true ends it.
     :raises OSError: it could not be started.
     """
     began_s = time.monotonic()
-    command = [*DIE_WITH_US, sys.executable, "-m", "testbed.cli", "run", *words]
+    command = [*DIE_WITH_US, sys.executable, "-m", "testbed.cli", "run", "--no-history"]
+    command += words
     # What the user set for the whole is told in words; a child must not be parallel again.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TESTBED_RUN_")}
     why: Literal["ended", "deadline", "cancelled"] = "ended"

@@ -23,7 +23,6 @@ from testbed.matrix.store import Store
 from testbed.results.verdicts import Verdict
 
 RUN_AGAIN = (Verdict.FAIL, Verdict.LOST, Verdict.ERROR)
-PAGE_FILE = "index.html"
 JUNIT_FILE = "junit.xml"
 
 
@@ -89,7 +88,7 @@ def drive(plan: Plan, store: Store, how: How) -> MatrixRecord:
         )
         store.write(MATRIX_FILE, to_json(written))
         store.write(JUNIT_FILE, junit.to_junit(written, store.folder))
-        store.write(PAGE_FILE, page.to_html(written).encode())
+        store.write(page.PAGE_FILE, page.to_html(written, store.folder).encode(errors="replace"))
     return written
 
 

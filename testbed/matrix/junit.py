@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from testbed.errors import InputError
 from testbed.matrix.records import CellRecord, MatrixRecord
-from testbed.matrix.run_cell import RUN_FOLDER
+from testbed.matrix.store import RUN_FOLDER
 from testbed.results.junit import suite_element
 from testbed.results.record import FILE_NAME, load_record
 from testbed.results.verdicts import Outcome

@@ -1,65 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A matrix as one HTML file that needs nothing else: the table, the reasons, each cell's logs."""
+"""A matrix as one HTML file: the table, the reasons, and the way to each cell's page and logs.
+
+Each cell has the page of its run (:mod:`testbed.page.render`) beside its record, made where it ran.
+The pages link to one another relatively: the folder can be moved, packed and sent as it is.
+"""
 
 from __future__ import annotations
 
-from jinja2 import Environment
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
 
-from testbed.matrix.records import MatrixRecord
-from testbed.matrix.table import grid, reasons, summary, word
+from testbed.errors import TestbedError
+from testbed.matrix.records import MATRIX_FILE, CellRecord, MatrixRecord, load_matrix
+from testbed.matrix.store import CELLS, RUN_FOLDER
+from testbed.matrix.table import grid, reasons, summary, whole, word
+from testbed.page.document import document
+from testbed.page.files import is_file
+from testbed.results.record import FILE_NAME, write_atomically
+from testbed.results.verdicts import Verdict
 
-_TEMPLATE = """\
-<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width">
-<title>{{ r.matrix }}: matrix</title>
-<style>
-body { font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222; background: #fff }
-table { border-collapse: collapse } th, td { padding: .3em .7em; text-align: left;
-  border-bottom: 1px solid #ddd; vertical-align: top } thead th { border-bottom: 2px solid #888 }
-td a { color: inherit; text-decoration: none } code { font-size: 13px }
-.PASS { background: #d8f0d8 } .FAIL { background: #f4b8b0; font-weight: bold }
-.SKIP { background: #f6eec8 } .LOST { background: #e8c8ee; font-weight: bold }
-.ERROR { background: #bfe3ea; font-weight: bold } .scroll { overflow-x: auto }
-</style></head><body>
-<h1>{{ r.matrix }}</h1>
-{% if r.description %}<p>{{ r.description }}</p>{% endif %}
-<p>{{ summary }}</p>
-<div class="scroll"><table><thead><tr>
-{% for name in g.axes + g.suites %}<th>{{ name }}</th>{% endfor %}
-</tr></thead><tbody>
-{% for row in g.rows %}<tr>{% for value in row.values %}<th scope="row">{{ value }}</th>{% endfor %}
-{% for suite in g.suites %}{% set cells = row.cells.get(suite, []) %}{% set said = word(cells) %}
-<td class="{{ said[1] or '' }}" title="{{ cells[0].reason if cells else '' }}">
-{%- if cells and cells[0].folder %}<a href="#{{ cells[0].name }}">{{ said[0] }}</a>
-{%- else %}{{ said[0] }}{% endif %}</td>{% endfor %}
-</tr>{% endfor %}
-</tbody></table></div>
-{% if told %}<h2>Reasons</h2><table><tbody>
-{% for cell, reason in told %}<tr><td class="{{ cell.verdict }}">{{ cell.verdict }}</td>
-<td>{{ cell.name }}</td><td>{{ reason }}</td></tr>{% endfor %}</tbody></table>{% endif %}
-<h2>Cells</h2><div class="scroll"><table><thead><tr><th>cell</th><th>verdict</th><th>tests</th>
-<th>seconds</th><th>starts</th><th>where</th><th>logs</th></tr></thead><tbody>
-{% for cell in r.cells %}<tr id="{{ cell.name }}"><td>{{ cell.name }}</td>
-<td class="{{ cell.verdict }}">{{ cell.verdict }}</td>
-<td>{% for v, n in cell.counts.items() %}{{ n }} {{ v | lower }} {% endfor %}</td>
-<td>{{ "%.1f" | format(cell.duration_s) }}</td><td>{{ cell.attempts }}</td><td>{{ cell.where }}</td>
-<td>{% if cell.folder %}
-<a href="{{ cell.folder | urlencode }}/">{{ cell.folder }}</a>{% endif %}</td>
-</tr>{% endfor %}</tbody></table></div>
-<p>testbed {{ r.tool_version }}, {{ r.started }}, <code>{{ r.command | join(" ") }}</code></p>
-</body></html>
-"""
+PAGE_FILE = "index.html"
+CELL_PAGE = "page.html"
+_ATTEMPT = re.compile(rf"{CELLS}/[^/]+/[0-9]+")
 
 
-def to_html(record: MatrixRecord) -> str:
-    """The page; every word of a record is escaped."""
-    template = Environment(autoescape=True, trim_blocks=True).from_string(_TEMPLATE)
-    return template.render(
+def write_cell_page(run_dir: Path) -> str:
+    """The page of a cell's run, in its folder; returns why there is none, or ""."""
+    from testbed.page.render import render  # noqa: PLC0415  slow, and not of every process
+
+    try:
+        write_atomically(run_dir / CELL_PAGE, render(run_dir).encode(errors="replace"))
+    except (TestbedError, OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def remake(folder: Path) -> tuple[str, list[str]]:
+    """The matrix's page, after the page of each of its runs; for the folder of an earlier run.
+
+    :returns: with the cells that have none, and why.
+    :raises InputError: it is no matrix's folder, or its record cannot be read.
+    """
+    record = load_matrix(folder / MATRIX_FILE)
+    problems = []
+    for cell in record.cells:
+        run_dir = _run_of(cell, folder)
+        if run_dir is not None and (why_not := write_cell_page(run_dir)):
+            problems.append(f"{cell.name}: {why_not}")
+    return to_html(record, folder), problems
+
+
+def to_html(record: MatrixRecord, folder: Path) -> str:
+    """The page, for ``folder``; every word of a record is escaped."""
+    links = {cell.name: link for cell in record.cells if (link := _link(cell, folder))}
+    return document(
+        "matrix.html.j2",
         r=record,
         g=grid(record),
         word=word,
         told=reasons(record),
         summary=summary(record, "the folder of this page"),
+        whole=whole(record),
+        counts=_counts(record),
+        links=links,
+        opened=lambda cells: next(_openable(cells, links), None),
     )
+
+
+def _openable(cells: list[CellRecord], links: dict[str, str]) -> Iterator[str]:
+    """Of several repetitions the worst first, as is said in their place."""
+    verdict = word(cells)[1]
+    for cell in sorted(cells, key=lambda cell: cell.verdict is not verdict):
+        if cell.name in links:
+            yield links[cell.name]
+
+
+def _counts(record: MatrixRecord) -> dict[Verdict, int]:
+    verdicts = [cell.verdict for cell in record.cells]
+    return {verdict: n for verdict in Verdict if (n := verdicts.count(verdict))}
+
+
+def _run_of(cell: CellRecord, folder: Path) -> Path | None:
+    """Its run's folder, if it left a record; never one outside of the matrix's."""
+    if not _ATTEMPT.fullmatch(cell.folder) or ".." in cell.folder:
+        return None
+    run_dir = folder / cell.folder / RUN_FOLDER
+    return run_dir if is_file(run_dir / FILE_NAME) else None
+
+
+def _link(cell: CellRecord, folder: Path) -> str:
+    """What opens when its place is chosen: the page of its run, else what it left."""
+    if not _ATTEMPT.fullmatch(cell.folder) or ".." in cell.folder:
+        return ""
+    page = folder / cell.folder / RUN_FOLDER / CELL_PAGE
+    place = quote(cell.folder)
+    return f"{place}/{RUN_FOLDER}/{CELL_PAGE}" if is_file(page) else f"{place}/"

@@ -13,13 +13,14 @@ from pathlib import Path
 from testbed.errors import ExitCode, InputError
 from testbed.matrix import child
 from testbed.matrix.cells import Cell
+from testbed.matrix.page import write_cell_page
 from testbed.matrix.records import CellRecord
+from testbed.matrix.store import RUN_FOLDER
 from testbed.results.ktap import one_line
 from testbed.results.record import FILE_NAME, RunRecord, load_record
 from testbed.results.verdicts import Verdict, combine, count
 
 RACK_FILE = "rack.json"
-RUN_FOLDER = "run"
 EMPTY_REASON = "the suite is empty: nothing was started, nothing tested"
 
 
@@ -93,6 +94,8 @@ def run_cell(
         reason = f"it did not end within {cell.deadline_s} s, and was ended"
         return ended(Verdict.ERROR, reason, end.duration_s, None)
     verdict, reason, run = judged(end, folder / RUN_FOLDER)
+    if run is not None:
+        write_cell_page(folder / RUN_FOLDER)  # without one, its place leads to what it left
     return ended(verdict, reason, end.duration_s, run)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,21 +20,27 @@ from testbed.errors import Diagnostic, HostError, InputError
 from testbed.host import paths
 from testbed.matrix.cells import Cell
 from testbed.matrix.records import CELL_FILE, CellRecord, load_cell, write_cell
-from testbed.results.record import write_atomically
+from testbed.results.record import FILE_NAME, write_atomically
 from testbed.topology.problem import nearest
 
 CELLS = "cells"
 COPY = "matrix.yaml"
+RUN_FOLDER = "run"  # of a cell's attempt
 LOCK = "lock"
 LAST = "last"
 RUNS = "matrices"
 
 
 class Store:
-    """One run's folder."""
+    """One run's folder.
 
-    def __init__(self, folder: Path) -> None:
+    :param note: is told the folder of each run that has left a record, before its cell counts as
+        finished: what is killed between runs again, and no finished run is forgotten.
+    """
+
+    def __init__(self, folder: Path, note: Callable[[Path], None] = lambda _: None) -> None:
         self.folder = folder
+        self._note = note
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -90,6 +96,8 @@ class Store:
         folder = self.folder / CELLS / record.name
         if attempt is not None and any(attempt.iterdir()):
             record = replace(record, folder=str(attempt.relative_to(self.folder)))
+            if (attempt / RUN_FOLDER / FILE_NAME).is_file():
+                self._note(attempt / RUN_FOLDER)
         try:
             self._make(folder)
             write_cell(record, folder)

@@ -73,15 +73,20 @@ def reasons(record: MatrixRecord) -> list[tuple[CellRecord, str]]:
     return found
 
 
+def whole(record: MatrixRecord) -> str:
+    """One word for all of it."""
+    if record.exit_code == ExitCode.INTERRUPTED:
+        return "INTERRUPTED"
+    if record.missing and record.exit_code != ExitCode.FAIL:
+        return "ERROR"
+    return str(combine(cell.verdict for cell in record.cells)) if record.cells else "ERROR"
+
+
 def summary(record: MatrixRecord, folder: object) -> str:
     """``FAIL: 11 pass, 1 fail in 200.3 s (exit 1); everything is in FOLDER``."""
     verdicts = [cell.verdict for cell in record.cells]
     numbers = ", ".join(f"{n} {v.lower()}" for v in Verdict if (n := verdicts.count(v)))
-    head = str(combine(verdicts)) if verdicts else "nothing ran"
-    if record.exit_code == ExitCode.INTERRUPTED:
-        head = "INTERRUPTED"
-    elif record.missing and record.exit_code != ExitCode.FAIL:
-        head = "ERROR"
+    head = whole(record) if verdicts or record.missing else "nothing ran"
     if record.missing:
         numbers += f", {record.missing} of {record.missing + len(verdicts)} not run"
         numbers += f" ({record.note})" if record.note else ""

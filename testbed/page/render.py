@@ -1,29 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run folder → one HTML file (Jinja2) that works from ``file://`` and asks no network.
-
-All that is in a run folder may be a stranger's words. Everything is escaped by the template engine,
-control characters and those that turn the direction of text are shown as what they are, and the
-page's policy (Content-Security-Policy) allows exactly one style sheet and one script, by their
-hashes: nothing else runs or loads, even if something was forgotten here.
-"""
+"""A run folder, a stranger's too → one HTML file (:mod:`testbed.page.document`)."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from testbed import __version__
 from testbed.page import files, logs, peers
+from testbed.page.document import document
 from testbed.page.load import RackFolder, Run, load_run, versions_of
 from testbed.page.matrix_view import MatrixView, matrix_view
 from testbed.page.view import (
@@ -39,12 +28,10 @@ from testbed.page.view import (
     timeline,
 )
 from testbed.results.changes import changes
-from testbed.results.record import DeviceRecord, injected
+from testbed.results.record import DeviceRecord, RunRecord, injected
 from testbed.results.verdicts import Outcome, Verdict, combine, count
 from testbed.topology import graph, graph_svg
 from testbed.topology.peers import peers as devices_of
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 # Of one log, and of all logs of a run together: what is read at all.
 MOST_LOG_HEAD_BYTES = 128 << 10
@@ -57,10 +44,6 @@ MOST_JSON = 200_000  # characters of the topology as text
 _LOGS = ("console.log", "qemu.log")
 _OBSERVATIONS = "observations.jsonl"
 KERNEL_LOG = "kernel log, as the agent read it"
-
-# C0 and C1 controls but tab and newline; marks that turn or isolate the direction of text.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-
 
 Calls = list[Mapping[str, Any]]  # a node's observations
 
@@ -121,12 +104,9 @@ def render(run_dir: Path, *, against: Path | None = None) -> str:
     ]
     outcomes = run.record.outcomes
     counts = count(outcomes)
-    style, script = _asset("style.css"), _asset("page.js")
-    # Paper is white, whatever the reader's screen is.
-    picture = graph_svg.STYLE.replace("@media (prefers", "@media screen and (prefers")
-    style = style.replace("/* PICTURE */", f".picture {{\n{picture}\n}}")
-    template = _environment().get_template("page.html.j2")
-    return template.render(
+    return document(
+        "page.html.j2",
+        script="page.js",
         run=run,
         record=run.record,
         title=_title(run),
@@ -140,14 +120,10 @@ def render(run_dir: Path, *, against: Path | None = None) -> str:
         racks=racks,
         injected=injected(run.record),
         environment=_environment_of(run),
-        topology=_topology_text(run.record.topology),
+        topologies=_topology_texts(run.record),
         judged_by_word=_is_judged_by_word(run),
         compared=changes(earlier.record, run.record) if earlier else None,
         against=earlier.record if earlier else None,
-        style=Markup(style),  # noqa: S704  (ours)
-        script=Markup(script),  # noqa: S704  (ours)
-        policy=_policy(style, script),
-        version=__version__,
         most_calls=MOST_CALLS,
         safe_link=safe_link,
         shortened=shortened,
@@ -160,7 +136,9 @@ def _title(run: Run) -> str:
         return reports[0].title
     if reports:
         return f"{len(reports)} bug reports"
-    return str(run.record.topology.get("rack") or "a run without a rack")
+    every = (run.record.topology, *run.record.topologies.values())
+    racks = dict.fromkeys(str(each["rack"]) for each in every if each.get("rack"))
+    return ", ".join(racks) or "a run without a rack"
 
 
 def _is_judged_by_word(run: Run) -> bool:
@@ -320,46 +298,14 @@ def _environment_of(run: Run) -> list[tuple[str, str]]:
     return rows
 
 
-def _topology_text(topology: Mapping[str, Any]) -> str:
-    text = json.dumps(topology, indent=1, default=str)
-    return text if len(text) <= MOST_JSON else f"{text[:MOST_JSON]}\n… ({len(text):,} characters)"
-
-
-# --- the template engine
-
-
-def shown(value: object) -> object:
-    """What may be put into the page: invisible characters are shown by their number."""
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", value)
-    return value
-
-
-@cache
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-@cache
-def _asset(name: str) -> str:
-    return (TEMPLATES / name).read_text(encoding="utf-8")
-
-
-def _policy(style: str, script: str) -> str:
-    """Nothing but this style sheet and this script; no forms, no frames, no network."""
-    return (
-        "default-src 'none'; base-uri 'none'; form-action 'none'; "
-        f"style-src '{_hash(style)}'; script-src '{_hash(script)}'"
-    )
-
-
-def _hash(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"sha256-{base64.b64encode(digest).decode()}"
+def _topology_texts(record: RunRecord) -> list[tuple[str, str]]:
+    """Whose it is, "" if it is everyone's, and the text."""
+    several = record.topologies.items() if record.topologies and not record.topology else ()
+    left = MOST_JSON
+    found = []
+    for name, topology in several or (("", record.topology),):
+        text = json.dumps(topology, indent=1, default=str)
+        cut = text if len(text) <= left else f"{text[:left]}\n… ({len(text):,} characters)"
+        left = max(0, left - len(text))
+        found.append((name, cut))
+    return found

@@ -170,6 +170,8 @@ def _environment(record: RunRecord) -> dict[str, str]:
             found |= dict(_flat(name.replace("_", " "), value))
     for name, value in record.host.items():
         found |= dict(_flat(f"host {name}", value))
+    if record.topologies and not record.topology:
+        return found | dict(_flat("topology", record.topologies))
     return found | dict(_flat("topology", record.topology))
 
 

@@ -78,7 +78,8 @@ class RunRecord:
 
     ``versions``   what was used: ``qemu``, ``kernel``, ``image`` … with their hashes.
     ``host``       the machine it ran on: system, processor, memory, accelerator.
-    ``topology``   the rack as resolved (no templates left), as plain data.
+    ``topology``   the rack as resolved (no templates left), as plain data; {} if there are several.
+    ``topologies`` of a run in parts (``-j``, several ``-t``): each part's, by its label.
     ``command``    the words that started it, to be typed again.
     ``mutation``   the deliberate break in force, or "" (see :mod:`testbed.instruments.mutations`).
     ``policy``     how p2p-negotiation chose interconnects, or "" for its default.
@@ -101,6 +102,7 @@ class RunRecord:
     devices: tuple[DeviceRecord, ...] = ()
     reports: tuple[ReportRecord, ...] = ()
     policy: str = ""
+    topologies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tool_version: str = __version__
     schema: str = SCHEMA
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -119,6 +121,7 @@ class RunInfo:
     policy: str = ""
     devices: tuple[DeviceRecord, ...] = ()
     reports: tuple[ReportRecord, ...] = ()
+    topologies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def injected(record: RunRecord) -> tuple[str, ...]:
@@ -154,6 +157,7 @@ def make_record(
         policy=info.policy,
         devices=info.devices,
         reports=info.reports,
+        topologies=info.topologies,
         outcomes=outcomes,
         requirements=by_requirement(outcomes),
         exit_code=int(exit_code(outcomes) if code is None else code),

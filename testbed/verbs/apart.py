@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from testbed.topology.model import Topology
 
 # Said for each part anew, or only of the whole.
-_OF_THE_WHOLE = frozenset({"suites", "topologies", "engine", "jobs", "output", "form", "only_list"})
+_OF_THE_WHOLE = frozenset(
+    {"suites", "topologies", "engine", "jobs", "output", "form", "no_history", "only_list"}
+)
 
 
 def words_of(context: click.Context, without: frozenset[str] = _OF_THE_WHOLE) -> list[str]:
@@ -58,6 +60,7 @@ def run_apart(
     :raises InputError: whatever is wrong with one of them; nothing has started then.
     """
     from testbed.harness.runner import SUITES, suite_paths
+    from testbed.history.store import remember
     from testbed.instruments.mutations import parse_mutation
     from testbed.matrix.apart import Apart
     from testbed.matrix.needs import room_here
@@ -83,6 +86,8 @@ def run_apart(
         sys.argv,
         mutation=str(parse_mutation(context.params["mutation"])),
     )
+    if not context.params["no_history"]:
+        run.note = lambda part: remember(part, say)
     stream = io.StringIO() if form == "json" else sys.stdout
     code = run.run(stream)
     if form == "json":

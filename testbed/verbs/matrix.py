@@ -80,6 +80,7 @@ def matrix(
     """
     from rich.console import Console
 
+    from testbed.history.store import remember
     from testbed.matrix import cluster as clusters
     from testbed.matrix import junit, load, records, store, table
     from testbed.matrix.drive import How, drive
@@ -112,7 +113,7 @@ def matrix(
         worker_wait_s=worker_wait_s,
         command=sys.argv,
     )
-    done = drive(plan, store.Store(folder.absolute()), how)
+    done = drive(plan, store.Store(folder.absolute(), lambda run: remember(run, say)), how)
     if form == "json":
         click.echo(records.to_json(done).decode(), nl=False)
     elif form == "junit":

@@ -33,18 +33,31 @@ DEFAULT_FILE = "page.html"
 def page(run: str | None, output: Path | None, against: str | None) -> None:
     """Make one HTML file of the run folder RUN: verdicts, evidence, rack, peers, logs.
 
+    Of a matrix's folder the table (index.html), and the page of each of its cells, again.
+
     RUN may be the beginning of its name, and is the newest if it is not given. The file needs
     nothing else and asks no network: open it from a disk, send it, print it. Prints its name.
     """
+    from testbed.matrix import page as matrices
+    from testbed.matrix.records import MATRIX_FILE
     from testbed.page.render import render
     from testbed.results.record import write_atomically
 
     folder = find_run(run)
-    text = render(folder, against=None if against is None else find_run(against))
+    name = DEFAULT_FILE
+    if (folder / MATRIX_FILE).is_file():
+        if against is not None:
+            raise InputError("--against compares two runs, not matrices")
+        name = matrices.PAGE_FILE
+        text, problems = matrices.remake(folder)
+        for problem in problems:
+            say(f"no page of {problem}")
+    else:
+        text = render(folder, against=None if against is None else find_run(against))
     if output is not None and str(output) == "-":
         click.echo(text, nl=False)
         return
-    target = output or folder / DEFAULT_FILE
+    target = output or folder / name
     try:
         write_atomically(target, text.encode(errors="replace"))
     except OSError as error:

@@ -94,6 +94,7 @@ NEGOTIATION = "p2p-negotiation"
     show_default=True,
     help="What to print on stdout.",
 )
+@click.option("--no-history", is_flag=True, help="Keep this run out of `testbed history`.")
 @click.option("--list", "only_list", is_flag=True, help="List the suites, and run none.")
 def run(
     suites: tuple[str, ...],
@@ -114,6 +115,7 @@ def run(
     policy: str,
     output: Path | None,
     form: str,
+    no_history: bool,
     only_list: bool,
 ) -> int:
     """Run conformance SUITEs (p2p-iommu if none is named) and say PASS, FAIL, SKIP, LOST, ERROR.
@@ -203,7 +205,8 @@ def run(
             else TopologySource(wanted, run_dir, options=options)
         )
         result = runner.run_suites(choice, source, run_dir, stream=stream)
-    remember(run_dir, say)
+    if not no_history:
+        remember(run_dir, say)
     if form == "json":
         click.echo((run_dir / record.FILE_NAME).read_text())
     return result.code

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from testbed.history import store
+
 # A child is a Python that imports pytest; busy hosts take five times as long.
 DEADLINE_S = 100
 
@@ -93,6 +95,12 @@ def record(folder: Path) -> dict[str, Any]:
     """What a run wrote."""
     data: dict[str, Any] = json.loads((folder / "matrix.json").read_text())
     return data
+
+
+def remembered(folder: Path) -> set[Path]:
+    """The run folders that the history in ``folder`` has."""
+    found = store.read(folder / "state" / store.FILE_NAME, print)
+    return {Path(each.run.folder) for each in found}
 
 
 def await_that(what: str, holds: Any, deadline_s: float = DEADLINE_S) -> None:

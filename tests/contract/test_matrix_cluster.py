@@ -90,6 +90,9 @@ exclude:
     once = [c for c in cells.values() if "once" in c["name"]]
     assert sorted(c["attempts"] for c in once) == [1, 2]
     assert all((out / c["folder"] / "run" / "record.json").exists() for c in once)
+    ran = [out / cell["folder"] / "run" for cell in cells.values() if cell["counts"]]
+    assert all((folder / "page.html").exists() for folder in ran)
+    assert runs.remembered(tmp_path) == set(ran), "the folder of each is where it came to"
     always = next(c for c in cells.values() if "always" in c["name"])
     assert "3 workers died while they ran it" in always["reason"]
     assert "died; begun again on" in errors

@@ -43,6 +43,11 @@ def test_one_table_with_a_reason_for_whatever_did_not_run(tmp_path: Path) -> Non
     assert "<script" not in page
     logs = runs.record(out)["cells"][1]["folder"]
     assert (out / logs / "run" / "record.json").exists()
+    assert f'href="{logs}/run/page.html"' in page
+    assert "one is not two" in (out / logs / "run" / "page.html").read_text()
+    assert runs.remembered(tmp_path) == {
+        out / cell["folder"] / "run" for cell in runs.record(out)["cells"] if cell["counts"]
+    }
 
 
 def test_what_ended_before_a_kill_is_not_run_again(tmp_path: Path) -> None:

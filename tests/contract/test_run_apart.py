@@ -69,6 +69,27 @@ def test_the_order_is_the_command_lines_however_many_at_once(tmp_path: Path) -> 
         ("quad-gpu-test_wrong.py/wrong", "FAIL", "one is not two"),
     ]
     assert "1..4" in said[0]
+    assert {label: each["rack"] for label, each in record["topologies"].items()} == {
+        "minimal-test_late.py": "minimal",
+        "minimal-test_wrong.py": "minimal",
+        "quad-gpu-test_late.py": "quad-gpu",
+        "quad-gpu-test_wrong.py": "quad-gpu",
+    }
+    assert record["topology"] == {}
+
+
+def test_each_part_is_a_run_of_its_own_in_the_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESTBED_STATE_DIR", str(tmp_path / "state"))
+    suite = tmp_path / "test_quick.py"
+    suite.write_text(runs.QUICK)
+    words = (suite, "-t", "minimal", "-t", "quad-gpu", "-j", "2")
+    assert run(*words, "--no-history", "--output", tmp_path / "unseen")[0] == 0
+    assert run(*words, "--output", tmp_path / "out")[0] == 0
+    assert runs.remembered(tmp_path) == {
+        tmp_path / "out" / f"{rack}-test_quick.py" for rack in ("minimal", "quad-gpu")
+    }
 
 
 def test_engines_are_compared_when_all_have_ended(tmp_path: Path) -> None:
