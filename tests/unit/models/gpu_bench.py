@@ -148,3 +148,14 @@ class Bench:
 
     def poke(self, place: int, value: int) -> None:
         self.vram.view[place : place + 8] = value.to_bytes(8, "little")
+
+
+def copy(source: int, target: int, size: int, *, of: int = 0, to: int = 0) -> Command:
+    return Command(
+        hw.Opcode.COPY,
+        source=source,
+        target=target,
+        size_bytes=size,
+        source_aperture=of,
+        target_aperture=to,
+    )
