@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from testbed import deploy
+from testbed.benchmarks import machines
 from testbed.errors import HostError, TestbedError
 from testbed.host.prepare import Installation
 from testbed.machine import argv
 from testbed.machine.command import LaunchContext
+from testbed.rack import Rack, RackNode
 from testbed.topology import load, placement
 from testbed.topology.model import Topology
 
@@ -128,25 +130,61 @@ def gpus(
 ) -> dict[str, Any]:
     """From the call to the agent's hello, cold, by the number of GPUs; in turns.
 
-    A size that does not start ends the series, with the reason.
+    Beside it processor time until then, of QEMU and of the device models, and the host's memory:
+    all of it, and what the models have for themselves. The guest must have found every function and
+    given each BAR a place; a size where it has not, or that does not start, ends the series, with
+    the reason.
     """
     options = deploy.StartOptions(installation=installation, accelerator=accelerator)
     topologies = {size: load.load_text(rack_of(size), "growth.yaml", {}) for size in sizes}
-    times: dict[int, list[float]] = {}
+    found: dict[int, list[dict[str, float]]] = {}
     stopped = ""
     for _ in range(runs):
         for size, topology in topologies.items():
             with tempfile.TemporaryDirectory() as folder:
                 began_s = time.monotonic()
                 try:
-                    rack = deploy.start(topology, run_dir=Path(folder), options=options)
+                    with deploy.start(topology, run_dir=Path(folder), options=options) as rack:
+                        seconds = time.monotonic() - began_s
+                        found.setdefault(size, []).append({"boot": seconds, **_used(rack)})
+                        lacks = lacking(rack.node())
                 except TestbedError as error:
-                    stopped = f"{size} GPUs: {error.message}"
-                    break
-                times.setdefault(size, []).append(time.monotonic() - began_s)
-                rack.close()
-    points = [{"x": size, "boot": round(statistics.median(t), 2)} for size, t in times.items()]
-    return {"unit": "s", "x": "GPUs in one machine", "points": points, "stopped": stopped}
+                    lacks = [error.message]
+            if lacks:
+                stopped = f"{size} GPUs: {'; '.join(lacks[:3])}"
+                break
+    points = [
+        {"x": size, **{key: round(statistics.median(r[key] for r in rows), 2) for key in rows[0]}}
+        for size, rows in found.items()
+    ]
+    return {"unit": "s, MiB", "x": "GPUs in one machine", "points": points, "stopped": stopped}
+
+
+def _used(rack: Rack) -> dict[str, float]:
+    """Processor time so far, and memory, of a rack that has just answered."""
+    cpu_s = machines.processor_time(rack)
+    memory = machines.memory_of(rack)
+    return {
+        "qemu_cpu": cpu_s.get("qemu", 0.0),
+        "models_cpu": cpu_s.get("helper", 0.0),
+        "memory": memory["share"],
+        "models_memory": memory["models"],
+    }
+
+
+def lacking(node: RackNode) -> list[str]:
+    """What the guest has not found of what was planned, or has found no place for."""
+    tree = {each["bdf"]: each for each in node.agent.call("pci.tree")["devices"]}
+    lacks = []
+    for function in node.plan.functions:
+        name = f"{function.name} at {function.bdf}"
+        if function.bdf not in tree:
+            lacks.append(f"the guest has no {name}")
+            continue
+        for bar in tree[function.bdf]["bars"]:
+            if not bar["address"]:
+                lacks.append(f"no place for BAR {bar['index']} of {name}")
+    return lacks
 
 
 def racks(
@@ -159,38 +197,45 @@ def racks(
 ) -> dict[str, Any]:
     """Racks of one topology at once: memory of the host that is gone, and how long the next took.
 
-    ``memory`` is how much less the host has available (/proc/meminfo) than before the first.
+    ``memory`` is how much less the host has available (/proc/meminfo) than before the first, some
+    seconds after the last; ``share`` a rack's part of what their processes have (PSS and memfds).
     """
     options = deploy.StartOptions(
         installation=installation, accelerator=accelerator, trust=True, warm=warm
     )
     points: list[dict[str, float]] = []
+    started: list[Rack] = []
     stopped = ""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if warm:  # what has to be saved is saved before anything is measured
             deploy.start(topology, run_dir=folder / "saved", options=options).close()
-        before = _available_mib()
-        running = 0
+        before = machines.available_mib()
         for size in sizes:
             began_s = time.monotonic()
-            added = size - running
+            added = size - len(started)
             try:
-                for number in range(running, size):
-                    where = folder / str(number)
+                while len(started) < size:
+                    where = folder / str(len(started))
                     rack = deploy.start(topology, run_dir=where, options=options)
-                    stack.enter_context(rack)
+                    started.append(stack.enter_context(rack))
             except TestbedError as error:
                 stopped = f"{size} racks: {error.message}"
                 break
-            running = size
-            used = before - _available_mib()
+            seconds = time.monotonic() - began_s
+            time.sleep(machines.SETTLED_S)
+            if not all(node.alive for rack in started for node in rack.nodes.values()):
+                stopped = f"{size} racks: not all machines are alive"
+                break
+            share = statistics.median(machines.memory_of(rack)["share"] for rack in started)
+            used = before - machines.available_mib()
             points.append(
                 {
                     "x": size,
                     "memory": round(used, 1),
                     "memory_per_rack": round(used / size, 1),
-                    "seconds_per_rack": round((time.monotonic() - began_s) / added, 2),
+                    "share": round(share, 1),
+                    "seconds_per_rack": round(seconds / added, 2),
                 }
             )
     return {
@@ -200,12 +245,6 @@ def racks(
         "points": points,
         "stopped": stopped,
     }
-
-
-def _available_mib() -> float:
-    from testbed.host.probe import available_memory  # noqa: PLC0415
-
-    return available_memory() / (1 << 20)
 
 
 def cells(*, cluster: str, sizes: Sequence[int] = CELLS) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any
 from testbed import deploy
 from testbed.errors import InputError
 from testbed.host.prepare import Installation
+from testbed.host.probe import available_memory
 from testbed.instruments.bench import Bench
 from testbed.instruments.paths import DeviceWitness
 from testbed.rack import Rack, RackNode
@@ -34,6 +35,7 @@ from testbed.topology.plan import Role
 
 PEER_TIMEOUT_S = 300
 SETTLED_S = 5
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def machine() -> dict[str, Any]:
@@ -172,11 +174,11 @@ def memory(
         began_s = time.monotonic()
         for _ in range(racks):
             running.append(started.start(topology))
-            available.append(_available_mib())
+            available.append(available_mib())
         took_s = time.monotonic() - began_s
         time.sleep(SETTLED_S)
-        settled = _available_mib()
-        each = [_memory_of(rack) for rack in running]
+        settled = available_mib()
+        each = [memory_of(rack) for rack in running]
         answering = sum(node.alive for rack in running for node in rack.nodes.values())
     added = [before - after for before, after in itertools.pairwise(available)]
     return {
@@ -192,11 +194,9 @@ def memory(
     }
 
 
-def _available_mib() -> float:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
+def available_mib() -> float:
+    """What the host's programs can still get without swapping."""
+    return available_memory() / (1 << 20)
 
 
 def _shared_memory(pid: int) -> dict[int, float]:
@@ -210,7 +210,21 @@ def _shared_memory(pid: int) -> dict[int, float]:
     return found
 
 
-def _memory_of(rack: Rack) -> dict[str, float]:
+def processor_time(rack: Rack) -> dict[str, float]:
+    """Seconds that the rack's processes have used so far, by kind: ``qemu``, ``helper`` (device
+    models), ``keeper``.
+    """
+    used: dict[str, float] = {"keeper": _ticks(rack.keeper.pid) * TICK_S}
+    for process in rack.keeper.status()["processes"]:
+        pids = [process["pid"], *children(process["pid"])]
+        used[process["kind"]] = used.get(process["kind"], 0) + sum(map(_ticks, pids)) * TICK_S
+    return used
+
+
+def memory_of(rack: Rack) -> dict[str, float]:
+    """Of the host, in MiB: ``resident``, ``private``, ``models``, ``vram``, ``share``, as
+    :func:`memory` says.
+    """
     totals = {"resident": 0.0, "private": 0.0, "models": 0.0, "vram": 0.0, "share": 0.0}
     shared: dict[int, float] = {}
     processes = {p["pid"]: p["kind"] for p in rack.keeper.status()["processes"]}
