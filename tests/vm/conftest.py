@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real machines for tests: the installation, a runtime folder of our own, a shared rack."""
+"""Real machines for tests: the installation, a runtime folder of our own, racks.
+
+Racks are restored from machines that were booted once and saved, in this session or an earlier one
+(``warm``). What tests how machines boot, or boots one that no other test wants, says ``cold``.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -20,6 +26,8 @@ from testbed.topology import load
 from testbed.topology.model import Topology
 
 ROOT = Path(__file__).resolve().parents[2]
+
+Start = Callable[..., Rack]
 
 
 def shipped(name: str, **settings: str) -> Topology:
@@ -62,12 +70,33 @@ def accelerator(installation: Installation) -> str:
 
 
 @pytest.fixture(scope="session")
-def rack(
-    installation: Installation, accelerator: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Rack]:
+def cold(installation: Installation, accelerator: str) -> deploy.StartOptions:
+    """Racks boot."""
+    return deploy.StartOptions(accelerator=accelerator, installation=installation)
+
+
+@pytest.fixture(scope="session")
+def warm(cold: deploy.StartOptions) -> deploy.StartOptions:
+    """Racks are restored: for whatever does not test how they boot."""
+    return dataclasses.replace(cold, warm=True)
+
+
+@pytest.fixture(scope="module")
+def start(warm: deploy.StartOptions, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Starts racks, which end with the module."""
+    with ExitStack() as stack:
+
+        def act(topology: Topology, options: deploy.StartOptions = warm) -> Rack:
+            run_dir = tmp_path_factory.mktemp(topology.rack)
+            return stack.enter_context(deploy.start(topology, run_dir=run_dir, options=options))
+
+        yield act
+
+
+@pytest.fixture(scope="session")
+def rack(warm: deploy.StartOptions, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
     """One running `minimal` rack for all tests that leave it as they found it."""
-    options = deploy.StartOptions(name="shared", accelerator=accelerator, installation=installation)
-    with deploy.start(
-        shipped("minimal"), run_dir=tmp_path_factory.mktemp("shared"), options=options
-    ) as running:
+    options = dataclasses.replace(warm, name="shared")
+    run_dir = tmp_path_factory.mktemp("shared")
+    with deploy.start(shipped("minimal"), run_dir=run_dir, options=options) as running:
         yield running

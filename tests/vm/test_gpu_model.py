@@ -8,22 +8,19 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from guest_agent.pattern import pattern
-from testbed import deploy
 from testbed.errors import AgentError
-from testbed.host.prepare import Installation
 from testbed.instruments.bench import Bench
 from testbed.instruments.memory import Memory
 from testbed.instruments.model_devices import ModelGpu, ModelNic, copy, place
 from testbed.instruments.paths import PathWatch
 from testbed.rack import Rack
 from testbed.topology.plan import Role
-from tests.vm.conftest import shipped
+from tests.vm.conftest import Start, shipped
 
 MIB = 1 << 20
 HUGE = 2 * MIB
@@ -35,13 +32,8 @@ WINDOW_BYTES = 32 * MIB
 
 
 @pytest.fixture(scope="module")
-def rack(
-    installation: Installation, accelerator: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Rack]:
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
-    topology = shipped("quad-gpu", gpus="3")
-    with deploy.start(topology, run_dir=tmp_path_factory.mktemp("g"), options=options) as rack:
-        yield rack
+def rack(start: Start) -> Rack:
+    return start(shipped("quad-gpu", gpus="3"))
 
 
 class Board:

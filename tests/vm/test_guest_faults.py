@@ -4,23 +4,19 @@ other, which has a fresh machine."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from testbed import deploy
-from testbed.harness.runner import Choice, run_suites
+from testbed.deploy import StartOptions
 from testbed.harness.sources import TopologySource
 from testbed.host import kmod
-from testbed.host.prepare import Installation
 from testbed.results.verdicts import Verdict
-from testbed.topology import load
+from tests.vm.conftest import shipped
+from tests.vm.runs import run
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
-TOPOLOGY = "rack: faults\nnodes: {host0: {machine: {memory: 512M}}}\n"
 MODULES = {
     # A write to nowhere while it is loaded; and a module that has no exit.
     "oopses": "*(volatile int *)NULL = 1;",
@@ -78,7 +74,7 @@ def test_after_the_module_that_stays(rack):
 
 
 def test_each_fault_is_one_requirements(
-    installation: Installation, accelerator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    warm: StartOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, statement in MODULES.items():
         folder = tmp_path / "kmod" / name
@@ -89,22 +85,14 @@ def test_each_fault_is_one_requirements(
     monkeypatch.setattr(kmod, "_sources_folder", lambda: tmp_path / "kmod")
     suite = tmp_path / "test_faults_of_the_guest.py"  # a name of its own: pytest imports by it
     suite.write_text(SUITE)
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
-    result = run_suites(
-        Choice([str(suite)]),
-        TopologySource(load.load_text(TOPOLOGY, "faults.yaml", {}), tmp_path, options=options),
-        tmp_path,
-        stream=io.StringIO(),
-        console=Console(file=io.StringIO()),
-    )
-    found = {r.requirement: r.verdict for r in result.record.requirements}
-    assert found == {
+    ran = run(suite, TopologySource(shipped("minimal"), tmp_path, options=warm), tmp_path)
+    assert ran.verdicts == {
         "OWN-1": Verdict.LOST,
         "OWN-2": Verdict.PASS,
         "OWN-3": Verdict.ERROR,
         "OWN-4": Verdict.PASS,
-    }, [outcome.reason for outcome in result.record.outcomes]
-    oops, _, stays, _ = result.record.outcomes
+    }, [outcome.reason for outcome in ran.outcomes]
+    oops, _, stays, _ = ran.outcomes
     assert "the guest kernel panicked: Fatal exception (BUG: kernel NULL pointer" in oops.reason
     for words in ("NULL pointer dereference", "begin", "[oopses]", "Call Trace"):
         assert words in oops.console_tail

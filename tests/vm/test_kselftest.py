@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from testbed import deploy
+from testbed.deploy import StartOptions
 from testbed.errors import ExitCode
-from testbed.harness.runner import Choice, run_suites
 from testbed.harness.sources import TopologySource
-from testbed.host.prepare import Installation
 from testbed.payload.collection import FOLDER, Payload, find_collection
 from testbed.results.verdicts import Verdict
 from tests.vm.conftest import shipped
+from tests.vm.runs import run
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -35,24 +32,17 @@ PROGRAMS = {
 }
 
 
-def test_programs_end_in_every_way(
-    installation: Installation, accelerator: str, tmp_path: Path
-) -> None:
+def test_programs_end_in_every_way(warm: StartOptions, tmp_path: Path) -> None:
     folder = tmp_path / FOLDER / "vfio"
     folder.mkdir(parents=True)
     for name, text in PROGRAMS.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
-    result = run_suites(
-        Choice(["kselftest"], payload=Payload(find_collection("vfio", tmp_path))),
-        TopologySource(shipped("minimal"), tmp_path, options=options),
-        tmp_path,
-        stream=io.StringIO(),
-        console=Console(file=io.StringIO()),
-    )
+    source = TopologySource(shipped("minimal"), tmp_path, options=warm)
+    payload = Payload(find_collection("vfio", tmp_path))
+    ran = run("kselftest", source, tmp_path, payload=payload)
     device = "-gpu0.engine"
-    outcomes = {o.test.replace(device, ""): o for o in result.record.outcomes}
+    outcomes = {o.test.replace(device, ""): o for o in ran.outcomes}
     assert {name: outcome.verdict for name, outcome in outcomes.items()} == {
         "a_bound/bound": Verdict.PASS,
         "a_bound/group": Verdict.PASS,
@@ -65,4 +55,4 @@ def test_programs_end_in_every_way(
     assert "SIGSEGV" in outcomes["b_crash"].reason
     assert "sysrq" in outcomes["kselftest[c_oops]"].reason
     assert "write_sysrq_trigger" in outcomes["kselftest[c_oops]"].console_tail
-    assert result.code is ExitCode.FAIL
+    assert ran.code is ExitCode.FAIL

@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from testbed import deploy
-from testbed.harness.runner import Choice, run_suites
+from testbed.deploy import StartOptions
 from testbed.harness.sources import TopologySource
-from testbed.host.prepare import Installation
 from testbed.payload.multiboot import find_programs
 from testbed.results.verdicts import Verdict
 from testbed.topology import load
 from tests.vm.machine_programs import HANG, TRIPLE_FAULT, Program, ended
+from tests.vm.runs import run
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(120)]
 
@@ -42,28 +39,21 @@ PROGRAMS = {
 HANG_S = 10
 
 
-def test_programs_end_in_every_way(
-    installation: Installation, accelerator: str, tmp_path: Path
-) -> None:
+def test_programs_end_in_every_way(cold: StartOptions, tmp_path: Path) -> None:
     (tmp_path / "x86").mkdir()
     for name, program in PROGRAMS.items():
         (tmp_path / f"x86/{name}.flat").write_bytes(program.image())
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
 
-    def run(iommu: str, *names: str) -> dict[str, tuple[Verdict, str]]:
+    def on(iommu: str, *names: str) -> dict[str, tuple[Verdict, str]]:
         folder = tmp_path / iommu
         folder.mkdir()
         topology = load.load_text(TOPOLOGY, "bare.yaml", {"iommu": iommu})
-        result = run_suites(
-            Choice(["kvm-unit-tests"], payload=find_programs(tmp_path, names, HANG_S)),
-            TopologySource(topology, folder, options=options),
-            folder,
-            stream=io.StringIO(),
-            console=Console(file=io.StringIO()),
-        )
-        return {o.test: (o.verdict, o.reason) for o in result.record.outcomes}
+        source = TopologySource(topology, folder, options=cold)
+        payload = find_programs(tmp_path, names, HANG_S)
+        ran = run("kvm-unit-tests", source, folder, payload=payload)
+        return {o.test: (o.verdict, o.reason) for o in ran.outcomes}
 
-    assert run("intel", *PROGRAMS) == {
+    assert on("intel", *PROGRAMS) == {
         "intel-iommu/a unit answers": (Verdict.PASS, ""),
         "intel-iommu/more": (Verdict.SKIP, "more"),
         "refuted/a": (Verdict.FAIL, "a"),
@@ -73,5 +63,5 @@ def test_programs_end_in_every_way(
         "dies": (Verdict.LOST, "QEMU ended with status 0, which is no result"),
     }
     # The program sees the machine of the topology: without an IOMMU it says so.
-    without = run("none", "intel-iommu")
+    without = on("none", "intel-iommu")
     assert without["intel-iommu/a unit answers"] == (Verdict.FAIL, "a unit answers")

@@ -3,23 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from guest_agent.pattern import pattern
-from testbed import deploy
-from testbed.host.prepare import Installation
+from testbed.deploy import StartOptions
 from testbed.instruments.bench import Bench, CopyStatus, Engine
 from testbed.instruments.faults import FaultWatch
 from testbed.instruments.memory import Memory
 from testbed.models.registers import Common
-from testbed.rack import Rack, RackNode
+from testbed.rack import RackNode
 from testbed.results.evidence import Witness
 from testbed.results.judging import FaultWindow
 from testbed.topology import load
 from testbed.topology.plan import Role
+from tests.vm.conftest import Start
 
 TOPOLOGY = """\
 rack: routing
@@ -51,20 +50,8 @@ MEMORY_SPACE = 0x02
 
 
 @pytest.fixture(scope="module")
-def rack(
-    installation: Installation, accelerator: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Rack]:
-    folder = tmp_path_factory.mktemp("routing")
-    file = folder / "routing.yaml"
-    file.write_text(TOPOLOGY)
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
-    with deploy.start(load.load(file, {}), run_dir=folder / "run", options=options) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def node(rack: Rack) -> RackNode:
-    return rack.node()
+def node(start: Start, cold: StartOptions) -> RackNode:
+    return start(load.load_text(TOPOLOGY, "routing.yaml", {}), cold).node()
 
 
 @pytest.fixture(scope="module")

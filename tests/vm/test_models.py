@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,25 +14,19 @@ import pytest
 from guest_agent.pattern import pattern
 from testbed import deploy
 from testbed.errors import AgentError, DeviceLost, InputError
-from testbed.host.prepare import Installation
 from testbed.instruments.bench import Bench, Engine
 from testbed.instruments.memory import Memory
 from testbed.machine.models import Models
 from testbed.rack import Rack, RackNode
 from testbed.topology.plan import Role
-from tests.vm.conftest import shipped
+from tests.vm.conftest import Start, shipped
 
 SIZE_BYTES = 32 << 20
 
 
 @pytest.fixture(scope="module")
-def quad(
-    installation: Installation, accelerator: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Rack]:
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
-    topology = shipped("quad-gpu", gpus="3")
-    with deploy.start(topology, run_dir=tmp_path_factory.mktemp("q"), options=options) as rack:
-        yield rack
+def quad(start: Start) -> Rack:
+    return start(shipped("quad-gpu", gpus="3"))
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +96,9 @@ def test_a_model_that_dies_in_the_middle_of_a_copy_is_one_lost_device(
 
 
 def test_the_end_of_the_rack_is_the_end_of_every_model(
-    installation: Installation, accelerator: str, tmp_path: Path
+    warm: deploy.StartOptions, tmp_path: Path
 ) -> None:
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
-    with deploy.start(shipped("minimal"), run_dir=tmp_path, options=options) as rack:
+    with deploy.start(shipped("minimal"), run_dir=tmp_path, options=warm) as rack:
         devices = rack.node().models.call("devices")
         assert {d["device"] for d in devices} == {"gpu0", "gpu1", "nic0"}
         assert all(d["connected"] for d in devices)

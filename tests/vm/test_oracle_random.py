@@ -7,21 +7,18 @@ many as it takes for a hundred trees.
 
 from __future__ import annotations
 
-import io
 import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from testbed import deploy
-from testbed.harness.runner import Choice, run_suites
+from testbed.deploy import StartOptions
 from testbed.harness.sources import TopologySource
-from testbed.host.prepare import Installation
 from testbed.results.verdicts import Verdict
 from testbed.topology.model import Topology, from_data
+from tests.vm.runs import run
 
 RACKS = int(os.environ.get("TESTBED_RANDOM_RACKS", "2"))
 TREES = 8  # below the root ports of one machine
@@ -74,17 +71,7 @@ def topology(seed: int) -> Topology:
 
 
 @pytest.mark.parametrize("seed", range(RACKS))
-def test_random_trees_are_as_predicted(
-    seed: int, installation: Installation, accelerator: str, tmp_path: Path
-) -> None:
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
-    stream = io.StringIO()
-    result = run_suites(
-        Choice(["all"], "prediction or iommu_groups"),
-        TopologySource(topology(seed), tmp_path, options=options),
-        tmp_path,
-        stream=stream,
-        console=Console(file=io.StringIO()),
-    )
-    verdicts = {r.requirement: r.verdict for r in result.record.requirements}
-    assert verdicts == dict.fromkeys(("TOPO-12", "TOPO-13"), Verdict.PASS), stream.getvalue()
+def test_random_trees_are_as_predicted(seed: int, cold: StartOptions, tmp_path: Path) -> None:
+    source = TopologySource(topology(seed), tmp_path, options=cold)
+    ran = run("all", source, tmp_path, "prediction or iommu_groups")
+    assert ran.verdicts == dict.fromkeys(("TOPO-12", "TOPO-13"), Verdict.PASS), ran.ktap

@@ -8,7 +8,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ from testbed.topology.load import load
 from testbed.topology.oracle import iommu_groups
 from testbed.topology.units import GIB
 from tests.contract.own_cards import FIRST_LINE, write_card, write_topology
-from tests.vm.conftest import ROOT
+from tests.vm.conftest import ROOT, Start
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 
@@ -57,17 +57,13 @@ nodes:
 
 
 @pytest.fixture(scope="module")
-def own(
-    installation: Installation, accelerator: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Rack]:
+def own(start: Start, cold: deploy.StartOptions, tmp_path_factory: pytest.TempPathFactory) -> Rack:
     folder = tmp_path_factory.mktemp("own")
     for name in ("large", "raises_when_used"):
         write_card(folder, name)
     (folder / "rack.yaml").write_text(RACK)
     topology = load(folder / "rack.yaml", {}, admit=own_devices.admission(trust=True))
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation, trust=True)
-    with deploy.start(topology, run_dir=folder / "run", options=options) as rack:
-        yield rack
+    return start(topology, replace(cold, trust=True))
 
 
 @pytest.fixture
@@ -164,12 +160,12 @@ def names() -> list[str]:
 
 
 def test_one_that_fails_only_when_it_is_served_is_a_launch_error_with_file_and_line(
-    installation: Installation, accelerator: str, tmp_path: Path
+    cold: deploy.StartOptions, tmp_path: Path
 ) -> None:
     write_card(tmp_path, "works_once")
     before = names()
     topology = load(write_topology(tmp_path, "device: card0, model: works_once.py:Card"), {})
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation, trust=True)
+    options = replace(cold, trust=True)
     with pytest.raises(LaunchError, match=r"host0\.models ended before it was ready") as error:
         deploy.start(topology, run_dir=tmp_path / "run", options=options)
     assert f"device 'card0': {tmp_path}/works_once.py:{FIRST_LINE}: FileExistsError" in str(

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from testbed import deploy
+from testbed.deploy import StartOptions
 from testbed.harness.sources import TopologySource
-from testbed.host.prepare import Installation
 from testbed.reports.judge import Word
 from testbed.reports.load import Overrides, load_bytes, shipped_reports
 from testbed.reports.reproduce import Finding, reproduce
@@ -20,11 +19,11 @@ Happens = Callable[..., Finding]
 
 pytestmark = pytest.mark.timeout(240)
 
+STARTED_OFTEN = ("habanalabs-v3", "dma-buf-8gib")
+
 
 @pytest.fixture
-def happens(installation: Installation, accelerator: str, tmp_path: Path) -> Happens:
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
-
+def happens(cold: StartOptions, warm: StartOptions, tmp_path: Path) -> Happens:
     def run(
         name: str, *edits: tuple[str, str], overrides: Overrides | None = None, **settings: str
     ) -> Finding:
@@ -34,6 +33,7 @@ def happens(installation: Installation, accelerator: str, tmp_path: Path) -> Hap
             assert old in text
             text = text.replace(old, new)
         case = load_bytes(text.encode(), name, settings, folder=path.parent, overrides=overrides)
+        options = warm if name in STARTED_OFTEN else cold
         folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
         return reproduce(case, TopologySource(case.topology, folder, options=options))
 

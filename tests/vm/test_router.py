@@ -7,16 +7,17 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from testbed import deploy
+from testbed.deploy import StartOptions
 from testbed.errors import CapabilityMissing
 from testbed.guest import modules
-from testbed.host.prepare import Installation
-from testbed.rack import Rack, RackNode
+from testbed.rack import RackNode
 from testbed.topology import load
+from tests.vm.conftest import Start
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(180)]
 
@@ -70,22 +71,11 @@ SIZE = 16384
 
 
 @pytest.fixture(scope="module")
-def rack(
-    installation: Installation, accelerator: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Rack]:
-    folder = tmp_path_factory.mktemp("router")
-    (folder / "rack.yaml").write_text(TOPOLOGY)
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation, router=False)
-    with deploy.start(
-        load.load(folder / "rack.yaml", {}), run_dir=folder / "run", options=options
-    ) as running:
-        running.node().link.run("cat >/run/read.py", stdin=READ.encode())
-        yield running
-
-
-@pytest.fixture(scope="module")
-def node(rack: Rack) -> RackNode:
-    return rack.node()
+def node(start: Start, cold: StartOptions) -> RackNode:
+    topology = load.load_text(TOPOLOGY, "router.yaml", {})
+    node = start(topology, replace(cold, router=False)).node()
+    node.link.run("cat >/run/read.py", stdin=READ.encode())
+    return node
 
 
 @pytest.fixture(scope="module")

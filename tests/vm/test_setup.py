@@ -188,7 +188,7 @@ def test_a_kernel_without_modules_says_what_is_missing(
 def test_a_finished_setup_takes_no_time(installation: Installation) -> None:
     options = prepare.options(offline=True)
     prepare.prepare(setup=options)
-    began_s = time.perf_counter()
+    began_s = time.process_time()
     prepare.prepare(setup=options)
-    # 23 ms alone; several times that on a machine that also runs guests.
-    assert time.perf_counter() - began_s < 0.5
+    # 0.03 s; processor time, as the host also runs guests.
+    assert time.process_time() - began_s < 0.3

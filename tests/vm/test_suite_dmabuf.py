@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
-import io
+from itertools import filterfalse
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
-from testbed import deploy
 from testbed.benchmarks import maps as bench_maps
-from testbed.harness.runner import Choice, run_suites
+from testbed.deploy import StartOptions
 from testbed.harness.sources import TopologySource
-from testbed.host.prepare import Installation
-from testbed.results.verdicts import Verdict
+from testbed.rack import Rack
+from testbed.results.verdicts import Outcome, Verdict
 from testbed.topology import load
+from tests.vm.conftest import Start
+from tests.vm.runs import BorrowingSource, Ran, run, verdicts_of
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 
+SUITE = "p2p-dmabuf"
 # Both devices that the importer module can drive; importers of gpu0's memory come first.
 TOPOLOGY = """\
 rack: buffers
@@ -48,60 +48,63 @@ ALL = {
 BREAKS = Path(__file__).parents[1] / "breaks" / "dmabuf_breaks.py"
 
 
-@pytest.fixture
-def run(installation: Installation, accelerator: str, tmp_path: Path) -> Any:
-    def act(
-        keyword: str = "", suite: str = "p2p-dmabuf", **settings: str
-    ) -> tuple[dict[str, Verdict], str]:
-        options = deploy.StartOptions(accelerator=accelerator, installation=installation)
-        stream = io.StringIO()
-        result = run_suites(
-            Choice([suite], keyword),
-            TopologySource(
-                load.load_text(TOPOLOGY, "buffers.yaml", settings), tmp_path, options=options
-            ),
-            tmp_path,
-            stream=stream,
-            console=Console(file=io.StringIO()),
-        )
-        verdicts = {r.requirement: r.verdict for r in result.record.requirements}
-        return verdicts, stream.getvalue()
-
-    return act
+def on_buffers(options: StartOptions, folder: Path, keyword: str, **settings: str) -> Ran:
+    topology = load.load_text(TOPOLOGY, "buffers.yaml", settings)
+    source = TopologySource(topology, folder, options=options)
+    return run(SUITE, source, folder, keyword)
 
 
-def test_right_exporters_pass_and_wrong_ones_are_caught(run: Any) -> None:
-    verdicts, ktap = run()
+@pytest.fixture(scope="module")
+def rack(start: Start, cold: StartOptions) -> Rack:
+    return start(load.load_text(TOPOLOGY, "buffers.yaml", {}), cold)
+
+
+@pytest.fixture(scope="module")
+def both(rack: Rack, cold: StartOptions, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The breaks, then the suite: on one machine, and one of each other kind that they need."""
+    folder = tmp_path_factory.mktemp("both")
+    return run([BREAKS, SUITE], BorrowingSource(rack, folder, cold), folder)
+
+
+def is_of_a_break(outcome: Outcome) -> bool:
+    return outcome.test.startswith("a_break_fails[")
+
+
+def test_of_every_requirement_some_break_is_seen(both: Ran) -> None:
+    verdicts = verdicts_of(filter(is_of_a_break, both.outcomes))
+    # LIFE-09 waits for a stuck engine: its break is watched by hand (tests/breaks/table.py).
+    assert verdicts == dict.fromkeys(ALL - {"LIFE-09"}, Verdict.PASS), both.ktap
+
+
+def test_right_exporters_pass_and_wrong_ones_are_caught(both: Ran) -> None:
+    verdicts = verdicts_of(filterfalse(is_of_a_break, both.outcomes))
     assert set(verdicts) == ALL
     rest = {name: verdict for name, verdict in verdicts.items() if name not in KERNEL_BUG}
-    assert rest == dict.fromkeys(ALL - KERNEL_BUG, Verdict.PASS), ktap
+    assert rest == dict.fromkeys(ALL - KERNEL_BUG, Verdict.PASS), both.ktap
     assert verdicts["MAP-15"] is Verdict.FAIL, "mended? then say so in ARCHITECTURE"
-    assert "EADDRINUSE" in ktap
+    assert "EADDRINUSE" in both.ktap
 
 
-def test_edu_as_the_independent_check(run: Any) -> None:
-    verdicts, ktap = run("without_pages or hands_out or revoke_faults", engine="edu")
-    names = {"MAP-11", "MAP-03", "LIFE-04"}
-    assert verdicts == dict.fromkeys(names, Verdict.PASS), ktap
+def test_edu_as_the_independent_check(cold: StartOptions, tmp_path: Path) -> None:
+    keyword = "without_pages or hands_out or revoke_faults"
+    ran = on_buffers(cold, tmp_path, keyword, engine="edu")
+    assert ran.verdicts == dict.fromkeys(("MAP-11", "MAP-03", "LIFE-04"), Verdict.PASS), ran.ktap
 
 
-def test_a_processor_whose_host_bridge_linux_does_not_trust(run: Any) -> None:
-    verdicts, ktap = run("p2pdma or acceptance or without_pages", cpu="max")
-    assert verdicts == {"NEG-10": Verdict.PASS, "MAP-11": Verdict.SKIP}, ktap
-    assert "# SKIP an AMD processor of family 0x17 or later" in ktap
-
-
-def test_of_every_requirement_some_break_is_seen(run: Any) -> None:
-    verdicts, ktap = run(suite=str(BREAKS))
-    # LIFE-09 waits for a stuck engine: its break is watched by hand (tests/breaks/table.py).
-    assert verdicts == dict.fromkeys(ALL - {"LIFE-09"}, Verdict.PASS), ktap
+def test_a_processor_whose_host_bridge_linux_does_not_trust(
+    cold: StartOptions, tmp_path: Path
+) -> None:
+    keyword = "p2pdma or acceptance or without_pages"
+    ran = on_buffers(cold, tmp_path, keyword, cpu="max")
+    assert ran.verdicts == {"NEG-10": Verdict.PASS, "MAP-11": Verdict.SKIP}, ran.ktap
+    assert "# SKIP an AMD processor of family 0x17 or later" in ran.ktap
 
 
 def test_mapping_page_by_page_costs_many_times_what_mapping_at_once_does(
-    installation: Installation, accelerator: str
+    rack: Rack, both: Ran
 ) -> None:
-    topology = load.load_text(TOPOLOGY, "buffers.yaml", {})
-    result = bench_maps.maps(topology, installation, accelerator, size_bytes=4 << 20, runs=3)
+    """On the machine that the suite has left as it was."""
+    result = bench_maps.measure(rack, size_bytes=4 << 20, runs=3)
     ratios = result["ratio_to_contiguous"]
     assert set(ratios) == set(bench_maps.WAYS)
     # 60 for 4 MiB, emulated; 250 for 16.

@@ -3,24 +3,17 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
-from testbed import deploy
+from testbed.deploy import StartOptions
 from testbed.errors import ExitCode
-from testbed.harness.runner import Choice, RunResult, run_suites
-from testbed.harness.sources import TopologySource
-from testbed.host.prepare import Installation
 from testbed.rack import Rack
 from testbed.results.verdicts import Verdict
 from testbed.topology import load
-from testbed.topology.model import Topology
-from tests.vm.test_suite_p2p import BorrowingSource
+from tests.vm.conftest import Start
+from tests.vm.runs import BorrowingSource, HandingOver, run
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -53,53 +46,23 @@ CHOSEN = (
 )
 
 
-class HandingOver(TopologySource):
-    """Gives a rack away that runs already: who has it ends it, and restarts its nodes."""
-
-    def __init__(self, rack: Rack, run_dir: Path, options: deploy.StartOptions) -> None:
-        super().__init__(rack.topology, run_dir, options=options)
-        self._rack = rack
-
-    def start(self, topology: Topology, label: str) -> Any:
-        del topology, label
-        return self._rack
-
-
 @pytest.fixture(scope="module")
-def options(installation: Installation, accelerator: str) -> deploy.StartOptions:
-    return deploy.StartOptions(accelerator=accelerator, installation=installation)
+def pair(start: Start, cold: StartOptions) -> Rack:
+    return start(load.load_text(TOPOLOGY, "pair.yaml", {}), cold)
 
 
-@pytest.fixture(scope="module")
-def pair(options: deploy.StartOptions, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
-    topology = load.load_text(TOPOLOGY, "pair.yaml", {})
-    with deploy.start(topology, run_dir=tmp_path_factory.mktemp("p"), options=options) as rack:
-        yield rack
-
-
-def run(suite: str, keyword: str, source: TopologySource, folder: Path) -> tuple[RunResult, str]:
-    stream = io.StringIO()
-    console = Console(file=io.StringIO())
-    result = run_suites(Choice([suite], keyword), source, folder, stream=stream, console=console)
-    return result, stream.getvalue()
-
-
-def test_each_break_fails_what_guards_it(
-    pair: Rack, options: deploy.StartOptions, tmp_path: Path
-) -> None:
-    result, ktap = run(str(BREAKS), "", BorrowingSource(pair, tmp_path, options), tmp_path)
-    verdicts = {r.requirement: r.verdict for r in result.record.requirements}
-    assert verdicts == dict.fromkeys(
+def test_each_break_fails_what_guards_it(pair: Rack, cold: StartOptions, tmp_path: Path) -> None:
+    ran = run(BREAKS, BorrowingSource(pair, tmp_path, cold), tmp_path)
+    assert ran.verdicts == dict.fromkeys(
         [f"FAB-{n:02}" for n in (1, 2, 3, 4, 5, 6, 7, 8, 9)] + ["NEG-08"], Verdict.PASS
-    ), ktap
+    ), ran.ktap
 
 
 def test_the_other_machine_s_memory_and_its_interrupts(
-    pair: Rack, options: deploy.StartOptions, tmp_path: Path
+    pair: Rack, cold: StartOptions, tmp_path: Path
 ) -> None:
     """The last one: the rack is given away, and a node of it is killed and comes back."""
-    result, ktap = run("p2p-fabric", CHOSEN, HandingOver(pair, tmp_path, options), tmp_path)
-    verdicts = {r.requirement: r.verdict for r in result.record.requirements}
+    ran = run("p2p-fabric", HandingOver(pair, tmp_path, cold), tmp_path, CHOSEN)
     shown = ("FAB-01", "FAB-03", "FAB-04", "FAB-05", "FAB-08", "FAB-09", "FAB-10", "NEG-08")
-    assert verdicts == dict.fromkeys(shown, Verdict.PASS), ktap
-    assert result.code is ExitCode.PASS
+    assert ran.verdicts == dict.fromkeys(shown, Verdict.PASS), ran.ktap
+    assert ran.code is ExitCode.PASS

@@ -3,25 +3,21 @@
 
 from __future__ import annotations
 
-import io
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from testbed import deploy
+from testbed.deploy import StartOptions
 from testbed.guest import modules
-from testbed.harness.runner import Choice, run_suites
 from testbed.harness.sources import RunningSource, TopologySource
-from testbed.host.prepare import Installation
-from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.private_memory import MODULE
 from testbed.rack import Rack, RackNode
 from testbed.results.verdicts import Verdict
 from testbed.topology import load
+from tests.vm.conftest import Start
+from tests.vm.runs import run
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 
@@ -67,24 +63,9 @@ FAILING: dict[Mutation, set[str]] = {
 }
 
 
-def run(source: RackSource, folder: Path, mutation: Mutation) -> tuple[dict[str, Verdict], str]:
-    stream = io.StringIO()
-    choice = Choice(["p2p-hmm"], mutation=mutation)
-    console = Console(file=io.StringIO())
-    result = run_suites(choice, source, folder, stream=stream, console=console)
-    return {r.requirement: r.verdict for r in result.record.requirements}, stream.getvalue()
-
-
 @pytest.fixture(scope="module")
-def rack(
-    installation: Installation, accelerator: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Rack]:
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
-    topology = load.load_text(BOTH, "private.yaml", {})
-    with deploy.start(
-        topology, run_dir=tmp_path_factory.mktemp("private"), options=options
-    ) as running:
-        yield running
+def rack(start: Start, cold: StartOptions) -> Rack:
+    return start(load.load_text(BOTH, "private.yaml", {}), cold)
 
 
 @pytest.fixture
@@ -99,10 +80,10 @@ def bdf(node: RackNode) -> dict[str, str]:
 
 @pytest.mark.parametrize("mutation", FAILING, ids=lambda each: str(each) or "none")
 def test_each_break_fails_what_guards_it(rack: Rack, tmp_path: Path, mutation: Mutation) -> None:
-    verdicts, ktap = run(RunningSource(rack.name, tmp_path), tmp_path, mutation)
+    ran = run("p2p-hmm", RunningSource(rack.name, tmp_path), tmp_path, mutation=mutation)
     failing = FAILING[mutation]
-    assert {name for name, verdict in verdicts.items() if verdict is Verdict.FAIL} == failing, ktap
-    assert {verdicts[name] for name in ALL - failing} <= {Verdict.PASS}, ktap
+    assert ran.failed == failing, ran.ktap
+    assert {ran.verdicts[name] for name in ALL - failing} <= {Verdict.PASS}, ran.ktap
 
 
 def in_use(node: RackNode, bdf: dict[str, str]) -> None:
@@ -143,12 +124,9 @@ def test_a_process_that_dies_leaves_nothing(node: RackNode, bdf: dict[str, str])
     modules.unload(node, MODULE)
 
 
-def test_a_way_through_the_iommu_with_edu(
-    installation: Installation, accelerator: str, tmp_path: Path
-) -> None:
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
+def test_a_way_through_the_iommu_with_edu(cold: StartOptions, tmp_path: Path) -> None:
     topology = load.load_text(TRUSTED, "trusted.yaml", {})
-    source = TopologySource(topology, tmp_path, options=options)
-    verdicts, ktap = run(source, tmp_path, Mutation.NONE)
-    assert verdicts == {"HMM-02": Verdict.PASS, **dict.fromkeys(ALL - {"HMM-02"}, Verdict.SKIP)}
-    assert "# SKIP this rack lacks two GPUs with engines (the GPU model in both)" in ktap
+    ran = run("p2p-hmm", TopologySource(topology, tmp_path, options=cold), tmp_path)
+    others = dict.fromkeys(ALL - {"HMM-02"}, Verdict.SKIP)
+    assert ran.verdicts == {"HMM-02": Verdict.PASS, **others}, ran.ktap
+    assert "# SKIP this rack lacks two GPUs with engines (the GPU model in both)" in ran.ktap

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from testbed import deploy
+from testbed.deploy import StartOptions
 from testbed.errors import ExitCode
-from testbed.harness.runner import Choice, run_suites
 from testbed.harness.sources import TopologySource
-from testbed.host.prepare import Installation
 from testbed.instruments.mutations import Mutation
 from testbed.page.render import render
 from testbed.results.verdicts import Verdict
 from testbed.topology import load
+from tests.vm.runs import Ran, RestoringSource, run
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -58,41 +55,27 @@ BREAKS = [
 ]
 
 
-def run(
-    cpu: str,
-    keyword: str,
-    installation: Installation,
-    accelerator: str,
-    folder: Path,
-    mutation: Mutation = Mutation.NONE,
-) -> tuple[dict[str, Verdict], str, ExitCode]:
-    # What is broken is broken in one and the same machine: booted once, then restored.
-    options = deploy.StartOptions(
-        accelerator=accelerator, installation=installation, warm=mutation is not Mutation.NONE
-    )
+def on_disks(
+    options: StartOptions, folder: Path, cpu: str, keyword: str, mutation: Mutation = Mutation.NONE
+) -> Ran:
+    """``max`` is restored: one and the same machine for all that is broken, and for what is not."""
     topology = load.load_text(TOPOLOGY, "disks.yaml", {"cpu": cpu})
-    stream = io.StringIO()
-    result = run_suites(
-        Choice(["p2p-kernel"], keyword, mutation),
-        TopologySource(topology, folder, options=options),
-        folder,
-        stream=stream,
-        console=Console(file=io.StringIO()),
+    source = (
+        RestoringSource(topology, folder, options)
+        if cpu == "max"
+        else TopologySource(topology, folder, options=options)
     )
-    verdicts = {r.requirement: r.verdict for r in result.record.requirements}
-    return verdicts, stream.getvalue(), result.code
+    return run("p2p-kernel", source, folder, keyword, mutation)
 
 
-def test_behind_a_host_bridge_that_linux_does_not_know(
-    installation: Installation, accelerator: str, tmp_path: Path
-) -> None:
-    verdicts, ktap, code = run("max", "", installation, accelerator, tmp_path)
-    assert verdicts == {
+def test_behind_a_host_bridge_that_linux_does_not_know(cold: StartOptions, tmp_path: Path) -> None:
+    ran = on_disks(cold, tmp_path, "max", "")
+    assert ran.verdicts == {
         **dict.fromkeys(BOTH | INTEL_ONLY, Verdict.PASS),
         **dict.fromkeys(AMD_ONLY, Verdict.SKIP),
-    }, ktap
-    assert "# SKIP an AMD processor of family 0x17 or later" in ktap
-    assert code is ExitCode.PASS
+    }, ran.ktap
+    assert "# SKIP an AMD processor of family 0x17 or later" in ran.ktap
+    assert ran.code is ExitCode.PASS
     # Its page: what the kernel said of each pair, and what was asked of it in which test.
     page = render(tmp_path)
     assert "6 pairs, 6 asked of the kernel" in page
@@ -100,22 +83,15 @@ def test_behind_a_host_bridge_that_linux_does_not_know(
     assert "Where nothing is drawn, machines booted" in page
 
 
-def test_behind_that_of_an_amd_processor(
-    installation: Installation, accelerator: str, tmp_path: Path
-) -> None:
-    verdicts, ktap, _ = run("EPYC", "amd or kernel_does", installation, accelerator, tmp_path)
-    assert verdicts == dict.fromkeys(AMD_ONLY | {"TOPO-12"}, Verdict.PASS), ktap
+def test_behind_that_of_an_amd_processor(cold: StartOptions, tmp_path: Path) -> None:
+    ran = on_disks(cold, tmp_path, "EPYC", "amd or kernel_does")
+    assert ran.verdicts == dict.fromkeys(AMD_ONLY | {"TOPO-12"}, Verdict.PASS), ran.ktap
 
 
 @pytest.mark.parametrize(("mutation", "keyword", "ids"), BREAKS, ids=[b[0] for b in BREAKS])
 def test_a_break_fails_what_guards_it(
-    installation: Installation,
-    accelerator: str,
-    tmp_path: Path,
-    mutation: Mutation,
-    keyword: str,
-    ids: set[str],
+    cold: StartOptions, tmp_path: Path, mutation: Mutation, keyword: str, ids: set[str]
 ) -> None:
-    verdicts, ktap, code = run("max", keyword, installation, accelerator, tmp_path, mutation)
-    assert {name for name, verdict in verdicts.items() if verdict is Verdict.FAIL} == ids, ktap
-    assert code is ExitCode.FAIL
+    ran = on_disks(cold, tmp_path, "max", keyword, mutation)
+    assert ran.failed == ids, ran.ktap
+    assert ran.code is ExitCode.FAIL

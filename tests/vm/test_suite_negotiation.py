@@ -4,30 +4,25 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 
-from testbed import deploy
 from testbed.benchmarks import faults
 from testbed.benchmarks.cycles import cycles
+from testbed.deploy import StartOptions
 from testbed.errors import ExitCode
-from testbed.harness.runner import Choice, RunResult, run_suites
-from testbed.host.prepare import Installation
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.negotiation_board import EVENTS, NegotiationBoard, do
 from testbed.rack import Rack
 from testbed.results.verdicts import Verdict
 from testbed.suites.negotiation_steps import SIZE
-from tests.vm.conftest import shipped
-from tests.vm.test_suite_p2p import BorrowingSource
+from tests.vm.conftest import Start, shipped
+from tests.vm.runs import BorrowingSource, run
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 
@@ -41,63 +36,41 @@ IDS = (
 BREAKS = Path(__file__).parents[1] / "breaks" / "negotiation_breaks.py"
 
 
-@pytest.fixture(scope="module")
-def options(installation: Installation, accelerator: str) -> deploy.StartOptions:
-    return deploy.StartOptions(accelerator=accelerator, installation=installation)
+SUITE = "p2p-negotiation"
 
 
 @pytest.fixture(scope="module")
-def mesh(options: deploy.StartOptions, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
-    with deploy.start(
-        shipped("partial-mesh"), run_dir=tmp_path_factory.mktemp("mesh"), options=options
-    ) as rack:
-        yield rack
-
-
-def run(
-    source: BorrowingSource, run_dir: Path, suite: str = "p2p-negotiation", **choice: Any
-) -> tuple[RunResult, str]:
-    stream = io.StringIO()
-    result = run_suites(
-        Choice([suite], **choice),
-        source,
-        run_dir,
-        stream=stream,
-        console=Console(file=io.StringIO()),
-    )
-    return result, stream.getvalue()
+def mesh(start: Start, cold: StartOptions) -> Rack:
+    return start(shipped("partial-mesh"), cold)
 
 
 def test_every_requirement_is_shown_and_its_events_are_kept(
-    mesh: Rack, options: deploy.StartOptions, tmp_path: Path
+    mesh: Rack, cold: StartOptions, tmp_path: Path
 ) -> None:
-    result, ktap = run(BorrowingSource(mesh, tmp_path, options), tmp_path)
-    verdicts = {r.requirement: r.verdict for r in result.record.requirements}
-    assert verdicts == dict.fromkeys(IDS, Verdict.PASS), ktap
-    for outcome in result.record.outcomes:
+    ran = run(SUITE, BorrowingSource(mesh, tmp_path, cold), tmp_path)
+    assert ran.verdicts == dict.fromkeys(IDS, Verdict.PASS), ran.ktap
+    for outcome in ran.outcomes:
         assert any(evidence.kind == "bytes" for evidence in outcome.evidence), outcome.test
     events = [json.loads(line) for line in (mesh.run_dir / EVENTS).read_text().splitlines()]
     assert {"negotiate", "attach", "map", "move", "revoke", "fault"} <= {e["kind"] for e in events}
 
 
 def test_a_break_fails_what_guards_it_and_nothing_else(
-    mesh: Rack, options: deploy.StartOptions, tmp_path: Path
+    mesh: Rack, cold: StartOptions, tmp_path: Path
 ) -> None:
     keyword = "pipelined or a_peer_s_scatter_list"
-    source = BorrowingSource(mesh, tmp_path, options)
-    result, ktap = run(source, tmp_path, mutation=Mutation.NEGO_SKIP_FENCE, keyword=keyword)
-    verdicts = {r.requirement: r.verdict for r in result.record.requirements}
-    assert verdicts == {"LIFE-06": Verdict.FAIL, "NEG-10": Verdict.PASS}, ktap
-    assert result.code is ExitCode.FAIL
+    source = BorrowingSource(mesh, tmp_path, cold)
+    ran = run(SUITE, source, tmp_path, keyword, Mutation.NEGO_SKIP_FENCE)
+    assert ran.verdicts == {"LIFE-06": Verdict.FAIL, "NEG-10": Verdict.PASS}, ran.ktap
+    assert ran.code is ExitCode.FAIL
 
 
 def test_of_every_requirement_some_break_is_seen_and_mended(
-    mesh: Rack, options: deploy.StartOptions, tmp_path: Path
+    mesh: Rack, cold: StartOptions, tmp_path: Path
 ) -> None:
-    result, ktap = run(BorrowingSource(mesh, tmp_path, options), tmp_path, suite=str(BREAKS))
-    verdicts = {r.requirement: r.verdict for r in result.record.requirements}
-    assert verdicts == dict.fromkeys(IDS, Verdict.PASS), ktap
-    assert result.code is ExitCode.PASS
+    ran = run(BREAKS, BorrowingSource(mesh, tmp_path, cold), tmp_path)
+    assert ran.verdicts == dict.fromkeys(IDS, Verdict.PASS), ran.ktap
+    assert ran.code is ExitCode.PASS
 
 
 def test_three_hundred_cycles_leave_nothing_behind(mesh: Rack) -> None:

@@ -4,23 +4,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from testbed import deploy
 from testbed.cli import cli
+from testbed.deploy import StartOptions
 from testbed.errors import ExitCode
 from testbed.guest import modules, switch_router
-from testbed.host.prepare import Installation
 from testbed.instruments.devices import find_device
 from testbed.rack import Rack, RackNode
 from testbed.topology import load
 from testbed.topology import matrix as matrices
 from testbed.topology.oracle import P2pDecision, p2p_decision
+from tests.vm.conftest import Start
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 
@@ -55,14 +55,8 @@ Cells = Mapping[tuple[str, str], Mapping[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def rack(
-    installation: Installation, accelerator: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Rack]:
-    folder = tmp_path_factory.mktemp("topo")
-    options = deploy.StartOptions(name=NAME, accelerator=accelerator, installation=installation)
-    topology = load.load_text(TOPOLOGY, "topo.yaml", {})
-    with deploy.start(topology, run_dir=folder, options=options) as running:
-        yield running
+def rack(start: Start, cold: StartOptions) -> Rack:
+    return start(load.load_text(TOPOLOGY, "topo.yaml", {}), replace(cold, name=NAME))
 
 
 @pytest.fixture

@@ -5,19 +5,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from testbed import deploy
-from testbed.host.prepare import Installation
+from testbed.deploy import StartOptions
 from testbed.instruments.bench import Bench
 from testbed.instruments.model_devices import ModelGpu, ModelNic, copy, place
 from testbed.instruments.paths import PathWatch
 from testbed.rack import Rack
 from testbed.topology import load
 from testbed.topology.plan import Role
+from tests.vm.conftest import Start
 
 TOPOLOGY = """
 rack: two-nodes
@@ -67,15 +66,8 @@ class Node:
 
 
 @pytest.fixture(scope="module")
-def rack(
-    installation: Installation, accelerator: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Rack]:
-    folder = tmp_path_factory.mktemp("n")
-    file = folder / "two-nodes.yaml"
-    file.write_text(TOPOLOGY)
-    options = deploy.StartOptions(accelerator=accelerator, installation=installation)
-    with deploy.start(load.load(file, {}), run_dir=folder / "run", options=options) as rack:
-        yield rack
+def rack(start: Start, cold: StartOptions) -> Rack:
+    return start(load.load_text(TOPOLOGY, "two-nodes.yaml", {}), cold)
 
 
 @pytest.fixture(scope="module")

@@ -3,25 +3,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import io
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from testbed import deploy
-from testbed.harness.runner import Choice, run_suites
 from testbed.harness.sources import TopologySource
-from testbed.host.prepare import Installation
 from testbed.machine import saving
 from testbed.rack import Rack
 from testbed.results.verdicts import Verdict
 from testbed.topology import load
 from testbed.warm import restore
 from testbed.warm.store import MEMORY, Store
+from tests.vm.runs import run, was_restored
 
 YEAR_S = 365 * 86400
 TOPOLOGY = """
@@ -49,11 +45,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture
 def options(
-    installation: Installation, accelerator: str, cache: Store, monkeypatch: pytest.MonkeyPatch
+    warm: deploy.StartOptions, cache: Store, monkeypatch: pytest.MonkeyPatch
 ) -> deploy.StartOptions:
     """Warm starts out of that."""
     monkeypatch.setattr(restore, "store", lambda: cache)
-    return deploy.StartOptions(accelerator=accelerator, installation=installation, warm=True)
+    return warm
 
 
 def seen(rack: Rack) -> dict[str, object]:
@@ -79,16 +75,16 @@ def fresh(rack: Rack) -> tuple[str, ...]:
 
 
 def test_a_restored_rack_is_as_a_booted_one_and_two_are_two(
-    options: deploy.StartOptions, tmp_path: Path
+    cold: deploy.StartOptions, options: deploy.StartOptions, tmp_path: Path
 ) -> None:
     topology = load.load_text(TOPOLOGY, "warm.yaml", {})
-    cold_options = dataclasses.replace(options, warm=False)
-    with deploy.start(topology, run_dir=tmp_path / "cold", options=cold_options) as cold:
-        wanted = seen(cold)
+    with deploy.start(topology, run_dir=tmp_path / "cold", options=cold) as booted:
+        wanted = seen(booted)
     with (
         deploy.start(topology, run_dir=tmp_path / "one", options=options) as one,
         deploy.start(topology, run_dir=tmp_path / "two", options=options) as two,
     ):
+        assert (was_restored(booted), was_restored(one), was_restored(two)) == (False, True, True)
         assert seen(one) == seen(two) == wanted
         assert not set(fresh(one)) & set(fresh(two))
         assert not (tmp_path / "two" / "saving").exists()
@@ -126,14 +122,9 @@ def test_a_pristine_machine_is_one_that_no_test_has_used(
     suite = tmp_path / f"test_traces_{every}.py"
     suite.write_text(LEAVES_A_TRACE)
     topology = load.load_text(TOPOLOGY, "warm.yaml", {})
-    result = run_suites(
-        Choice([str(suite)], pristine=every),
-        TopologySource(topology, tmp_path, options=options),
-        tmp_path,
-        stream=io.StringIO(),
-        console=Console(file=io.StringIO()),
-    )
-    failed = {o.test for o in result.record.outcomes if o.verdict is not Verdict.PASS}
+    source = TopologySource(topology, tmp_path, options=options)
+    ran = run(suite, source, tmp_path, pristine=every)
+    failed = {o.test for o in ran.outcomes if o.verdict is not Verdict.PASS}
     assert failed == ({"on_the_same_machine", "on_that_one_again"} if every else set())
 
 
@@ -163,7 +154,7 @@ def test_a_save_that_fails_is_said_and_the_machine_boots(
     before = cache.kept()
     with deploy.start(topology, run_dir=tmp_path / "boot", options=options) as rack:
         assert rack.alive
-        assert "machine.state" not in (tmp_path / "boot" / "commands.json").read_text()
+        assert not was_restored(rack)
     assert "booted without being saved" in capsys.readouterr().err
     assert cache.kept() == before
 
@@ -181,7 +172,7 @@ def test_a_damaged_file_is_not_used(
     path.write_bytes(data)
     with deploy.start(topology, run_dir=tmp_path / "boot", options=options) as rack:
         assert rack.alive
-        assert "machine.state" not in (tmp_path / "boot" / "commands.json").read_text()
+        assert not was_restored(rack)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "not as it was written" in said

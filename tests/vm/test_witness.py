@@ -3,21 +3,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from testbed import deploy
-from testbed.harness.runner import Choice, RunResult, run_suites
-from testbed.host.prepare import Installation
+from testbed.deploy import StartOptions
 from testbed.instruments.bench import Bench
 from testbed.instruments.devices import find_device, model_devices
 from testbed.models import registers as hw
@@ -26,7 +21,8 @@ from testbed.rack import Rack
 from testbed.results.verdicts import Verdict
 from testbed.topology.load import load_bytes
 from testbed.topology.plan import Role
-from tests.vm.test_suite_p2p import BorrowingSource
+from tests.vm.conftest import Start
+from tests.vm.runs import BorrowingSource, Ran, run
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
 
@@ -134,37 +130,22 @@ OWN = """
 
 
 @pytest.fixture(scope="module")
-def options(installation: Installation, accelerator: str) -> deploy.StartOptions:
-    return deploy.StartOptions(accelerator=accelerator, installation=installation)
+def rack(start: Start, cold: StartOptions) -> Rack:
+    return start(load_bytes(RACK, "rack.yaml", {}), cold)
 
 
 @pytest.fixture(scope="module")
-def rack(options: deploy.StartOptions, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rack]:
-    topology = load_bytes(RACK, "rack.yaml", {})
-    with deploy.start(topology, run_dir=tmp_path_factory.mktemp("w"), options=options) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def result(
-    rack: Rack, options: deploy.StartOptions, tmp_path_factory: pytest.TempPathFactory
-) -> RunResult:
+def result(rack: Rack, cold: StartOptions, tmp_path_factory: pytest.TempPathFactory) -> Ran:
     folder = tmp_path_factory.mktemp("own")
     module = folder / "test_own_faults.py"
     module.write_text(textwrap.dedent(OWN))
-    return run_suites(
-        Choice([str(module)]),
-        BorrowingSource(rack, folder, options),
-        folder,
-        stream=io.StringIO(),
-        console=Console(file=io.StringIO()),
-    )
+    return run(module, BorrowingSource(rack, folder, cold), folder)
 
 
-def test_every_fault_is_a_fail_and_what_is_whole_passes(result: RunResult) -> None:
-    said = [(o.title, o.verdict, o.reason) for o in result.record.outcomes]
+def test_every_fault_is_a_fail_and_what_is_whole_passes(result: Ran) -> None:
+    said = [(o.title, o.verdict, o.reason) for o in result.outcomes]
     verdicts: dict[str, list[Verdict]] = {}
-    for outcome in result.record.outcomes:
+    for outcome in result.outcomes:
         verdicts.setdefault(outcome.test.partition("[")[0], []).append(outcome.verdict)
     assert verdicts == {
         "honest": [PASS],
@@ -176,14 +157,14 @@ def test_every_fault_is_a_fail_and_what_is_whole_passes(result: RunResult) -> No
         "rule_of_the_topology": [FAIL, PASS],
         "honest_again": [PASS],
     }, said
-    for outcome in result.record.outcomes:
+    for outcome in result.outcomes:
         if outcome.test.startswith("struck"):
             assert "struck 1" in [str(e) for e in outcome.evidence], outcome.test
         if outcome.test.startswith(("stuck", "lost_doorbell")):
             assert outcome.duration_s < 10.0, "the copy's deadline, and no other"
 
 
-def test_the_record_says_what_was_injected_by_whom(result: RunResult, rack: Rack) -> None:
+def test_the_record_says_what_was_injected_by_whom(result: Ran, rack: Rack) -> None:
     devices = {d.device: d for d in result.record.devices}
     assert set(devices) == {"gpu0", "gpu1", "gpu2"}
     assert {(r.by, r.struck) for r in devices["gpu0"].rules} == {("test", 1)}
