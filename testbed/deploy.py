@@ -12,15 +12,18 @@ import functools
 import json
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from testbed.errors import HostError, LostError, QmpError
 from testbed.guest import switch_router
-from testbed.host import paths, prepare, probe
-from testbed.host.keys import RackKeys
+from testbed.host import accelerator as accelerators
+from testbed.host import paths
+from testbed.host.installation import Installation
 from testbed.host.overlay import build_initrd
 from testbed.machine import argv, models, own_devices, registry, spawn
 from testbed.machine.bells import bells_command
@@ -33,6 +36,11 @@ from testbed.topology.model import Topology
 from testbed.topology.plan import RackPlan
 from testbed.warm import restore
 from testbed.warm.restore import SnapshotUnfit
+
+if TYPE_CHECKING:
+    from testbed.host.keys import RackKeys
+
+T = TypeVar("T")
 
 INITRD = "initrd.img"
 TOPOLOGY_JSON = "topology.json"
@@ -65,7 +73,7 @@ class StartOptions:
     unique: bool = True
     detach: bool = False
     accelerator: str | None = None
-    installation: prepare.Installation | None = None
+    installation: Installation | None = None
     kernel_args: tuple[str, ...] = ()
     verbose_console: bool = False
     warm: bool = False
@@ -116,13 +124,13 @@ def _start(
         run_dir = (run_dir or new_run_dir(reservation.name)).resolve()
         _begin_run_dir(run_dir, plan)
         kernels = tuple(dict.fromkeys(node.kernel for node in topology.nodes.values()))
-        installation = options.installation or prepare.prepare(kernels)
-        accelerator = options.accelerator or probe.accelerator(installation)
+        installation = options.installation or _installation(kernels)
+        accelerator = options.accelerator or accelerators.chosen(installation)
         say(
             f"starting {len(plan.nodes)} machine(s) with QEMU {installation.qemu.version}"
             f" under {accelerator}"
         )
-        keys = RackKeys.generate()
+        keys = _Later(_ways_in)
         commands: dict[str, NodeCommand] = {}
         processes: list[Command] = []
         contexts = _contexts(plan, installation, accelerator, options, reservation.folder)
@@ -144,14 +152,15 @@ def _start(
             processes.append(commands[name])
         _write(run_dir / COMMANDS_JSON, [dataclasses.asdict(command) for command in processes])
         versions = _keep_versions(run_dir, topology, installation, accelerator)
-        access = AccessKeys(keys.client_private, keys.host_public)
-        access.write(reservation.folder / KEYS_FILE)
+        keys.begin()
         keeper = spawn.start_keeper(reservation, processes, run_folder=run_dir)
+        access = AccessKeys(keys.get().client_private, keys.get().host_public)
         restart = _Restart(plan, keeper, boot, reservation.folder, options, say)
         rack = Rack(keeper, plan, access, versions, owner=True, commands=commands, restart=restart)
         try:
+            access.write(reservation.folder / KEYS_FILE)
             reservation.write_record(record_of(rack, time.time(), reservation.folder / KEYS_FILE))
-            restore.resume(rack, saved, keys, options.timeout_s)
+            restore.resume(rack, saved, keys.get(), options.timeout_s)
             on_all(rack, lambda node: _await_hello(node, reservation.folder, options.timeout_s))
             if options.router:
                 _start_routers(_without_router(rack, saved), say)
@@ -164,8 +173,47 @@ def _start(
     return rack
 
 
+class _Later(Generic[T]):
+    """What a start needs only when its machines run: made while they begin, or when asked for."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self._make = make
+        self._made: Future[T] | None = None
+
+    def begin(self) -> Future[T]:
+        """Make it in the background."""
+        if self._made is None:
+            self._made = Future()
+            threading.Thread(target=self._work, args=(self._made,), daemon=True).start()
+        return self._made
+
+    def _work(self, made: Future[T]) -> None:
+        try:
+            made.set_result(self._make())
+        except BaseException as error:  # raised where it is asked for
+            made.set_exception(error)
+
+    def get(self) -> T:
+        """It, or the error that it ended in."""
+        return self.begin().result()
+
+
+def _ways_in() -> RackKeys:
+    """New keys; and with them what talks to QEMU is imported. Both are slow to import."""
+    from testbed.host.keys import RackKeys  # noqa: PLC0415
+    from testbed.machine import qmp  # noqa: F401, PLC0415
+
+    return RackKeys.generate()
+
+
+def _installation(kernels: tuple[str, ...]) -> Installation:
+    from testbed.host import prepare  # noqa: PLC0415  slow; commands have one already
+
+    return prepare.prepare(kernels)
+
+
 def _keep_versions(
-    run_dir: Path, topology: Topology, installation: prepare.Installation, accelerator: str
+    run_dir: Path, topology: Topology, installation: Installation, accelerator: str
 ) -> dict[str, Any]:
     """What the rack runs on, in its folder, with the kernels' configurations if they are known."""
     versions = versions_of(installation, accelerator) | _own_versions(topology)
@@ -187,7 +235,7 @@ def _own_versions(topology: Topology) -> dict[str, Any]:
 
 def _contexts(
     plan: RackPlan,
-    installation: prepare.Installation,
+    installation: Installation,
     accelerator: str,
     options: StartOptions,
     folder: Path,
@@ -211,7 +259,7 @@ def _contexts(
 def _saved(
     plan: RackPlan,
     contexts: Mapping[str, LaunchContext],
-    installation: prepare.Installation,
+    installation: Installation,
     options: StartOptions,
     run_dir: Path,
     say: Callable[[str], None],
@@ -245,8 +293,8 @@ def _await_hello(node: RackNode, folder: Path, timeout_s: float) -> None:
 def _to_boot(
     plan: RackPlan,
     contexts: Mapping[str, LaunchContext],
-    installation: prepare.Installation,
-    keys: RackKeys,
+    installation: Installation,
+    keys: _Later[RackKeys],
     name: str,
 ) -> NodeCommand:
     """What boots a node from its initial RAM disk, which is made."""
@@ -255,7 +303,7 @@ def _to_boot(
         contexts[name].initrd,
         installation.image,
         installation.kernel(spec.kernel),
-        keys=keys,
+        keys=keys.get(),
         node_name=name,
         agent=installation.agent,
     )
@@ -353,7 +401,7 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def versions_of(installation: prepare.Installation, accelerator: str) -> dict[str, Any]:
+def versions_of(installation: Installation, accelerator: str) -> dict[str, Any]:
     """What the rack runs on, down to package hashes; goes into every record."""
     return {
         "qemu": installation.qemu.version,

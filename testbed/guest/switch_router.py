@@ -10,9 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# ruff: noqa: PLC0415  what builds modules is slow to import, and few racks build any
 from testbed.errors import CapabilityMissing, SetupError
-from testbed.guest import modules
-from testbed.host import guest_modules, prepare
 from testbed.host.progress import shown
 from testbed.topology.plan import NodePlan, Role
 
@@ -33,6 +32,8 @@ def is_wanted(plan: NodePlan) -> bool:
 
 def built(kernel: str) -> Path | None:
     """The module's file for a kernel, to be had from the start; None if :func:`start` says why."""
+    from testbed.host import guest_modules, prepare
+
     try:
         with shown() as progress:
             setup = prepare.options(progress=progress)
@@ -46,6 +47,9 @@ def start(node: RackNode) -> str:
 
     The first time it is built, and a compiler downloaded, with progress on stderr.
     """
+    from testbed.guest import modules
+    from testbed.host import prepare
+
     try:
         with shown() as progress:
             setup = prepare.options(progress=progress)

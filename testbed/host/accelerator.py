@@ -14,13 +14,16 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from testbed.errors import HostError
 from testbed.host import child, paths, product
+from testbed.host.digest import digest
 from testbed.host.kernel import KernelImage
-from testbed.host.manifest import digest
 from testbed.host.toolroot import Qemu
+
+if TYPE_CHECKING:
+    from testbed.host.installation import Installation
 
 DEADLINE_S = 4.0
 _FIRST_WORDS = b"Linux version"
@@ -49,6 +52,12 @@ class Kvm:
         found = self.device.stat()
         boot_id = self.boot_id.read_text().strip() if self.boot_id.exists() else ""
         return [boot_id, found.st_rdev, found.st_ino, found.st_ctime_ns, os.getuid()]
+
+
+def chosen(installation: Installation, *, fresh: bool = False) -> str:
+    """``kvm`` if a guest really runs under it here, else ``tcg``; never hangs."""
+    kernel = next(iter(installation.kernels.values()))
+    return probe(installation.qemu, kernel, fresh=fresh).name
 
 
 def probe(

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from testbed.errors import SetupError
 from testbed.host import cpio, product
+from testbed.host.digest import digest
 from testbed.host.image import GuestPython
-from testbed.host.manifest import digest
 
 BUILDER = 1
 PACKAGE = "guest_agent"

@@ -14,12 +14,16 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from testbed.errors import SetupError
 from testbed.host import cpio, paths, product
-from testbed.host.manifest import GuestFiles, digest
-from testbed.host.packages import PackageRoot, SetupOptions
+from testbed.host.digest import digest
 from testbed.host.toolroot import loader_words, through_loader
+
+if TYPE_CHECKING:
+    from testbed.host.manifest import GuestFiles
+    from testbed.host.packages import PackageRoot, SetupOptions
 
 BUILDER = 1
 _BUSYBOX = "usr/bin/busybox"

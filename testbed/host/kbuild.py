@@ -19,7 +19,8 @@ from pathlib import Path
 from testbed.errors import CapabilityMissing, InputError, SetupError
 from testbed.host import product, toolchain
 from testbed.host.apt import NotOffered
-from testbed.host.manifest import Headers, PackageSet, digest
+from testbed.host.digest import digest
+from testbed.host.manifest import Headers, PackageSet
 from testbed.host.packages import PackageRoot, SetupOptions, ensure
 from testbed.host.toolchain import Toolchain
 

@@ -11,12 +11,15 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from testbed.errors import InputError, SetupError
-from testbed.host import kernel_file, modules, product
-from testbed.host.manifest import ModuleLists, digest
-from testbed.host.packages import SetupOptions
+from testbed.host import product
+from testbed.host.digest import digest
+
+if TYPE_CHECKING:
+    from testbed.host.manifest import ModuleLists
+    from testbed.host.packages import SetupOptions
 
 BUILDER = 2
 MODULES = ",modules="
@@ -135,6 +138,8 @@ def _only_image(path: Path) -> Path:
 
 def _only_modules(path: Path) -> Path:
     """:raises InputError: no modules are there, or those of several kernels."""
+    from testbed.host import modules  # noqa: PLC0415  with decompressors; a finished kernel needs none
+
     folder = path.expanduser().resolve()
     if not folder.is_dir():
         raise InputError(f"modules {path}: no such folder")
@@ -240,6 +245,8 @@ def _stamps(source: KernelSource) -> list[tuple[str, int, int, int]]:
 
 
 def _make(name: str, source: KernelSource, wanted: ModuleLists, final: Path) -> KernelImage:
+    from testbed.host import kernel_file, modules  # noqa: PLC0415  likewise
+
     kernel = kernel_file.read(source.image)
     available = modules.find(source.module_folder)
     packed = modules.build(kernel.release, available, wanted)

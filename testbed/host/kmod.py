@@ -2,8 +2,9 @@
 """Kernel modules of our own, compiled for the kernel that a guest runs.
 
 The sources of module NAME are in ``guest_agent/kmod/NAME``: C files, a ``Kbuild``, and
-``module.yaml``, which says what it needs of a kernel. ``CACHE/modules/KEY/NAME.ko`` is the result;
-KEY is a hash of the kernel, its headers, the sources and the compiler.
+``module.yaml``, which says what it needs of a kernel; beside them in a build are those of
+``common``. ``CACHE/modules/KEY/NAME.ko`` is the result; KEY is a hash of the kernel, its headers,
+the sources and the compiler.
 """
 
 from __future__ import annotations
@@ -18,14 +19,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from testbed.errors import CapabilityMissing, Interrupted, ModuleBuildError, SetupError
-from testbed.host import child, paths, product
+from testbed.host import child, kmod_sources, product
+from testbed.host.digest import digest
 from testbed.host.kbuild import KernelTree
-from testbed.host.manifest import digest
 from testbed.host.packages import SetupOptions
 from testbed.host.toolchain import Toolchain, check_path
 
 BUILDER = 1
-FOLDER = "kmod"
 _MAKE_TIMEOUT_S = 300.0
 _POLL_S = 0.05
 _SHOWN_ERRORS = 5
@@ -42,7 +42,6 @@ _UNDEFINED = re.compile(r'modpost: "([^"]+)" \[[^\]]*\] undefined!')
 
 Option = Annotated[str, Field(pattern=r"^[A-Z0-9_]+$")]
 Symbol = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
-FileName = Annotated[str, Field(pattern=r"^\w+\.[ch]$")]
 
 
 class Needs(BaseModel):
@@ -51,14 +50,12 @@ class Needs(BaseModel):
     ``config``    options that have to be set, without ``CONFIG_``.
     ``symbols``   what the kernel has to export.
     ``optional``  what it may export: the sources see ``HAVE_NAME`` (upper case) if it does.
-    ``borrowed``  files of other modules that are compiled into this one too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     config: tuple[Option, ...] = ()
     symbols: tuple[Symbol, ...] = ()
     optional: tuple[Symbol, ...] = ()
-    borrowed: dict[Symbol, tuple[FileName, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -68,12 +65,6 @@ class Module:
     name: str
     file: Path
     release: str
-
-
-def names() -> tuple[str, ...]:
-    """All modules of this project."""
-    found = _sources_folder().glob("*/module.yaml")
-    return tuple(sorted(file.parent.name for file in found))
 
 
 def build(
@@ -87,9 +78,8 @@ def build(
     :raises ModuleBuildError: the compiler refuses it for any other reason, in its own words.
     :raises SetupError: there is no such module; no space.
     """
-    sources = _sources(name)
+    sources = kmod_sources.sources(name)
     needs = _needs(sources)
-    sources += _borrowed(needs)
     _check(needs, tree)
     have = tuple(symbol for symbol in needs.optional if symbol in tree.symbols)
     content = [(path.name, path.read_bytes()) for path in sources]
@@ -113,41 +103,10 @@ def build(
     return module
 
 
-def source_hash(name: str) -> str:
-    """A hash of the module's sources. :raises SetupError: there is no such module."""
-    return digest(name, [(path.name, path.read_bytes()) for path in _sources(name)])
-
-
-def _sources_folder() -> Path:
-    return paths.data_dir("guest_agent") / FOLDER
-
-
-def _sources(name: str) -> list[Path]:
-    """The module's own files, and the headers that modules share.
-
-    :raises SetupError: there is no such module.
-    """
-    folder = _sources_folder()
-    own = sorted(path for path in (folder / name).glob("*") if path.is_file())
-    if not own:
-        raise SetupError(f"there is no kernel module '{name}'", hint=", ".join(names()))
-    return [*own, *sorted(folder.glob("*.h"))]
-
-
-def _borrowed(needs: Needs) -> list[Path]:
-    """:raises SetupError: there is no such file."""
-    folder = _sources_folder()
-    files = [folder / other / name for other, names in needs.borrowed.items() for name in names]
-    for file in files:
-        if not file.is_file():
-            raise SetupError(f"there is no file {file} for a kernel module to borrow")
-    return files
-
-
 def _needs(sources: list[Path]) -> Needs:
-    file = next((path for path in sources if path.name == "module.yaml"), None)
+    file = next(path for path in sources if path.name == "module.yaml")
     try:
-        return Needs.model_validate(yaml.safe_load(file.read_text()) or {}) if file else Needs()
+        return Needs.model_validate(yaml.safe_load(file.read_text()) or {})
     except (ValidationError, yaml.YAMLError) as error:
         raise SetupError(f"{file}: {error}") from error
 

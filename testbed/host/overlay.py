@@ -7,13 +7,16 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from testbed.errors import HostError
 from testbed.host import cpio, product
 from testbed.host.agent import AgentBundle
 from testbed.host.image import GuestImage
 from testbed.host.kernel import KernelImage
-from testbed.host.keys import RackKeys
+
+if TYPE_CHECKING:
+    from testbed.host.keys import RackKeys
 
 
 def build_initrd(

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from testbed.errors import Interrupted, SetupError
 from testbed.host import apt, lock, mirror, product
+from testbed.host.digest import digest
 from testbed.host.lock import Lock
-from testbed.host.manifest import PackageSet, digest
+from testbed.host.manifest import PackageSet
 from testbed.host.progress import Progress, Silent, megabytes
 
 BUILDER = 1  # raised when the same packages shall be unpacked differently

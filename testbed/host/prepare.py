@@ -11,44 +11,21 @@ import difflib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from testbed.errors import InputError
 from testbed.host import agent, image, kernel, lock, manifest, packages, paths, toolroot
-from testbed.host.agent import AgentBundle
 from testbed.host.image import GuestImage
+from testbed.host.installation import DEFAULT_KERNEL as DEFAULT_KERNEL  # noqa: PLC0414
+from testbed.host.installation import Installation as Installation  # noqa: PLC0414
+from testbed.host.installation import remember
 from testbed.host.kernel import KernelImage
 from testbed.host.lock import Lock
 from testbed.host.manifest import Manifest
 from testbed.host.packages import PackageRoot, SetupOptions
 from testbed.host.progress import Progress, Silent
-from testbed.host.toolroot import Qemu
 
-DEFAULT_KERNEL = "default"
 TOOLROOT, GUEST = "toolroot", "guest"
-
-
-@dataclass(frozen=True)
-class Installation:
-    """All that starting a machine takes from this host.
-
-    ``kernels``   by the name or path that was asked for.
-    ``packages``  exactly which packages it consists of, by set; part of each run's record.
-    """
-
-    qemu: Qemu
-    image: GuestImage
-    agent: AgentBundle
-    kernels: Mapping[str, KernelImage]
-    packages: Mapping[str, Lock] = field(default_factory=dict)
-
-    def kernel(self, name: str = DEFAULT_KERNEL) -> KernelImage:
-        """The kernel that was asked for by this name.
-
-        :raises KeyError: :func:`prepare` was not asked for it.
-        """
-        return self.kernels[name]
 
 
 def lock_file() -> Path:
@@ -120,14 +97,18 @@ def prepare(
         except BaseException:
             setup.cancelled.set()
             raise
-    roots += [root for root, _ in made.values() if root is not None]
-    return Installation(
+    packaged = [root for root, _ in made.values() if root is not None]
+    roots += packaged
+    installation = Installation(
         qemu=toolroot.packaged_qemu(roots[1]) if tools else toolroot.named_qemu(qemu or ""),
         image=guest_image,
         agent=agent.bundle(paths.data_dir(agent.PACKAGE), guest_image.python, setup.cache),
         kernels={name: image for name, (_, image) in made.items()},
         packages={root.name: root.packages for root in roots},
     )
+    if tools and len(packaged) == len(made):  # what the user brought may change
+        remember(installation, setup.cache)
+    return installation
 
 
 def update_lock(sets: Mapping[str, Lock], file: Path | None = None) -> None:

@@ -18,7 +18,6 @@ from testbed.errors import HostError, TestbedError
 from testbed.host import accelerator as accelerators
 from testbed.host import apt, mirror, paths, prepare
 from testbed.host.packages import NotSetUp
-from testbed.host.prepare import Installation
 from testbed.host.progress import megabytes
 from testbed.host.toolroot import Qemu
 
@@ -36,6 +35,8 @@ _LIST_TIMEOUT_S = 20.0
 
 Status = Literal["ok", "warn", "bad"]
 
+accelerator = accelerators.chosen
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -45,12 +46,6 @@ class Finding:
     status: Status
     detail: str
     hint: str = ""
-
-
-def accelerator(installation: Installation, *, fresh: bool = False) -> str:
-    """``kvm`` if a guest really runs under it here, else ``tcg``; never hangs."""
-    kernel = next(iter(installation.kernels.values()))
-    return accelerators.probe(installation.qemu, kernel, fresh=fresh).name
 
 
 def qemu_devices(qemu: Qemu) -> frozenset[str]:

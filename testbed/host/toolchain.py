@@ -19,8 +19,9 @@ from pathlib import Path
 
 from testbed.errors import SetupError
 from testbed.host import product
+from testbed.host.digest import digest
 from testbed.host.lock import Lock
-from testbed.host.manifest import PackageSet, digest
+from testbed.host.manifest import PackageSet
 from testbed.host.packages import SetupOptions, ensure
 from testbed.host.toolroot import loader_words
 

@@ -10,9 +10,12 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from testbed.errors import HostError
-from testbed.host.packages import PackageRoot
+
+if TYPE_CHECKING:
+    from testbed.host.packages import PackageRoot
 
 QEMU_VARIABLE = "TESTBED_QEMU"
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"

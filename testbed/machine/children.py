@@ -15,7 +15,12 @@ import os
 import resource
 import signal
 import time
-from typing import Any, NoReturn
+
+TYPE_CHECKING = False  # typing's, without the rest of it
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
+
+    from testbed.machine.nursery import Nursling
 
 GONE_PREFIX = ".gone-"  # a runtime folder on its way out has this name
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -60,14 +65,19 @@ class Process:
             "ended_s": self.ended_s,
         }
 
-    def start(self, memory: dict[str, tuple[int, int]]) -> None:
-        """Fork and exec; returns when the new program runs.
+    def start(self, memory: dict[str, tuple[int, int]], nursling: Nursling | None = None) -> None:
+        """Fork and exec; returns when the new program runs. ``nursling`` may become it instead.
 
         :raises CallError: it could not be executed.
         """
         if self.spec["ready"]:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.spec["ready"])  # an earlier run's would be taken for this one's
+        if nursling is not None and "nursed" in self.spec and nursling.begin(self.spec, memory):
+            self.pid = nursling.pid
+            self.exit_status = None
+            self.started_s = time.time()
+            return
         keeper = os.getpid()
         reader, writer = os.pipe()  # closed by a successful exec, else it says what went wrong
         pid = os.fork()
@@ -107,29 +117,16 @@ def _become(
 ) -> NoReturn:
     """In the child: turn into the program, or write what failed to ``complaint`` and end."""
     try:
-        os.setsid()
-        if _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), "prctl(PR_SET_PDEATHSIG)")
-        if os.getppid() != keeper:  # it died before the line above could take effect
-            os._exit(1)
+        become_child(keeper)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, exec keeps that
             signal.signal(number, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.chdir(spec["folder"])
         log = os.open(spec["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        # Sources are moved above all targets first, so that no dup2 overwrites a later source.
         wanted = {0: null, 1: log, 2: log}
         wanted |= {int(fd): memory[name][0] for fd, name in spec["memory"]}
-        above = max(wanted) + 1
-        complaint = fcntl.fcntl(complaint, fcntl.F_DUPFD_CLOEXEC, above)
-        for fd, source in wanted.items():
-            wanted[fd] = fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, above)
-        for fd, source in wanted.items():
-            os.dup2(source, fd, inheritable=True)
-        close_fds({*wanted, complaint})
+        complaint = descriptors_in_place(wanted, complaint)
         program = spec["argv"][0]
         try:
             os.execvpe(program, spec["argv"], spec["environment"])  # noqa: S606 (as meant)
@@ -139,6 +136,43 @@ def _become(
         os.write(complaint, f"{error.filename}: {error.strerror}".encode())
     finally:
         os._exit(127)
+
+
+def become_child(keeper: int) -> None:
+    """A session of its own, no core files, and an end with the keeper's.
+
+    :raises OSError: the kernel refused it.
+    """
+    os.setsid()
+    if _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != keeper:  # it died before the line above could take effect
+        os._exit(1)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def above(fd: int, last: int = 9) -> int:
+    """A copy of a descriptor with a number above ``last``, closed by exec."""
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, last + 1)
+
+
+def descriptors_in_place(wanted: dict[int, int], other: int = -1) -> int:
+    """Have each source of ``wanted`` (target → source) at its target, and nothing else open.
+
+    Targets stay open in a program that is executed.
+
+    :param other: one more that stays; :returns: where it is now, closed by exec.
+    """
+    # Sources are moved above all targets first, so that no dup2 overwrites a later source.
+    last = max(wanted)
+    if other >= 0:
+        other = above(other, last)
+    moved = {fd: above(source, last) for fd, source in wanted.items()}
+    for fd, source in moved.items():
+        os.dup2(source, fd, inheritable=True)
+    close_fds({*wanted, other})
+    return other
 
 
 def close_fds(keep: set[int]) -> None:

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keeper: one small process a rack that owns its QEMUs, their shared memory and its lock.
 
-Run by :mod:`testbed.machine.spawn` as ``python -I -S -c LAUNCHER ROOT NAME FOLDER``: isolated,
+Run by :mod:`testbed.machine.early` as ``python -I -S -c LAUNCHER ROOT [MODULE]``: isolated,
 without site-packages, standard library only and no pathlib: the start of every rack waits for it.
+It may run before its owner knows of any rack, and has a child import MODULE meanwhile
+(:mod:`testbed.machine.nursery`). The owner's first line, ``{"rack": NAME, "folder": FOLDER}``,
+says which rack it keeps, and brings descriptors 2 and 3.
 
 =========  ========================================================================================
 fd 0       a socket to the owner, the process that started the rack. Until ``detach``, its end is
@@ -51,16 +54,21 @@ import signal
 import socket
 import sys
 import time
-from typing import Any
 
 from testbed.machine.children import (
     CallError,
     Process,
+    above,
     close_fds,
     make_memory,
     open_memory,
     remove_runtime_folder,
 )
+from testbed.machine.nursery import Nursling
+
+TYPE_CHECKING = False  # typing's, without the rest of it
+if TYPE_CHECKING:
+    from typing import Any
 
 SOCKET = "keeper.sock"
 LOCK_FD = 3
@@ -99,9 +107,10 @@ class Batch:
 class Keeper:
     """The event loop: children, clients, signals."""
 
-    def __init__(self, name: str, folder: str) -> None:
+    def __init__(self, name: str, folder: str, nursling: Nursling | None = None) -> None:
         self.name = name
         self.folder = folder
+        self.nursling = nursling  # until a process has taken it
         self.detached = False
         self.begun = False
         self.ending = ""  # why, once it is so
@@ -130,7 +139,6 @@ class Keeper:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         os.chdir(self.folder)  # its path may be longer than a socket's name can be
         listener.bind(SOCKET)
-        os.chdir("/")
         listener.listen(16)
         listener.setblocking(False)
         return listener
@@ -253,6 +261,7 @@ class Keeper:
                 if batch.first:
                     self.ending = "it did not start"
             del self.batches[0]
+            self._end_nursling()  # who needs it was in the first batch
             batch.client.send({"id": batch.call_id, **answer})
 
     def _step(self, batch: Batch) -> bool:
@@ -260,7 +269,9 @@ class Keeper:
         while batch.names:
             process = self.processes[batch.names[0]]
             if batch.deadline_s is None:
-                process.start(self.memory)
+                process.start(self.memory, self.nursling)
+                if self.nursling is not None and process.pid == self.nursling.pid:
+                    self.nursling = None
                 log(f"{process.name} started, pid {process.pid}")
                 self._announce("start", process)
                 batch.deadline_s = time.monotonic() + process.spec["ready_timeout_s"]
@@ -269,6 +280,11 @@ class Keeper:
             batch.deadline_s = None
             del batch.names[0]
         return True
+
+    def _end_nursling(self) -> None:
+        nursling, self.nursling = self.nursling, None
+        if nursling is not None:
+            nursling.end()
 
     def _ready(self, process: Process, deadline_s: float) -> bool:
         ready = process.spec["ready"]
@@ -363,6 +379,7 @@ class Keeper:
         """Kill, reap, remove; the last answers and the end of file tell the clients."""
         reason = self.ending or "a fault of its own, see keeper.log"
         log(f"ends: {reason}")
+        self._end_nursling()
         for process in reversed(self.processes.values()):
             process.signal(signal.SIGKILL)
         deadline_s = time.monotonic() + REAP_TIMEOUT_S
@@ -384,10 +401,30 @@ def log(text: str) -> None:
         os.write(2, f"{time.strftime('%H:%M:%S')} {text}\n".encode())
 
 
+def _await_rack() -> tuple[str, str]:
+    """The rack's name and folder, with its log and lock as descriptors 2 and 3.
+
+    :raises SystemExit: the owner needs no rack.
+    """
+    with socket.socket(fileno=os.dup(0)) as wire:
+        line, fds, _, _ = socket.recv_fds(wire, MAX_LINE_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
+    if not line or len(fds) != 2:
+        sys.exit(0)
+    moved = [above(fd) for fd in fds]  # they may have got number 3 themselves
+    for fd in fds:
+        os.close(fd)
+    os.dup2(moved[0], 2)
+    os.dup2(moved[1], LOCK_FD, inheritable=False)
+    for fd in moved:
+        os.close(fd)
+    rack = json.loads(line)
+    return rack["rack"], rack["folder"]
+
+
 def main() -> None:
-    """Keep the rack NAME in FOLDER, the last two words of the command line, to its end."""
-    name, folder = sys.argv[-2:]
+    """Keep a rack to its end; the last word of the command line may be a module to nurse."""
     os.umask(0o077)
-    close_fds({0, 1, 2, LOCK_FD})
-    os.set_inheritable(LOCK_FD, False)
-    Keeper(name, folder).run()
+    close_fds({0, 1, 2})
+    nursling = Nursling(sys.argv[-1]) if len(sys.argv) > 2 else None
+    name, folder = _await_rack()
+    Keeper(name, folder, nursling).run()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from testbed.errors import (
     GuestPanic,
@@ -26,7 +27,9 @@ from testbed.errors import (
 from testbed.machine.client import Exit, Keeper
 from testbed.machine.command import NodeCommand
 from testbed.machine.console import Console, read_tail
-from testbed.machine.qmp import Qmp
+
+if TYPE_CHECKING:
+    from testbed.machine.qmp import Qmp
 
 PAUSE_S = 0.02
 SETTLE_S = 1.0  # between a machine's death and the last trace of it: exit status, panic text

@@ -77,6 +77,7 @@ def models_command(plan: RackPlan, node: NodePlan) -> HelperCommand:
         memory=tuple(MemoryFd(f.memory_fd, f.name, f.vram_size_bytes) for f in vram),
         ready_file=MODELS_READY,
         ready_timeout_s=READY_TIMEOUT_S,
+        nursed=() if own else (MODELS_SPEC,),
         makes=(MODELS_SOCKET, MODELS_READY, *_listened_at(_devices(plan, node))),
     )
 

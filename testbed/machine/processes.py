@@ -36,6 +36,9 @@ class HelperCommand:
     when it can be connected to (a server that makes its socket under another name and then renames
     it can use that). Its output goes to ``log/NAME.log``.
 
+    ``nursed``  arguments for the device models' program, if a process that has imported it already
+    may do the same as ``argv`` (:mod:`testbed.machine.nursery`).
+
     ``makes``  sockets and files that it makes there, and leaves behind if it is killed.
     """
 
@@ -47,6 +50,7 @@ class HelperCommand:
     ready_file: str = ""
     ready_timeout_s: float = 10.0
     makes: tuple[str, ...] = ()
+    nursed: tuple[str, ...] = ()
 
 
 Command = NodeCommand | HelperCommand
@@ -95,6 +99,7 @@ def process_value(folder: Path, command: Command, run_folder: Path) -> dict[str,
         log = f"{command.name}.log"
         if command.ready_file:
             ready, ready_timeout_s = str(node / command.ready_file), command.ready_timeout_s
+    nursed = command.nursed if isinstance(command, HelperCommand) else ()
     return {
         "name": _name(command),
         "kind": "helper" if isinstance(command, HelperCommand) else "qemu",
@@ -105,4 +110,5 @@ def process_value(folder: Path, command: Command, run_folder: Path) -> dict[str,
         "memory": [[part.fd, memory_name(command, part)] for part in command.memory],
         "ready": ready,
         "ready_timeout_s": ready_timeout_s,
+        **({"nursed": list(nursed)} if nursed else {}),
     }

@@ -13,13 +13,16 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from testbed.errors import CapabilityMissing, LinkLost, QmpError
 from testbed.machine.command import MACHINE_STATE, MemoryFd
-from testbed.machine.qmp import Qmp
 from testbed.topology.model import Node
 from testbed.topology.plan import Function, NodePlan, Role
 from testbed.topology.windows import own_bars
+
+if TYPE_CHECKING:
+    from testbed.machine.qmp import Qmp
 
 RAM = "ram"  # the memory's name in the keeper, after the node's
 RAM_FD = 99  # below those of the devices

@@ -8,15 +8,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import json
 import os
-import signal
 import socket
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from testbed.errors import HostError, NoSuchRack
+from testbed.machine import early
 from testbed.machine import keeper as keeper_module
 from testbed.machine.client import (
     CALL_TIMEOUT_S,
@@ -37,11 +36,6 @@ from testbed.machine.registry import Reservation, clean, find
 from testbed.machine.sockets import connect_unix, peer_pid
 
 __all__ = ["Command", "Exit", "HelperCommand", "Keeper", "attach", "end_rack", "start_keeper"]
-
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCHER = (
-    "import sys; sys.path.append(sys.argv[1]); from testbed.machine.keeper import main; main()"
-)
 
 
 def start_keeper(
@@ -65,7 +59,8 @@ def start_keeper(
         for part in command.memory:
             memory[memory_name(command, part)] = part.file or part.size_bytes
     timeout_s = START_TIMEOUT_S + sum(process["ready_timeout_s"] for process in processes)
-    keeper = _launch(reservation, run_folder)
+    nursed = any("nursed" in process for process in processes)
+    keeper = _launch(reservation, run_folder, early.MODELS if nursed else "")
     try:
         reservation.hand_over()
         keeper.start_all(processes, memory, timeout_s)
@@ -113,39 +108,24 @@ def end_rack(base: Path, name: str, *, timeout_s: float = END_TIMEOUT_S) -> None
     clean(base)
 
 
-def _launch(reservation: Reservation, run_folder: Path) -> Keeper:
-    """The keeper's process: a session of its own, our socket as its standard input."""
-    ours, theirs = socket.socketpair()
-    log = str(run_folder / KEEPER_LOG)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    argv = [sys.executable, "-I", "-S", "-c", LAUNCHER]
-    argv += [str(ROOT), reservation.name, str(reservation.folder)]
-    # A descriptor that is to be copied must not be one that is copied over.
-    lock = fcntl.fcntl(reservation.lock_fd, fcntl.F_DUPFD_CLOEXEC, 10)
-    end = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, 10)
+def _launch(reservation: Reservation, run_folder: Path, module: str) -> Keeper:
+    """A keeper, told which rack it keeps, with the rack's log and lock."""
+    path = run_folder / KEEPER_LOG
     try:
-        with theirs:
-            # Not subprocess: a keeper outlives us, which Popen calls a resource leak.
-            pid = os.posix_spawn(
-                argv[0],
-                argv,
-                {"PATH": os.environ.get("PATH", os.defpath)},
-                file_actions=[
-                    (os.POSIX_SPAWN_DUP2, lock, keeper_module.LOCK_FD),
-                    (os.POSIX_SPAWN_DUP2, end, 0),
-                    (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                    (os.POSIX_SPAWN_OPEN, 2, log, flags, 0o600),
-                ],
-                setsid=True,
-                setsigmask=[],
-                setsigdef=[signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE],
-            )
+        log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        try:
+            wire, pid = early.take(module)
+            rack = {"rack": reservation.name, "folder": str(reservation.folder)}
+            line = json.dumps(rack).encode()
+            try:
+                socket.send_fds(wire, [line], [log, reservation.lock_fd])
+            except BaseException:
+                wire.close()
+                raise
+        finally:
+            os.close(log)
     except OSError as error:
-        ours.close()
         raise HostError(
-            f"cannot start the rack's keeper: {error.strerror} ({log} must be writable)"
+            f"cannot start the rack's keeper: {error.strerror} ({path} must be writable)"
         ) from error
-    finally:
-        os.close(lock)
-        os.close(end)
-    return Keeper(reservation.name, reservation.folder, run_folder, ours, pid=pid, child=True)
+    return Keeper(reservation.name, reservation.folder, run_folder, wire, pid=pid, child=True)

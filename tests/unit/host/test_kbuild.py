@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import CapabilityMissing, InputError, ModuleBuildError, SetupError
-from testbed.host import kbuild, kmod, toolchain
+from testbed.host import kbuild, kmod, kmod_sources, toolchain
 from testbed.host.apt import NotOffered
 from testbed.host.kbuild import KernelTree
 from testbed.host.lock import LockedPackage
@@ -247,9 +247,9 @@ def test_a_module_that_does_not_exist_is_named(tmp_path: Path, tree: KernelTree)
 
 
 def test_every_shipped_module_says_what_it_needs() -> None:
-    assert "p2p_probe" in kmod.names()
-    for name in kmod.names():
-        files = kmod._sources(name)
+    assert "p2p_probe" in kmod_sources.names()
+    for name in kmod_sources.names():
+        files = kmod_sources.sources(name)
         assert {"Kbuild", "module.yaml"} <= {file.name for file in files}
         assert any(file.suffix == ".c" for file in files)
         assert kmod._needs(files).config
