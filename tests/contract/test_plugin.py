@@ -3,62 +3,18 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
-from testbed.errors import ExitCode, LaunchError, NoHello
-from testbed.harness.runner import Choice, RunResult, run_suites
+from testbed.errors import ExitCode
 from testbed.results.record import load_record
-from testbed.results.verdicts import Outcome, Verdict
-from tests.contract.fake_rack import FakeSource, quad_gpu
+from testbed.results.verdicts import Verdict
+from tests.contract.own_runs import Run
 
 PASS, FAIL, SKIP, LOST, ERROR = Verdict
-
-OWN_TESTS = """
-    import pytest
-    from testbed.errors import CapabilityMissing
-    from testbed.results.judging import Judgement
-
-    def call(rack, method="system.info"):
-        return rack.nodes["host0"].agent.call(method)
-"""
-
-
-_numbers = itertools.count()
-
-
-class Run:
-    """A module of tests, run on a fake rack."""
-
-    def __init__(self, tmp_path: Path, body: str, *knobs: dict[str, Any], **choice: Any) -> None:
-        # pytest imports test files by their base names: each needs one of its own.
-        module = tmp_path / f"test_{next(_numbers)}_own.py"
-        module.write_text(textwrap.dedent(OWN_TESTS) + textwrap.dedent(body))
-        self.source = FakeSource(quad_gpu(), tmp_path, *knobs)
-        self.stream = io.StringIO()
-        self.result: RunResult = run_suites(
-            Choice([str(module)], **choice),
-            self.source,
-            tmp_path,
-            stream=self.stream,
-            console=Console(file=io.StringIO()),
-        )
-
-    @property
-    def outcomes(self) -> dict[str, Outcome]:
-        return {outcome.test: outcome for outcome in self.result.record.outcomes}
-
-    @property
-    def verdicts(self) -> list[Verdict]:
-        return [outcome.verdict for outcome in self.result.record.outcomes]
 
 
 def test_the_policy_of_a_run_is_what_tests_get_and_the_record_has(tmp_path: Path) -> None:
@@ -168,84 +124,6 @@ def test_faults_that_cannot_be_taken_back_are_an_error_and_the_next_test_has_a_f
     assert len(run.source.racks) == 2
 
 
-class TestDeath:
-    BODY = """
-        def keep(rack):
-            return rack.once("answer", lambda rack: call(rack)["kernel"])
-
-        def test_before(rack): keep(rack)
-        def test_dies(rack):
-            keep(rack)
-            call(rack, "iommu.groups")
-        def test_after(rack): assert keep(rack) == "7.2"
-        """
-
-    def test_the_dead_rack_is_replaced_and_nothing_is_retried(self, tmp_path: Path) -> None:
-        run = Run(tmp_path, self.BODY, {"dies_on": "iommu.groups"})
-        assert run.verdicts == [PASS, LOST, PASS]
-        assert run.outcomes["dies"].console_tail == "Kernel panic"
-        log = (tmp_path / "pytest.log").read_text()
-        assert "= LOST =" in log
-        assert "dies: the channel closed\n    Kernel panic" in log
-        assert len(run.source.racks) == 2
-        assert all(rack.closed for rack in run.source.racks)
-        assert run.result.code is ExitCode.LOST
-
-    def test_a_rack_that_keeps_dying_is_given_up(self, tmp_path: Path) -> None:
-        body = "\n".join(f"def test_{n}(rack): call(rack, 'iommu.groups')" for n in range(6))
-        run = Run(tmp_path, body, *[{"dies_on": "iommu.groups"}] * 9)
-        assert run.verdicts == [LOST] * 4 + [SKIP] * 2
-        assert run.outcomes["4"].reason == "not run: rack rack died 4 times, last in 3"
-
-    def test_someone_elses_rack_is_not_started_again(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(FakeSource, "restartable", False)
-        run = Run(tmp_path, self.BODY, {"dies_on": "iommu.groups"})
-        assert run.verdicts == [PASS, LOST, SKIP]
-        assert "is not ours to start again" in run.outcomes["after"].reason
-
-    def test_a_death_in_clean_up_is_lost(self, tmp_path: Path) -> None:
-        run = Run(
-            tmp_path,
-            """
-            @pytest.fixture
-            def tidy(rack):
-                yield
-                call(rack, "iommu.groups")
-
-            def test_one(rack, tidy): call(rack)
-            def test_two(rack): call(rack)
-            """,
-            {"dies_on": "iommu.groups"},
-        )
-        assert run.verdicts == [LOST, PASS]
-
-
-class TestStart:
-    TWO = """
-        def test_one(rack): call(rack)
-        def test_two(rack): call(rack)
-        """
-
-    def test_no_hello_is_lost_once_and_the_rest_is_not_run(self, tmp_path: Path) -> None:
-        error = NoHello("host0 said nothing", node="host0", console_tail="grub>")
-        run = Run(tmp_path, self.TWO, {"fails": error})
-        assert run.verdicts == [LOST, SKIP]
-        assert run.outcomes["one"].console_tail == "grub>"
-        assert "did not start (host0 said nothing)" in run.outcomes["two"].reason
-        assert run.result.code is ExitCode.LOST
-
-    def test_qemu_that_does_not_start_is_an_error(self, tmp_path: Path) -> None:
-        error = LaunchError(
-            "QEMU ended with 1", node="host0", exit_status=1, command=["qemu"], output="bad option"
-        )
-        run = Run(tmp_path, self.TWO, {"fails": error})
-        assert run.verdicts == [ERROR, SKIP]
-        assert "bad option" in run.outcomes["one"].details
-        assert run.result.code is ExitCode.ERROR
-
-
 class TestGates:
     BODY = """
         @pytest.mark.requirement("SET-UP")
@@ -289,83 +167,12 @@ class TestGates:
         assert run.stream.getvalue().startswith("KTAP version 1\n1..2\n")
 
 
-def test_a_variant_boots_in_the_background(tmp_path: Path) -> None:
-    run = Run(
-        tmp_path,
-        """
-        def rack_variants(topology):
-            return {"twin": topology.model_copy(update={"rack": "twin"})}
-
-        @pytest.mark.boots("twin")
-        def test_twin(rack, variant):
-            assert variant("twin").nodes["host0"].agent.call("system.info")
-            assert variant("twin").name == "twin"
-
-        def test_none(variant): variant("no-such").nodes
-        """,
-    )
-    assert run.verdicts == [PASS, SKIP]
-    assert len(run.source.racks) == 2
-
-
-def test_what_no_test_will_use_does_not_boot(tmp_path: Path) -> None:
-    run = Run(
-        tmp_path,
-        """
-        from testbed.errors import CapabilityMissing
-
-        def rack_variants(topology):
-            return {name: topology.model_copy(update={"rack": name}) for name in ("one", "two")}
-
-        pytestmark = pytest.mark.boots(when=lambda plan: len(plan.nodes) > 7)
-
-        @pytest.mark.boots("one")
-        def test_lacking(rack, variant):
-            raise CapabilityMissing(f"eight nodes, not {len(rack.topology.nodes)}")
-        """,
-    )
-    assert (run.verdicts, run.outcomes["lacking"].reason) == ([SKIP], "eight nodes, not 1")
-    assert run.source.racks == []
-
-
-def test_who_was_taken_for_none_that_uses_a_rack_gets_it_all_the_same(tmp_path: Path) -> None:
-    run = Run(
-        tmp_path,
-        """
-        def rack_variants(topology):
-            return {name: topology.model_copy(update={"rack": name}) for name in ("one", "two")}
-
-        @pytest.mark.boots(when=lambda plan: False)
-        @pytest.mark.boots("one")
-        def test_uses(rack): assert call(rack)
-
-        @pytest.mark.boots("one", when=lambda plan: False)
-        @pytest.mark.boots("two", when=lambda plan: "host0" in plan.nodes)
-        def test_two(variant): assert variant("two").name == "two"
-        """,
-    )
-    assert run.verdicts == [PASS, PASS]
-    assert sorted(rack.name for rack in run.source.racks) == ["quad-gpu", "two"]
-
-
 def test_a_file_that_cannot_be_imported_is_an_error(tmp_path: Path) -> None:
     run = Run(tmp_path, "import no_such_module_anywhere")
     assert run.verdicts == [ERROR]
     assert "no_such_module_anywhere" in run.result.record.outcomes[0].reason
     assert run.result.code is ExitCode.ERROR
     assert "1..1" in run.stream.getvalue()
-
-
-def test_a_rack_that_will_not_end_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(self: object) -> None:
-        raise OSError("the keeper does not answer")
-
-    monkeypatch.setattr("tests.contract.fake_rack.FakeRack.close", refuse)
-    run = Run(tmp_path, "def test_one(rack): call(rack)")
-    assert run.verdicts == [PASS, ERROR]
-    assert run.outcomes["end of the rack"].reason == "the keeper does not answer"
 
 
 def test_an_interrupt_keeps_what_was_found(tmp_path: Path) -> None:
