@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Device files that take commands (guest_agent/kmod/command_file.h): a line in, lines out."""
+"""Device files that take commands (guest_agent/kmod/common): a line in, lines out."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 
 from testbed.deploy import StartOptions
 from testbed.harness.sources import TopologySource
-from testbed.host import kmod
+from testbed.host import kmod_sources
 from testbed.results.verdicts import Verdict
 from tests.vm.conftest import shipped
 from tests.vm.runs import run
@@ -82,7 +82,7 @@ def test_each_fault_is_one_requirements(
         (folder / f"{name}.c").write_text(SOURCE.format(statement))
         (folder / "Kbuild").write_text(f"obj-m := {name}.o\n")
         (folder / "module.yaml").write_text("config: []\n")
-    monkeypatch.setattr(kmod, "_sources_folder", lambda: tmp_path / "kmod")
+    monkeypatch.setattr(kmod_sources, "folder", lambda: tmp_path / "kmod")
     suite = tmp_path / "test_faults_of_the_guest.py"  # a name of its own: pytest imports by it
     suite.write_text(SUITE)
     ran = run(suite, TopologySource(shipped("minimal"), tmp_path, options=warm), tmp_path)

@@ -16,20 +16,18 @@
  *
  * MODE is pages, provider, movable, or one of the wrong ones: null-page, bus-address, no-check,
  * wrap-length, wrap-offset (buffer.h); CHUNK is for no-check: how much it maps at once, 0 for all.
- * With REVOCABLE 1 only importers that can be told of a revoke may attach. Of pages the kernel chooses the offset. A
- * function is driven by this module through driver_override; unbinding it revokes all its buffers,
- * for good.
+ * With REVOCABLE 1 only importers that can be told of a revoke may attach. Of pages the kernel
+ * chooses the offset. A function is driven by this module through driver_override; unbinding it
+ * revokes all its buffers, for good.
  */
 
 #include <linux/dma-resv.h>
-#include <linux/miscdevice.h>
 #include <linux/module.h>
 #include <linux/slab.h>
 
 #include "buffer.h"
 #include "command_file.h"
 
-#define NAME		"dmabuf_exporter"
 #define MAX_RANGES	64
 #define PAGES_BYTES	(16UL << 20)	/* of a BAR, made peer-to-peer memory: pages cost memory */
 #define UNBIND_MS	5000
@@ -48,8 +46,6 @@ static const char * const mode_names[] = {
 static const char * const careless_names[] = {
 	"no-tell", "no-wait", "keep-open", "ignore-pin", "no-copy", "early-fence",
 };
-
-static struct pci_driver driver;
 
 static int parse_ranges(struct buffer *buffer, int bar, char **words)
 {
@@ -173,7 +169,7 @@ static int do_export(void *context, struct answer *answer, int count, char **wor
 	INIT_DELAYED_WORK(&buffer->copy, buffer_copy_later);
 
 	device_lock(&pdev->dev);
-	fd = pdev->dev.driver == &driver.driver ? prepare(buffer, bar, words + 5) : -EPERM;
+	fd = is_ours(pdev) ? prepare(buffer, bar, words + 5) : -EPERM;
 	if (fd)
 		buffer_free(buffer);
 	else
@@ -187,6 +183,8 @@ static int do_export(void *context, struct answer *answer, int count, char **wor
 	device_unlock(&pdev->dev);
 	return 0;
 }
+
+DEFINE_FREE(buffer_put, struct buffer *, if (!IS_ERR_OR_NULL(_T)) dma_buf_put(_T->dmabuf))
 
 /* The buffer behind a file of ours, with a reference to it, or an ERR_PTR. */
 static struct buffer *buffer_by_fd(const char *word)
@@ -224,42 +222,36 @@ static void say_mappings(struct answer *answer, struct buffer *buffer)
 static int do_revoke(void *context, struct answer *answer, int count, char **words)
 {
 	struct released released;
-	struct buffer *buffer;
 	unsigned int timeout_ms;
 
 	if (count != 2 || kstrtouint(words[1], 0, &timeout_ms))
 		return -EINVAL;
-	buffer = buffer_by_fd(words[0]);
+	struct buffer *buffer __free(buffer_put) = buffer_by_fd(words[0]);
 	if (IS_ERR(buffer))
 		return PTR_ERR(buffer);
 	released = buffer_revoke(buffer, timeout_ms);
 	say(answer, "told=%u fences=%ld unmaps=%ld fences_ns=%llu unmaps_ns=%llu ", released.told,
 	    -released.fences, -released.unmaps, released.fences_ns, released.unmaps_ns);
 	say_mappings(answer, buffer);
-	dma_buf_put(buffer->dmabuf);
 	return 0;
 }
 
 static int do_restore(void *context, struct answer *answer, int count, char **words)
 {
-	struct buffer *buffer;
-
 	if (count != 1)
 		return -EINVAL;
-	buffer = buffer_by_fd(words[0]);
+	struct buffer *buffer __free(buffer_put) = buffer_by_fd(words[0]);
 	if (IS_ERR(buffer))
 		return PTR_ERR(buffer);
 	dma_resv_lock(buffer->dmabuf->resv, NULL);
 	buffer->revoked = false;
 	dma_resv_unlock(buffer->dmabuf->resv);
 	say_errno(answer, 0);
-	dma_buf_put(buffer->dmabuf);
 	return 0;
 }
 
 static int do_move(void *context, struct answer *answer, int count, char **words)
 {
-	struct buffer *buffer;
 	unsigned int timeout_ms;
 	int copy_ms = -1;
 
@@ -267,18 +259,16 @@ static int do_move(void *context, struct answer *answer, int count, char **words
 	    (count == 4 && (kstrtoint(words[3], 0, &copy_ms) || copy_ms < 0)) ||
 	    (strcmp(words[1], "vram") && strcmp(words[1], "system")))
 		return -EINVAL;
-	buffer = buffer_by_fd(words[0]);
+	struct buffer *buffer __free(buffer_put) = buffer_by_fd(words[0]);
 	if (IS_ERR(buffer))
 		return PTR_ERR(buffer);
 	say_errno(answer, buffer_move(buffer, !strcmp(words[1], "system"), timeout_ms, copy_ms));
-	dma_buf_put(buffer->dmabuf);
 	return 0;
 }
 
 static int do_careless(void *context, struct answer *answer, int count, char **words)
 {
 	unsigned int careless = 0;
-	struct buffer *buffer;
 	int i, which;
 
 	if (count < 2)
@@ -289,24 +279,21 @@ static int do_careless(void *context, struct answer *answer, int count, char **w
 			return -EINVAL;
 		careless |= BIT(which);
 	}
-	buffer = buffer_by_fd(words[0]);
+	struct buffer *buffer __free(buffer_put) = buffer_by_fd(words[0]);
 	if (IS_ERR(buffer))
 		return PTR_ERR(buffer);
 	dma_resv_lock(buffer->dmabuf->resv, NULL);
 	buffer->careless = careless;
 	dma_resv_unlock(buffer->dmabuf->resv);
 	say_errno(answer, 0);
-	dma_buf_put(buffer->dmabuf);
 	return 0;
 }
 
 static int do_abandon(void *context, struct answer *answer, int count, char **words)
 {
-	struct buffer *buffer;
-
 	if (count != 1)
 		return -EINVAL;
-	buffer = buffer_by_fd(words[0]);
+	struct buffer *buffer __free(buffer_put) = buffer_by_fd(words[0]);
 	if (IS_ERR(buffer))
 		return PTR_ERR(buffer);
 	dma_resv_lock(buffer->dmabuf->resv, NULL);
@@ -315,21 +302,17 @@ static int do_abandon(void *context, struct answer *answer, int count, char **wo
 	buffer->memory = NULL;
 	dma_resv_unlock(buffer->dmabuf->resv);
 	say_errno(answer, 0);
-	dma_buf_put(buffer->dmabuf);
 	return 0;
 }
 
 static int do_state(void *context, struct answer *answer, int count, char **words)
 {
-	struct buffer *buffer;
-
 	if (count != 1)
 		return -EINVAL;
-	buffer = buffer_by_fd(words[0]);
+	struct buffer *buffer __free(buffer_put) = buffer_by_fd(words[0]);
 	if (IS_ERR(buffer))
 		return PTR_ERR(buffer);
 	say_mappings(answer, buffer);
-	dma_buf_put(buffer->dmabuf);
 	return 0;
 }
 
@@ -341,67 +324,7 @@ static const struct command commands[] = {
 	{ "state", do_state },
 	{ "careless", do_careless },
 	{ "abandon", do_abandon },
-};
-
-struct session {
-	struct mutex lock;	/* one command at a time */
-	struct answer answer;
-};
-
-static int control_open(struct inode *inode, struct file *file)
-{
-	struct session *session = kvzalloc(sizeof(*session), GFP_KERNEL);
-
-	if (!session)
-		return -ENOMEM;
-	mutex_init(&session->lock);
-	file->private_data = session;
-	return 0;
-}
-
-static int control_release(struct inode *inode, struct file *file)
-{
-	kvfree(file->private_data);
-	return 0;
-}
-
-static ssize_t control_write(struct file *file, const char __user *data, size_t size, loff_t *at)
-{
-	struct session *session = file->private_data;
-	ssize_t done;
-
-	mutex_lock(&session->lock);
-	done = run_command(commands, ARRAY_SIZE(commands), session, &session->answer, data, size);
-	mutex_unlock(&session->lock);
-	return done;
-}
-
-static ssize_t control_read(struct file *file, char __user *data, size_t size, loff_t *at)
-{
-	struct session *session = file->private_data;
-	ssize_t done;
-
-	mutex_lock(&session->lock);
-	done = simple_read_from_buffer(data, size, at, session->answer.text,
-				       session->answer.length);
-	mutex_unlock(&session->lock);
-	return done;
-}
-
-static const struct file_operations operations = {
-	.owner = THIS_MODULE,
-	.open = control_open,
-	.release = control_release,
-	.read = control_read,
-	.write = control_write,
-	.llseek = default_llseek,
-};
-
-static struct miscdevice device = {
-	.minor = MISC_DYNAMIC_MINOR,
-	.name = NAME,
-	.fops = &operations,
-	.mode = 0600,
+	{},
 };
 
 static int driver_probe(struct pci_dev *pdev, const struct pci_device_id *id)
@@ -438,31 +361,15 @@ static void driver_remove(struct pci_dev *pdev)
 }
 
 static struct pci_driver driver = {
-	.name = NAME,
+	.name = KBUILD_MODNAME,
 	.probe = driver_probe,
 	.remove = driver_remove,
 };
 
-static int __init exporter_init(void)
-{
-	int error = pci_register_driver(&driver);
-
-	if (error)
-		return error;
-	error = misc_register(&device);
-	if (error)
-		pci_unregister_driver(&driver);
-	return error;
-}
-module_init(exporter_init);
-
-static void __exit exporter_exit(void)
-{
-	misc_deregister(&device);
-	pci_unregister_driver(&driver);
-	rcu_barrier();	/* fences name functions of ours until they are freed */
-}
-module_exit(exporter_exit);
+const struct command_file command_file = {
+	.commands = commands,
+	.driver = &driver,
+};
 
 MODULE_DESCRIPTION("Exports parts of a BAR as dma-bufs, rightly and wrongly");
 MODULE_LICENSE("GPL");

@@ -20,18 +20,9 @@
  * A function is driven by this module through driver_override.
  */
 
-#include <linux/miscdevice.h>
 #include <linux/module.h>
 
 #include "importer.h"
-
-#define NAME		"dmabuf_importer"
-#define BOUNCE_OFFSET	0x100000
-
-/* One command at a time, of whomever; taken before every other lock. No worker of ours takes it. */
-static DEFINE_MUTEX(control_lock);
-static LIST_HEAD(imports);
-static struct pci_driver driver;
 
 static int parse_manners(struct manners *manners, int count, char **words)
 {
@@ -71,24 +62,18 @@ static int do_attach(void *context, struct answer *answer, int count, char **wor
 {
 	struct import *import = context;
 	struct manners manners;
-	struct pci_dev *pdev;
-	int fd, error;
+	struct engine *engine;
+	int fd;
 
 	if (count < 2 || kstrtoint(words[1], 0, &fd) || parse_manners(&manners, count - 2, words + 2))
 		return -EINVAL;
 	if (import->attach)
 		return -EBUSY;
-	pdev = named_function(words[0]);
-	if (IS_ERR(pdev))
-		return PTR_ERR(pdev);
-	error = -EPERM;
-	/* While the control lock is held the driver does not let the function go. */
-	if (pdev->dev.driver == &driver.driver && pci_get_drvdata(pdev)) {
-		error = 0;
-		say_errno(answer, import_attach(import, pci_get_drvdata(pdev), fd, &manners));
-	}
-	pci_dev_put(pdev);
-	return error;
+	engine = named_data(words[0]);
+	if (IS_ERR(engine))
+		return PTR_ERR(engine);
+	say_errno(answer, import_attach(import, engine, fd, &manners));
+	return 0;
 }
 
 static int do_map(void *context, struct answer *answer, int count, char **words)
@@ -215,92 +200,28 @@ static const struct command commands[] = {
 	{ "cpu", do_cpu },
 	{ "fence", do_fence },
 	{ "state", do_state },
+	{},
 };
 
-static int control_open(struct inode *inode, struct file *file)
+static void open(void *context)
 {
-	struct import *import = kvzalloc(sizeof(*import), GFP_KERNEL);
-
-	if (!import)
-		return -ENOMEM;
-	import_init(import);
-	file->private_data = import;
-	mutex_lock(&control_lock);
-	list_add(&import->node, &imports);
-	mutex_unlock(&control_lock);
-	return 0;
+	import_init(context);
 }
 
-static int control_release(struct inode *inode, struct file *file)
+static void release(void *context)
 {
-	struct import *import = file->private_data;
+	struct import *import = context;
 
-	mutex_lock(&control_lock);
 	import_detach(import);
-	list_del(&import->node);
-	mutex_unlock(&control_lock);
 	kvfree(import->pieces);
-	kvfree(import);
-	return 0;
 }
 
-static ssize_t control_write(struct file *file, const char __user *data, size_t size, loff_t *at)
+static void *bounce(void *context)
 {
-	struct import *import = file->private_data;
-	ssize_t done;
+	struct import *import = context;
 
-	mutex_lock(&control_lock);
-	if (*at < BOUNCE_OFFSET) {
-		done = run_command(commands, ARRAY_SIZE(commands), import, &import->answer, data,
-				   size);
-	} else if (import->engine) {
-		loff_t inside = *at - BOUNCE_OFFSET;
-
-		done = simple_write_to_buffer(import->engine->bounce, BOUNCE_BYTES, &inside, data,
-					      size);
-	} else {
-		done = -ENOTCONN;
-	}
-	mutex_unlock(&control_lock);
-	return done;
+	return import->engine ? import->engine->bounce : NULL;
 }
-
-static ssize_t control_read(struct file *file, char __user *data, size_t size, loff_t *at)
-{
-	struct import *import = file->private_data;
-	ssize_t done;
-
-	mutex_lock(&control_lock);
-	if (*at < BOUNCE_OFFSET) {
-		done = simple_read_from_buffer(data, size, at, import->answer.text,
-					       import->answer.length);
-	} else if (import->engine) {
-		loff_t inside = *at - BOUNCE_OFFSET;
-
-		done = simple_read_from_buffer(data, size, &inside, import->engine->bounce,
-					       BOUNCE_BYTES);
-	} else {
-		done = -ENOTCONN;
-	}
-	mutex_unlock(&control_lock);
-	return done;
-}
-
-static const struct file_operations operations = {
-	.owner = THIS_MODULE,
-	.open = control_open,
-	.release = control_release,
-	.read = control_read,
-	.write = control_write,
-	.llseek = default_llseek,
-};
-
-static struct miscdevice device = {
-	.minor = MISC_DYNAMIC_MINOR,
-	.name = NAME,
-	.fops = &operations,
-	.mode = 0600,
-};
 
 static int driver_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 {
@@ -315,49 +236,41 @@ static int driver_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	return error;
 }
 
+static void lose_engine(void *context, void *engine)
+{
+	struct import *import = context;
+
+	if (import->engine != engine)
+		return;
+	import_detach(import);
+	import->engine = NULL;
+}
+
 static void driver_remove(struct pci_dev *pdev)
 {
 	struct engine *engine = pci_get_drvdata(pdev);
-	struct import *import;
 
 	mutex_lock(&control_lock);
-	list_for_each_entry(import, &imports, node) {
-		if (import->engine != engine)
-			continue;
-		import_detach(import);
-		import->engine = NULL;
-	}
+	for_each_context(lose_engine, engine);
 	pci_set_drvdata(pdev, NULL);
 	mutex_unlock(&control_lock);
 	engine_close(engine);
 }
 
 static struct pci_driver driver = {
-	.name = NAME,
+	.name = KBUILD_MODNAME,
 	.probe = driver_probe,
 	.remove = driver_remove,
 };
 
-static int __init importer_init(void)
-{
-	int error = pci_register_driver(&driver);
-
-	if (error)
-		return error;
-	error = misc_register(&device);
-	if (error)
-		pci_unregister_driver(&driver);
-	return error;
-}
-module_init(importer_init);
-
-static void __exit importer_exit(void)
-{
-	misc_deregister(&device);
-	pci_unregister_driver(&driver);
-	rcu_barrier();	/* fences name functions of ours until they are freed */
-}
-module_exit(importer_exit);
+const struct command_file command_file = {
+	.commands = commands,
+	.driver = &driver,
+	.context_bytes = sizeof(struct import),
+	.open = open,
+	.release = release,
+	.bounce = bounce,
+};
 
 MODULE_DESCRIPTION("Imports dma-bufs for a device that does DMA");
 MODULE_LICENSE("GPL");

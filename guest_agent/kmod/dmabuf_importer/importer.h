@@ -4,9 +4,7 @@
 
 #include <linux/dma-buf.h>
 #include <linux/dma-fence.h>
-#include <linux/list.h>
-#include <linux/mutex.h>
-#include <linux/pci.h>
+#include <linux/types.h>
 #include <linux/workqueue.h>
 
 #include "command_file.h"
@@ -40,7 +38,6 @@ struct manners {
  * @faults	how often the device found nothing mapped, and it was mapped for it
  */
 struct import {
-	struct list_head node;
 	struct engine *engine;
 	struct manners manners;
 	struct dma_buf *dmabuf;
@@ -56,7 +53,6 @@ struct import {
 	struct piece *pieces;
 	struct dma_fence *fence;
 	struct delayed_work signal;
-	struct answer answer;
 };
 
 void import_init(struct import *import);

@@ -17,18 +17,11 @@
  * driven by this module through driver_override: a memory (BAR 2) or an engine.
  */
 
-#include <linux/miscdevice.h>
 #include <linux/module.h>
 
 #include "peer.h"
 
-#define NAME		"hmm_peer"
-#define BOUNCE_OFFSET	0x100000
-
-DEFINE_MUTEX(control_lock);
 LIST_HEAD(owners);
-static LIST_HEAD(mirrors);
-static struct pci_driver driver;
 
 /* What a function of ours is: exactly one is set. */
 struct peer {
@@ -36,23 +29,9 @@ struct peer {
 	struct engine *engine;
 };
 
-/* While the control lock is held the driver does not let the function go. */
-static struct peer *peer_by_name(const char *name)
-{
-	struct pci_dev *pdev = named_function(name);
-	struct peer *peer = ERR_PTR(-EPERM);
-
-	if (IS_ERR(pdev))
-		return ERR_CAST(pdev);
-	if (pdev->dev.driver == &driver.driver && pci_get_drvdata(pdev))
-		peer = pci_get_drvdata(pdev);
-	pci_dev_put(pdev);
-	return peer;
-}
-
 static struct owner *owner_by_name(const char *name)
 {
-	struct peer *peer = peer_by_name(name);
+	struct peer *peer = named_data(name);
 
 	if (IS_ERR(peer))
 		return ERR_CAST(peer);
@@ -133,7 +112,7 @@ static int do_mirror(void *context, struct answer *answer, int count, char **wor
 	error = parse_manners(&manners, count - 3, words + 3);
 	if (error)
 		return error;
-	peer = peer_by_name(words[0]);
+	peer = named_data(words[0]);
 	if (IS_ERR(peer))
 		return PTR_ERR(peer);
 	if (!peer->engine)
@@ -174,87 +153,27 @@ static const struct command commands[] = {
 	{ "mirror", do_mirror },
 	{ "state", do_state },
 	{ "dma", do_dma },
+	{},
 };
 
-static int control_open(struct inode *inode, struct file *file)
+static void open(void *context)
 {
-	struct mirror *mirror = kvzalloc(sizeof(*mirror), GFP_KERNEL);
+	struct mirror *mirror = context;
 
-	if (!mirror)
-		return -ENOMEM;
 	mutex_init(&mirror->lock);
-	file->private_data = mirror;
-	mutex_lock(&control_lock);
-	list_add(&mirror->node, &mirrors);
-	mutex_unlock(&control_lock);
-	return 0;
 }
 
-static int control_release(struct inode *inode, struct file *file)
+static void release(void *context)
 {
-	struct mirror *mirror = file->private_data;
-
-	mutex_lock(&control_lock);
-	mirror_end(mirror);
-	list_del(&mirror->node);
-	mutex_unlock(&control_lock);
-	kvfree(mirror);
-	return 0;
+	mirror_end(context);
 }
 
-static ssize_t control_write(struct file *file, const char __user *data, size_t size, loff_t *at)
+static void *bounce(void *context)
 {
-	struct mirror *mirror = file->private_data;
-	ssize_t done = -ENOTCONN;
+	struct mirror *mirror = context;
 
-	mutex_lock(&control_lock);
-	if (*at < BOUNCE_OFFSET) {
-		done = run_command(commands, ARRAY_SIZE(commands), mirror, &mirror->answer, data,
-				   size);
-	} else if (mirror->active) {
-		loff_t inside = *at - BOUNCE_OFFSET;
-
-		done = simple_write_to_buffer(mirror->engine->bounce, BOUNCE_BYTES, &inside, data,
-					      size);
-	}
-	mutex_unlock(&control_lock);
-	return done;
+	return mirror->active ? mirror->engine->bounce : NULL;
 }
-
-static ssize_t control_read(struct file *file, char __user *data, size_t size, loff_t *at)
-{
-	struct mirror *mirror = file->private_data;
-	ssize_t done = -ENOTCONN;
-
-	mutex_lock(&control_lock);
-	if (*at < BOUNCE_OFFSET) {
-		done = simple_read_from_buffer(data, size, at, mirror->answer.text,
-					       mirror->answer.length);
-	} else if (mirror->active) {
-		loff_t inside = *at - BOUNCE_OFFSET;
-
-		done = simple_read_from_buffer(data, size, &inside, mirror->engine->bounce,
-					       BOUNCE_BYTES);
-	}
-	mutex_unlock(&control_lock);
-	return done;
-}
-
-static const struct file_operations operations = {
-	.owner = THIS_MODULE,
-	.open = control_open,
-	.release = control_release,
-	.read = control_read,
-	.write = control_write,
-	.llseek = default_llseek,
-};
-
-static struct miscdevice device = {
-	.minor = MISC_DYNAMIC_MINOR,
-	.name = NAME,
-	.fops = &operations,
-	.mode = 0600,
-};
 
 static int driver_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 {
@@ -283,18 +202,22 @@ static int driver_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 	return 0;
 }
 
+static void lose_peer(void *context, void *data)
+{
+	struct mirror *mirror = context;
+	struct peer *peer = data;
+	void *group = mirror->manners.group;
+
+	if (mirror->engine == peer->engine || (group && group == peer->owner))
+		mirror_end(mirror);
+}
+
 static void driver_remove(struct pci_dev *pdev)
 {
 	struct peer *peer = pci_get_drvdata(pdev);
-	struct mirror *mirror;
 
 	mutex_lock(&control_lock);
-	list_for_each_entry(mirror, &mirrors, node) {
-		void *group = mirror->manners.group;
-
-		if (mirror->engine == peer->engine || (group && group == peer->owner))
-			mirror_end(mirror);
-	}
+	for_each_context(lose_peer, peer);
 	if (peer->owner)
 		list_del(&peer->owner->node);
 	pci_set_drvdata(pdev, NULL);
@@ -307,30 +230,19 @@ static void driver_remove(struct pci_dev *pdev)
 }
 
 static struct pci_driver driver = {
-	.name = NAME,
+	.name = KBUILD_MODNAME,
 	.probe = driver_probe,
 	.remove = driver_remove,
 };
 
-static int __init peer_init(void)
-{
-	int error = pci_register_driver(&driver);
-
-	if (error)
-		return error;
-	error = misc_register(&device);
-	if (error)
-		pci_unregister_driver(&driver);
-	return error;
-}
-module_init(peer_init);
-
-static void __exit peer_exit(void)
-{
-	misc_deregister(&device);
-	pci_unregister_driver(&driver);
-}
-module_exit(peer_exit);
+const struct command_file command_file = {
+	.commands = commands,
+	.driver = &driver,
+	.context_bytes = sizeof(struct mirror),
+	.open = open,
+	.release = release,
+	.bounce = bounce,
+};
 
 MODULE_DESCRIPTION("Device-private memory on a BAR, and devices that mirror a process's memory");
 MODULE_LICENSE("GPL");

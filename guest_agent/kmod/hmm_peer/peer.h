@@ -38,8 +38,7 @@ struct owner {
 	atomic_t to_ram;
 };
 
-/* Guards "owners"; not taken by page faults. */
-extern struct mutex control_lock;
+/* Guarded by the control lock, which page faults do not take. */
 extern struct list_head owners;
 
 struct owner *owner_open(struct pci_dev *pdev);
@@ -72,7 +71,6 @@ struct manners {
  * @told	how often the kernel said that a page has changed
  */
 struct mirror {
-	struct list_head node;
 	struct engine *engine;
 	struct mmu_interval_notifier notifier;
 	struct manners manners;
@@ -84,7 +82,6 @@ struct mirror {
 	dma_addr_t at[MIRROR_PAGES];
 	bool present[MIRROR_PAGES];
 	unsigned int told;
-	struct answer answer;
 };
 
 int mirror_make(struct mirror *mirror, struct engine *engine, const struct manners *manners,

@@ -177,6 +177,22 @@ def test_a_module_is_built_once(tmp_path: Path, tree: KernelTree, sources: Path)
     assert sorted(path.name for path in first.file.parent.iterdir()) == ["demo.ko"]
 
 
+def test_what_modules_share_is_in_each_build(
+    tmp_path: Path, tree: KernelTree, sources: Path
+) -> None:
+    common = sources.parent / "common"
+    common.mkdir()
+    (common / "shared.h").write_text("int a;\n")
+    first = built(tmp_path, tree, "cat shared.h >demo.ko")
+    assert first.file.read_text() == "int a;\n"
+    hashed = kmod_sources.source_hash("demo")
+    (common / "shared.h").write_text("int b;\n")
+    assert built(tmp_path, tree, "cat shared.h >demo.ko").file.read_text() == "int b;\n"
+    assert kmod_sources.source_hash("demo") != hashed, "a saved machine has the module of before"
+    with pytest.raises(SetupError, match="no kernel module 'common'"):
+        kmod_sources.source_hash("common")
+
+
 def test_what_the_compiler_says_is_passed_on(
     tmp_path: Path, tree: KernelTree, sources: Path
 ) -> None:
@@ -251,6 +267,7 @@ def test_every_shipped_module_says_what_it_needs() -> None:
     for name in kmod_sources.names():
         files = kmod_sources.sources(name)
         assert {"Kbuild", "module.yaml"} <= {file.name for file in files}
+        assert len({file.name for file in files}) == len(files), "they are built in one folder"
         assert any(file.suffix == ".c" for file in files)
         assert kmod._needs(files).config
         for file in files:

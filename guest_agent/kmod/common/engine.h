@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* Devices that do DMA, driven: shared by the modules that want one (module.yaml: borrowed). */
+/* Devices that do DMA, driven: for the modules that want one. */
 #ifndef ENGINE_H
 #define ENGINE_H
 

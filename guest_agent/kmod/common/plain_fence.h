@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * A fence that its maker signals, and nothing else. A module that made some calls rcu_barrier()
- * when it ends: they name functions of its until they are freed.
+ * A fence that its maker signals, and nothing else. Between that and the module's end lies a grace
+ * period of RCU (command_file.c), as dma-fence.h wants it: a fence names functions of the module.
  */
 #ifndef PLAIN_FENCE_H
 #define PLAIN_FENCE_H

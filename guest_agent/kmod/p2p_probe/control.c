@@ -20,59 +20,21 @@
 
 #include <linux/device.h>
 #include <linux/dma-mapping.h>
-#include <linux/errno.h>
-#include <linux/fs.h>
 #include <linux/iommu.h>
-#include <linux/miscdevice.h>
 #include <linux/module.h>
-#include <linux/mutex.h>
 #include <linux/pci-p2pdma.h>
 #include <linux/pci.h>
 #include <linux/scatterlist.h>
 #include <linux/slab.h>
-#include <linux/string.h>
-#include <linux/uaccess.h>
 
-#define NAME		"p2p_probe"
-#define MAX_COMMAND	4096
-#define MAX_WORDS	130
-#define MAX_ANSWER	8192
+#include "command_file.h"
 
-struct session {
-	struct mutex lock;	/* one command at a time */
-	size_t length;
-	char answer[MAX_ANSWER];
-};
-
-static void __printf(2, 3) say(struct session *session, const char *format, ...)
-{
-	va_list arguments;
-
-	va_start(arguments, format);
-	session->length += vscnprintf(session->answer + session->length,
-				      MAX_ANSWER - session->length, format, arguments);
-	va_end(arguments);
-}
-
-/* The function of that name, with a reference, or an ERR_PTR. */
-static struct pci_dev *function(const char *name)
-{
-	unsigned int domain, bus, slot, number;
-	struct pci_dev *pdev;
-	char after;
-
-	if (sscanf(name, "%x:%x:%x.%x%c", &domain, &bus, &slot, &number, &after) != 4)
-		return ERR_PTR(-EINVAL);
-	pdev = pci_get_domain_bus_and_slot(domain, bus, PCI_DEVFN(slot, number));
-	return pdev ?: ERR_PTR(-ENODEV);
-}
-
-static void say_distance(struct session *session, const char *name, int distance)
+static void say_distance(struct answer *answer, const char *name, int distance)
 {
 	if (distance < 0)
-		say(session, "client=%s distance=none\n", name);
+		say(answer, "client=%s distance=none\n", name);
 	else
-		say(session, "client=%s distance=%d\n", name, distance);
+		say(answer, "client=%s distance=%d\n", name, distance);
 }
 
 static void put_clients(struct device **clients, int count)
@@ -91,7 +53,7 @@ static struct device **get_clients(int count, char **words)
 	if (!clients)
 		return ERR_PTR(-ENOMEM);
 	for (i = 0; i < count; i++) {
-		struct pci_dev *pdev = function(words[i]);
+		struct pci_dev *pdev = named_function(words[i]);
 
 		if (IS_ERR(pdev)) {
 			put_clients(clients, i);
@@ -102,7 +64,7 @@ static struct device **get_clients(int count, char **words)
 	return clients;
 }
 
-static int do_distance(struct session *session, int count, char **words)
+static int do_distance(void *context, struct answer *answer, int count, char **words)
 {
 	struct pci_dev *provider;
 	struct device **clients;
@@ -110,7 +72,7 @@ static int do_distance(struct session *session, int count, char **words)
 
 	if (count < 2)
 		return -EINVAL;
-	provider = function(words[0]);
+	provider = named_function(words[0]);
 	if (IS_ERR(provider))
 		return PTR_ERR(provider);
 	count--;
@@ -121,15 +83,15 @@ static int do_distance(struct session *session, int count, char **words)
 		return PTR_ERR(clients);
 	}
 	for (i = 0; i < count; i++)
-		say_distance(session, words[i],
+		say_distance(answer, words[i],
 			     pci_p2pdma_distance_many(provider, &clients[i], 1, false));
-	say_distance(session, "all", pci_p2pdma_distance_many(provider, clients, count, false));
+	say_distance(answer, "all", pci_p2pdma_distance_many(provider, clients, count, false));
 	put_clients(clients, count);
 	pci_dev_put(provider);
 	return 0;
 }
 
-static int do_find(struct session *session, int count, char **words)
+static int do_find(void *context, struct answer *answer, int count, char **words)
 {
 	struct device **clients;
 	struct pci_dev *provider;
@@ -140,20 +102,20 @@ static int do_find(struct session *session, int count, char **words)
 	if (IS_ERR(clients))
 		return PTR_ERR(clients);
 	provider = pci_p2pmem_find_many(clients, count);
-	say(session, "provider=%s\n", provider ? pci_name(provider) : "none");
+	say(answer, "provider=%s\n", provider ? pci_name(provider) : "none");
 	pci_dev_put(provider);
 	put_clients(clients, count);
 	return 0;
 }
 
-static int do_publish(struct session *session, int count, char **words)
+static int do_publish(void *context, struct answer *answer, int count, char **words)
 {
 	struct pci_dev *provider;
 	bool publish;
 
 	if (count != 2 || kstrtobool(words[1], &publish))
 		return -EINVAL;
-	provider = function(words[0]);
+	provider = named_function(words[0]);
 	if (IS_ERR(provider))
 		return PTR_ERR(provider);
 	device_lock(&provider->dev);
@@ -163,9 +125,7 @@ static int do_publish(struct session *session, int count, char **words)
 	return 0;
 }
 
-static struct pci_driver driver;
-
-static int do_provide(struct session *session, int count, char **words)
+static int do_provide(void *context, struct answer *answer, int count, char **words)
 {
 	unsigned long long size, offset;
 	struct pci_dev *pdev;
@@ -175,17 +135,14 @@ static int do_provide(struct session *session, int count, char **words)
 	if (count != 4 || kstrtouint(words[1], 0, &bar) || bar >= PCI_STD_NUM_BARS ||
 	    kstrtoull(words[2], 0, &size) || kstrtoull(words[3], 0, &offset))
 		return -EINVAL;
-	pdev = function(words[0]);
+	pdev = named_function(words[0]);
 	if (IS_ERR(pdev))
 		return PTR_ERR(pdev);
 	device_lock(&pdev->dev);
-	if (pdev->dev.driver == &driver.driver)
-		error = pci_p2pdma_add_resource(pdev, bar, size, offset);
-	else
-		error = -EPERM;
+	error = is_ours(pdev) ? pci_p2pdma_add_resource(pdev, bar, size, offset) : -EPERM;
 	device_unlock(&pdev->dev);
 	if (!error)
-		say(session, "start=0x%llx\n",
+		say(answer, "start=0x%llx\n",
 		    (unsigned long long)pci_resource_start(pdev, bar) + offset);
 	pci_dev_put(pdev);
 	return error;
@@ -202,7 +159,7 @@ static int check_client(struct pci_dev *client, bool *translated)
 	return -EBUSY;
 }
 
-static void say_mapping(struct session *session, struct sg_table *table, phys_addr_t physical,
+static void say_mapping(struct answer *answer, struct sg_table *table, phys_addr_t physical,
 			bool translated)
 {
 	const char *kind = translated ? "iova" : "physical";
@@ -210,11 +167,11 @@ static void say_mapping(struct session *session, struct sg_table *table, phys_ad
 	/* The kernel's own mark of an address that no IOMMU translates (linux/scatterlist.h). */
 	if (sg_dma_is_bus_address(table->sgl))
 		kind = "bus";
-	say(session, "type=%s error=0 address=0x%llx physical=0x%llx\n", kind,
+	say(answer, "type=%s error=0 address=0x%llx physical=0x%llx\n", kind,
 	    (unsigned long long)sg_dma_address(table->sgl), (unsigned long long)physical);
 }
 
-static int map_for(struct session *session, struct pci_dev *client, struct page *page, size_t size)
+static int map_for(struct answer *answer, struct pci_dev *client, struct page *page, size_t size)
 {
 	u64 mask = client->dma_mask;
 	struct sg_table table;
@@ -233,10 +190,10 @@ static int map_for(struct session *session, struct pci_dev *client, struct page 
 		dma_set_mask(&client->dev, DMA_BIT_MASK(64));
 	error = dma_map_sgtable(&client->dev, &table, DMA_BIDIRECTIONAL, 0);
 	if (error) {
-		say(session, "type=refused error=%d address=0 physical=0x%llx\n", -error,
+		say(answer, "type=refused error=%d address=0 physical=0x%llx\n", -error,
 		    (unsigned long long)page_to_phys(page));
 	} else {
-		say_mapping(session, &table, page_to_phys(page), translated);
+		say_mapping(answer, &table, page_to_phys(page), translated);
 		dma_unmap_sgtable(&client->dev, &table, DMA_BIDIRECTIONAL, 0);
 	}
 	if (!client->dev.driver)
@@ -245,7 +202,7 @@ static int map_for(struct session *session, struct pci_dev *client, struct page 
 	return 0;
 }
 
-static int do_map(struct session *session, int count, char **words)
+static int do_map(void *context, struct answer *answer, int count, char **words)
 {
 	struct pci_dev *provider, *client;
 	unsigned int size;
@@ -254,10 +211,10 @@ static int do_map(struct session *session, int count, char **words)
 
 	if (count != 3 || kstrtouint(words[2], 0, &size) || !size || size % PAGE_SIZE)
 		return -EINVAL;
-	provider = function(words[0]);
+	provider = named_function(words[0]);
 	if (IS_ERR(provider))
 		return PTR_ERR(provider);
-	client = function(words[1]);
+	client = named_function(words[1]);
 	if (IS_ERR(client)) {
 		pci_dev_put(provider);
 		return PTR_ERR(client);
@@ -265,7 +222,7 @@ static int do_map(struct session *session, int count, char **words)
 	memory = pci_alloc_p2pmem(provider, size);
 	if (memory) {
 		device_lock(&client->dev);
-		error = map_for(session, client, virt_to_page(memory), size);
+		error = map_for(answer, client, virt_to_page(memory), size);
 		device_unlock(&client->dev);
 		pci_free_p2pmem(provider, memory, size);
 	} else {
@@ -276,96 +233,13 @@ static int do_map(struct session *session, int count, char **words)
 	return error;
 }
 
-static const struct {
-	const char *name;
-	int (*act)(struct session *session, int count, char **words);
-} commands[] = {
+static const struct command commands[] = {
 	{ "distance", do_distance },
 	{ "provide", do_provide },
 	{ "map", do_map },
 	{ "publish", do_publish },
 	{ "find", do_find },
-};
-
-static int act(struct session *session, char *text)
-{
-	char *words[MAX_WORDS], *word;
-	int count = 0, i;
-
-	while ((word = strsep(&text, " \n"))) {
-		if (!*word)
-			continue;
-		if (count == MAX_WORDS)
-			return -E2BIG;
-		words[count++] = word;
-	}
-	session->length = 0;
-	for (i = 0; count && i < ARRAY_SIZE(commands); i++)
-		if (!strcmp(words[0], commands[i].name))
-			return commands[i].act(session, count - 1, words + 1);
-	return -EINVAL;
-}
-
-static int probe_open(struct inode *inode, struct file *file)
-{
-	struct session *session = kvzalloc(sizeof(*session), GFP_KERNEL);
-
-	if (!session)
-		return -ENOMEM;
-	mutex_init(&session->lock);
-	file->private_data = session;
-	return 0;
-}
-
-static int probe_release(struct inode *inode, struct file *file)
-{
-	kvfree(file->private_data);
-	return 0;
-}
-
-static ssize_t probe_write(struct file *file, const char __user *data, size_t size, loff_t *ppos)
-{
-	struct session *session = file->private_data;
-	char *text;
-	int error;
-
-	if (size > MAX_COMMAND)
-		return -E2BIG;
-	text = memdup_user_nul(data, size);
-	if (IS_ERR(text))
-		return PTR_ERR(text);
-	mutex_lock(&session->lock);
-	error = act(session, text);
-	mutex_unlock(&session->lock);
-	kfree(text);
-	return error ?: size;
-}
-
-static ssize_t probe_read(struct file *file, char __user *data, size_t size, loff_t *ppos)
-{
-	struct session *session = file->private_data;
-	ssize_t done;
-
-	mutex_lock(&session->lock);
-	done = simple_read_from_buffer(data, size, ppos, session->answer, session->length);
-	mutex_unlock(&session->lock);
-	return done;
-}
-
-static const struct file_operations operations = {
-	.owner = THIS_MODULE,
-	.open = probe_open,
-	.release = probe_release,
-	.read = probe_read,
-	.write = probe_write,
-	.llseek = default_llseek,
-};
-
-static struct miscdevice device = {
-	.minor = MISC_DYNAMIC_MINOR,
-	.name = NAME,
-	.fops = &operations,
-	.mode = 0600,
+	{},
 };
 
 /* Taken only through driver_override. What "provide" adds goes with the binding (devres). */
@@ -375,29 +249,14 @@ static int driver_probe(struct pci_dev *pdev, const struct pci_device_id *id)
 }
 
 static struct pci_driver driver = {
-	.name = NAME,
+	.name = KBUILD_MODNAME,
 	.probe = driver_probe,
 };
 
-static int __init probe_init(void)
-{
-	int error = pci_register_driver(&driver);
-
-	if (error)
-		return error;
-	error = misc_register(&device);
-	if (error)
-		pci_unregister_driver(&driver);
-	return error;
-}
-module_init(probe_init);
-
-static void __exit probe_exit(void)
-{
-	misc_deregister(&device);
-	pci_unregister_driver(&driver);
-}
-module_exit(probe_exit);
+const struct command_file command_file = {
+	.commands = commands,
+	.driver = &driver,
+};
 
 MODULE_DESCRIPTION("What the kernel decides about peer-to-peer DMA");
 MODULE_LICENSE("GPL");
