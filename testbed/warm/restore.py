@@ -18,15 +18,15 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import testbed
 from testbed.errors import HostError, LinkLost, LostError, QmpError, SetupError
 from testbed.guest import switch_router
-from testbed.host import kmod, paths
-from testbed.host.keys import RackKeys
-from testbed.host.manifest import digest
+from testbed.host import kmod_sources, paths
+from testbed.host.digest import digest
+from testbed.host.installation import Installation
 from testbed.host.overlay import build_waiting_initrd
-from testbed.host.prepare import Installation
 from testbed.machine import argv, registry, saving, spawn
 from testbed.machine.client import Keeper
 from testbed.machine.command import (
@@ -40,12 +40,15 @@ from testbed.machine.command import (
 )
 from testbed.machine.console import Console
 from testbed.machine.lifecycle import Watch
-from testbed.machine.qmp import Qmp
 from testbed.rack import Rack, RackNode, on_all
 from testbed.topology.model import Node
 from testbed.topology.plan import NodePlan
 from testbed.warm import memory
 from testbed.warm.store import FORMAT, MEMORY, STATE, Snapshot, Store
+
+if TYPE_CHECKING:
+    from testbed.host.keys import RackKeys
+    from testbed.machine.qmp import Qmp
 
 WAITING = "testbed: waiting"  # guest_agent/resume.py says one of them
 UNFIT = "testbed: unfit"
@@ -119,7 +122,7 @@ class Wanted:
             self.installation.image.key,
             self.installation.agent.hash,
             self.forgotten,
-            kmod.source_hash(switch_router.MODULE) if self.has_router else "",
+            kmod_sources.source_hash(switch_router.MODULE) if self.has_router else "",
         )
 
     @property
@@ -221,6 +224,8 @@ def _save(kept: Store, key: str, wanted: Wanted, run_dir: Path, timeout_s: float
 
 def _await_waiting(keeper: Keeper, command: NodeCommand, timeout_s: float) -> Qmp:
     """Its control socket, when the guest waits to be told who it is."""
+    from testbed.machine.qmp import Qmp  # noqa: PLC0415  (asyncio, slow to import)
+
     logs = keeper.run_folder / command.node
     console = Console(logs / CONSOLE_LOG)
     watch = Watch(
