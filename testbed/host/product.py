@@ -92,15 +92,25 @@ def disk_error(error: OSError, place: Path) -> SetupError:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder whatever the modes of what is in it."""
+    """Remove a folder whatever the modes of what is in it; another process may be at it too."""
 
-    def unlock_and_retry(function: Callable[[str], object], name: str, _: object) -> None:
-        Path(name).parent.chmod(0o700)
+    def unlock_and_retry(
+        function: Callable[..., object], name: str, error: tuple[Any, BaseException, Any]
+    ) -> None:
+        reason = error[1]
+        if isinstance(reason, FileNotFoundError):
+            return
+        if not isinstance(reason, PermissionError):
+            raise reason
         with contextlib.suppress(FileNotFoundError):
-            function(name)
+            Path(name).parent.chmod(0o700)
+            if function in (os.unlink, os.rmdir):
+                function(name)
+            else:  # it is a folder that cannot be listed
+                Path(name).chmod(0o700)
+                shutil.rmtree(name)
 
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(folder, onerror=unlock_and_retry)
+    shutil.rmtree(folder, onerror=unlock_and_retry)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -12,6 +12,7 @@ import base64
 import errno
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -21,7 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import testbed
-from testbed.errors import HostError, LinkLost, LostError, QmpError, SetupError
+from testbed.errors import (
+    HostError,
+    LaunchError,
+    LinkLost,
+    LostError,
+    QmpError,
+    SetupError,
+    TestbedError,
+)
 from testbed.guest import switch_router
 from testbed.host import kmod_sources, paths
 from testbed.host.digest import digest
@@ -258,15 +267,14 @@ def _await_waiting(keeper: Keeper, command: NodeCommand, timeout_s: float) -> Qm
 def provide_state(snapshot: Snapshot, folder: Path) -> None:
     """Put the devices' state into the node's runtime folder, where QEMU looks for it.
 
-    :raises SnapshotUnfit: it is not as it was written.
+    :raises HostError: it cannot be written.
     """
     target = folder / MACHINE_STATE
     try:
-        data = snapshot.state.read_bytes()
         target.touch(mode=0o600)
-        target.write_bytes(data)
+        target.write_bytes(snapshot.state)
     except OSError as error:
-        raise SnapshotUnfit(f"{error.filename}: {error.strerror}", snapshot.key) from error
+        raise HostError(f"cannot write {target}: {error.strerror}") from error
 
 
 class Checking:
@@ -321,7 +329,18 @@ def _resume(
     except (LostError, QmpError, HostError) as error:
         if isinstance(error, SnapshotUnfit):
             raise
-        raise SnapshotUnfit(error.message, snapshot.key) from error
+        checking.wait()  # files that are wrong are why, whatever QEMU made of them
+        raise _unfit(error, snapshot.key) from error
+
+
+def _unfit(error: TestbedError, key: str) -> SnapshotUnfit:
+    """Why a machine whose files are as they were written did not go on."""
+    if isinstance(error, LaunchError):  # it has not looked at the saved machine yet
+        words = error.output.strip().splitlines()[-1:]
+        return SnapshotUnfit(": ".join((error.message, *words)), key, is_sound=True)
+    # Nobody here kills a machine that starts; the kernel does, where memory is short.
+    killed = isinstance(error, LostError) and error.exit_status == -signal.SIGKILL
+    return SnapshotUnfit(error.message, key, is_sound=killed)
 
 
 def _identity(node: RackNode, keys: RackKeys) -> dict[str, object]:

@@ -14,12 +14,13 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from testbed.errors import SetupError
 from testbed.host import product
 from testbed.topology.units import GIB
 from testbed.warm import memory
@@ -29,6 +30,8 @@ FORMAT = 3
 MEMORY, STATE, INDEX = "memory", "state", "snapshot.json"
 DEFAULT_BUDGET_BYTES = 4 * GIB
 _LOCK = ".lock"
+_GONE = ".gone-"
+_SKEW_S = 3600.0  # between the clocks of machines that share a cache
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class Snapshot:
     """One saved machine.
 
     ``memory``   its file, open (:mod:`testbed.warm.memory`); ``runs``: where that is not zero.
+    ``state``    of its devices, as it was read: an entry may be pruned while it is restored.
     ``modules``  kernel modules of ours that are loaded in it.
     """
 
     folder: Path
     memory: OpenMemory
+    state: bytes = field(repr=False)
     size_bytes: int
     runs: Runs
     memory_sha256: str
@@ -52,32 +57,17 @@ class Snapshot:
         """All that it was made from, as a hash."""
         return self.folder.name
 
-    @property
-    def state(self) -> Path:
-        """The file of its devices' state."""
-        return self.folder / STATE
-
     def damage(self) -> str:
         """What is wrong with its files; "" if they are as they were written.
 
         :raises OSError: they cannot be read, which may be the host's fault.
         """
-        path = self.state
-        try:
-            is_sound = checksum(path) == self.state_sha256
-            if is_sound:
-                path = self.folder / MEMORY
-                found = memory.checksum(self.memory.fd, self.runs, self.size_bytes)
-                is_sound = found == self.memory_sha256
-        except FileNotFoundError as error:
-            return f"{path}: {error.strerror}"
-        return "" if is_sound else f"{path} is not as it was written"
-
-
-def checksum(path: Path) -> str:
-    """The file's SHA-256. :raises OSError: it cannot be read."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if hashlib.sha256(self.state).hexdigest() != self.state_sha256:
+            return f"{self.folder / STATE} is not as it was written"
+        found = memory.checksum(self.memory.fd, self.runs, self.size_bytes)
+        if found != self.memory_sha256:
+            return f"{self.folder / MEMORY} is not as it was written"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +103,7 @@ class Store:
             os.utime(index)
         try:
             opened = OpenMemory(index.parent / MEMORY)
+            state = (index.parent / STATE).read_bytes()
         except OSError:
             self.discard(key)
             return None
@@ -120,6 +111,7 @@ class Store:
         return Snapshot(
             index.parent,
             opened,
+            state,
             int(body["size_bytes"]),
             runs,
             body["memory_sha256"],
@@ -162,15 +154,17 @@ class Store:
             "size_bytes": size_bytes,
             "runs": [list(run) for run in runs],
             "memory_sha256": memory.checksum(opened.fd, runs, size_bytes),
-            "state_sha256": checksum(partial / STATE),
+            "state_sha256": hashlib.sha256((partial / STATE).read_bytes()).hexdigest(),
         }
         product.write_json(partial / INDEX, body | {"self": _digest(body)})
         (partial / INDEX).chmod(0o600)
 
     def discard(self, key: str) -> None:
-        """Remove an entry that does not fit or is damaged."""
-        with contextlib.suppress(OSError, SetupError):
-            product.remove_tree(self.folder / key)
+        """Remove an entry that does not fit or is damaged: at once it is not there any more."""
+        gone = self.folder / f"{_GONE}{key}-{secrets.token_hex(4)}"
+        with contextlib.suppress(OSError):
+            (self.folder / key).rename(gone)
+            product.remove_tree(gone)
 
     def kept(self) -> list[Kept]:
         """All entries, the most recently used first."""
@@ -181,7 +175,10 @@ class Store:
                 body = product.read_json(index)
                 names = str(body.get("names", "")) if isinstance(body, dict) else ""
                 found.append(Kept(index.parent.name, size_bytes, index.stat().st_mtime, names))
-        return sorted(found, key=lambda entry: -entry.used_s)
+        # A clock that has been put back leaves times that are to come: those entries have not been
+        # used since.
+        now_s = time.time() + _SKEW_S
+        return sorted(found, key=lambda entry: (entry.used_s > now_s, -entry.used_s))
 
     def prune(self, budget_bytes: int | None = None) -> list[Kept]:
         """Remove what is over the budget, and what killed saves left; returns what went."""
@@ -192,6 +189,9 @@ class Store:
             if left_bytes < 0:
                 self.discard(entry.key)
                 gone.append(entry)
+        for left in self.folder.glob(f"{_GONE}*"):  # by who was killed while removing it
+            with contextlib.suppress(OSError):
+                product.remove_tree(left)
         for partial in self.folder.glob(".*.*"):
             key = partial.name.split(".")[1]
             with self._if_nobody_makes(key) as alone:

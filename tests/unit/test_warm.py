@@ -98,11 +98,11 @@ def test_an_entry_is_found_whole_and_is_nobody_elses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [(MEMORY, "flip"), (MEMORY, "cut"), (STATE, "flip"), (STATE, "cut"), (STATE, "gone")],
+    [(name, how) for name in (MEMORY, STATE) for how in ("flip", "cut", "gone")],
 )
 def test_a_damaged_file_is_noticed(tmp_path: Path, name: str, how: str) -> None:
-    found = make(Store(tmp_path), "a")
-    path = found.folder / name
+    store = Store(tmp_path)
+    path = make(store, "a").folder / name
     data = bytearray(path.read_bytes())
     if how == "flip":
         data[len(data) // 2] ^= 0x10
@@ -111,7 +111,30 @@ def test_a_damaged_file_is_noticed(tmp_path: Path, name: str, how: str) -> None:
         path.write_bytes(data[:-1])
     else:
         path.unlink()
-    assert str(path) in found.damage()
+    found = store.find("a")
+    assert (found is None) is (how == "gone")
+    assert found is None or str(path) in found.damage()
+
+
+def test_what_is_damaged_after_it_was_found_is_noticed_or_not_used(tmp_path: Path) -> None:
+    found = make(Store(tmp_path), "a")
+    (found.folder / STATE).write_bytes(b"another")
+    assert found.damage() == ""
+    assert found.state == b"state of a"
+    os.truncate(found.folder / MEMORY, BLOCK - 1)
+    assert "memory is not as it was written" in found.damage()
+
+
+def test_what_was_used_when_the_clock_was_wrong_goes_before_what_was_used_since(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path, budget_bytes=2 * BLOCK + BLOCK // 2)
+    now_s, year_s = time.time(), 365 * 86400
+    for key, used_s in {"a": now_s + year_s, "b": now_s - year_s, "c": now_s + 2 * year_s}.items():
+        os.utime(make(store, key).folder / INDEX, (used_s, used_s))
+    assert [entry.key for entry in store.kept()] == ["b", "c", "a"]
+    assert store.find("a") is not None, "used now"
+    assert [entry.key for entry in store.prune()] == ["c"]
 
 
 def test_an_index_that_was_touched_is_no_entry_and_goes(tmp_path: Path) -> None:
