@@ -31,6 +31,11 @@ from testbed.models.witness import Event
 
 DMA_TIMEOUT_S: Final = 30.0  # QEMU answers within microseconds, unless someone has stopped it
 MAX_PENDING: Final = 64  # DMA messages of one device under way at once
+# QEMU 11.1 never sends again on a socket that was full when it answered a DMA_READ (its I/O thread
+# is not woken), and then waits in vain for our answers, 30 s each. So what is asked for fits into
+# a socket's buffer (/proc/sys/net/core/wmem_default, 208 KiB with its overhead).
+MAX_MESSAGE_BYTES: Final = 32 << 10
+MAX_READS: Final = 4
 NUM_REGIONS: Final = 9
 NUM_IRQS: Final = 5
 
@@ -68,6 +73,7 @@ class Session:
         self._removed = removed
         self._pending: dict[int, asyncio.Future[bytes]] = {}
         self._slots = asyncio.Semaphore(MAX_PENDING)
+        self._reads = asyncio.Semaphore(MAX_READS)
         self._next_id = 0
         self._handlers: dict[int, Callable[[memoryview, list[int]], Reply]] = {
             Command.DMA_MAP: self._dma_map,
@@ -148,7 +154,8 @@ class Session:
     async def dma_read(self, address: int, size_bytes: int) -> bytes:
         """See :class:`testbed.models.device.Machine`."""
         request = wire.DMA_ACCESS.encode(wire.DmaAccess(address, size_bytes))
-        reply = await self._request(Command.DMA_READ, request, address, write=False)
+        async with self._reads:
+            reply = await self._request(Command.DMA_READ, request, address, write=False)
         data = reply[wire.DMA_ACCESS.size_bytes :]
         if len(data) != size_bytes:
             raise AccessError(Cause.REFUSED, address, write=False)
@@ -200,7 +207,7 @@ class Session:
         major, _, capabilities = wire.decode_version(payload)
         if major != 0:
             raise Malformed(f"major version {major}")
-        self.max_transfer_bytes = capabilities.max_transfer_bytes
+        self.max_transfer_bytes = min(capabilities.max_transfer_bytes, MAX_MESSAGE_BYTES)
         self._negotiated = True
         # QEMU refuses every minor version above its own, which is 0.
         body = wire.encode_version(0, 0, wire.OURS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.models import wire
+from testbed.models import server, wire
 from testbed.models.memory import SharedMemory
 from testbed.models.testing import FakeQemu
 from testbed.models.wire import Command, HeaderFlag, Irq, IrqSetFlag
@@ -178,6 +178,15 @@ class TestDma:
             qemu.wait(lambda: device.copies == 1)
             assert bytes(memory.view[0x800:0x820]) == bytes(range(0x20))
             assert device.witness.counters()["message"]["reads"] == 3
+
+    def test_what_is_asked_for_at_once_fits_into_the_machine_s_socket(self) -> None:
+        """QEMU 11.1 never sends again on a socket that an answer has filled."""
+        size = 4 * server.MAX_MESSAGE_BYTES
+        with FakeQemu(Card(), wire.Capabilities(max_transfer_bytes=1 << 20)) as qemu:
+            qemu.add_message_memory(0x100000, size)
+            window = qemu.device.bus.reach(0x100000, size, write=False)
+            assert window.size_bytes == server.MAX_MESSAGE_BYTES
+            assert server.MAX_MESSAGE_BYTES * server.MAX_READS < 208 << 10
 
     @pytest.mark.parametrize("target", [0x10000, 0x900000])
     def test_unmapped_faults(self, qemu: FakeQemu, target: int) -> None:
