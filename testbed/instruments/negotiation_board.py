@@ -25,15 +25,15 @@ from testbed.instruments.observer import Refuted
 from testbed.instruments.paths import DeviceWitness, PathWatch
 from testbed.results.judging import Judgement
 from testbed.topology.interconnects import Offer, links_of, offers_of, tables
-from testbed.topology.model import Node
 from testbed.topology.oracle import iommu_groups
-from testbed.topology.plan import Function, NodePlan, Role
+from testbed.topology.plan import Function, RackPlan, Role
 
 EVENTS = "protocol-events.jsonl"
 BUFFERS_AT = 1 << 20  # in each video memory
 BUFFERS_BYTES = 4 << 20
 _IOVA_BYTES = 1 << 30
 PREFIX = "nego-"
+GPUS, NICS = 4, 2  # so many take part in any case
 _CALL_TIMEOUT_S = 120.0  # the first loads the whole core: seconds on an emulated CPU, more if busy
 
 Step = Mapping[str, Any]
@@ -44,22 +44,47 @@ def do(name: str, /, **parts: Any) -> dict[str, Any]:
     return {"do": name, **parts}
 
 
-def takes_part(plan: NodePlan, spec: Node) -> tuple[list[Function], list[Function]]:
-    """The GPU models and NIC models of a node that can have an address space each, in order.
+def takes_part(plan: RackPlan, node: str) -> tuple[list[Function], list[Function]]:
+    """The GPU models and NIC models of a node with which negotiations are shown, in order.
 
-    Of devices that share an IOMMU group, and so all their addresses, the first takes part.
+    Each needs an address space of its own: of devices that share an IOMMU group, the first takes
+    part. Of more than :data:`GPUS` GPUs and :data:`NICS` NICs those do that add a kind of path:
+    to open a device takes an emulated machine half a second.
     """
-    groups = iommu_groups(plan, spec)
+    machine, topology = plan.nodes[node], plan.topology
+    groups = iommu_groups(machine, topology.nodes[node])
     group_of = {bdf: number for number, group in enumerate(groups) for bdf in group}
     found: dict[str, list[Function]] = {"model": [], "model-nic": []}
     taken: set[int | str] = set()
-    for kind, chosen in found.items():
-        for function in plan.by_role(Role.ENGINE):
+    for kind, functions in found.items():
+        for function in machine.by_role(Role.ENGINE):
             group = group_of.get(function.bdf, function.bdf)
             if function.kind == kind and group not in taken:
                 taken.add(group)
-                chosen.append(function)
-    return found["model"], found["model-nic"]
+                functions.append(function)
+    gpus, nics = found["model"], found["model-nic"]
+    if len(gpus) <= GPUS and len(nics) <= NICS:
+        return gpus, nics
+    links, _ = links_of(plan, node)
+    facts = tables(machine, topology, links, [f.device for f in (*gpus, *nics)])["pcie"]
+    ways = {(way["exporter"], way["importer"]): way for way in facts}
+    wires = {frozenset(device for device, _ in link["ends"]): link["kind"] for link in links}
+
+    def path(owner: Function, user: Function) -> object:
+        way = ways[owner.device, user.device]
+        wire = wires.get(frozenset((owner.device, user.device)))
+        return wire, way["hops"], len(way["redirects"]), way["host_bridge"], way["iommu"]
+
+    chosen: list[Function] = []
+    seen: set[object] = set()
+    for gpu in gpus:
+        paths = {path(*pair) for other in chosen for pair in ((other, gpu), (gpu, other))}
+        if len(gpus) <= GPUS or len(chosen) < 2 or paths - seen:
+            chosen.append(gpu)
+            seen |= paths
+    if len(nics) > NICS and gpus:
+        nics = list({path(gpus[0], nic): nic for nic in reversed(nics)}.values())[::-1]
+    return chosen, nics
 
 
 class NegotiationBoard:
@@ -70,7 +95,7 @@ class NegotiationBoard:
     ) -> None:
         self.policy = policy  # under which every test begins
         self.node: RackNode = rack.nodes[node]
-        gpus, nics = takes_part(self.node.plan, rack.topology.nodes[node])
+        gpus, nics = takes_part(rack.plan, node)
         self.gpus = [f.device for f in gpus]
         self.nics = [f.device for f in nics]
         links, self.link_numbers = links_of(rack.plan, node)

@@ -20,10 +20,10 @@ from testbed.topology.plan import RackPlan
 
 def a_node(plan: RackPlan) -> str:
     """The first node on which two GPU models have an address space each, or "" if none is so."""
-    for name, node in plan.nodes.items():
-        spec = plan.topology.nodes[name]
-        translates = spec.iommu.kind != "none" and spec.iommu.mode not in ("off", "passthrough")
-        if translates and len(takes_part(node, spec)[0]) > 1:
+    for name in plan.nodes:
+        iommu = plan.topology.nodes[name].iommu
+        translates = iommu.kind != "none" and iommu.mode not in ("off", "passthrough")
+        if translates and len(takes_part(plan, name)[0]) > 1:
             return name
     return ""
 

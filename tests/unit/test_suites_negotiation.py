@@ -77,11 +77,12 @@ def test_of_a_shared_group_the_first_takes_part() -> None:
     found = {}
     for name in ("nested-switches", "dgx-8gpu", "partial-mesh"):
         plan = place(load.load(ROOT / "topologies" / f"{name}.yaml", {}))
-        gpus, nics = takes_part(plan.nodes["host0"], plan.topology.nodes["host0"])
-        found[name] = ([f.device for f in gpus], len(nics))
-    assert found["nested-switches"] == (["gpu0", "gpu2"], 1)
-    assert found["partial-mesh"] == (GPUS, 2)
-    assert found["dgx-8gpu"] == ([f"gpu{i}" for i in range(8)], 8)
+        gpus, nics = takes_part(plan, "host0")
+        found[name] = ([f.device for f in gpus], [f.device for f in nics])
+    assert found["nested-switches"] == (["gpu0", "gpu2"], ["nic0"])
+    assert found["partial-mesh"] == (GPUS, ["nic0", "nic1"])
+    # Of eight, one pair below a switch, and one across: what the others would show again.
+    assert found["dgx-8gpu"] == (["gpu0", "gpu1", "gpu2"], ["nic0", "nic2"])
 
 
 @pytest.mark.parametrize(
