@@ -21,7 +21,8 @@ from testbed.errors import HostError
 from testbed.results.record import FILE_NAME, RunRecord, load_record
 
 TIMEOUT_S = 300.0
-HELLO = "all agents answered"  # what `up` says on stderr at that moment
+STARTS = "starting "  # what `up` says on stderr before it does
+HELLO = "all agents answered"  # and when that has happened
 _LAST_WORDS = 400
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from testbed.benchmarks import growth, machines, suite, virtme
-from testbed.benchmarks.commands import HELLO, Commands
+from testbed.benchmarks.commands import HELLO, STARTS, Commands
 from testbed.errors import Diagnostic, ExitCode, HostError, InputError, Interrupted, TestbedError
 from testbed.host import paths
 from testbed.host.packages import SetupOptions
@@ -172,17 +172,24 @@ def _measured(figure: Figure, bed: Bed) -> dict[str, Any]:
     }
 
 
-def _up(bed: Bed, *words: str) -> tuple[float, float]:
-    """Seconds from exec to the hello, and to the end of the command; the rack is ended again."""
+def _up(bed: Bed, *words: str, saves: bool = False) -> tuple[float, float]:
+    """Seconds from exec to the hello, and to the end of the command; the rack is ended again.
+
+    :param saves: the machine may be booted and saved: nothing is measured.
+    :raises HostError: it was not restored, and why.
+    """
     ran = bed.commands.run(
         ["up", RACK, "--warm", "--name", "figure", *words], until=HELLO, good=(0,)
     )
     bed.commands.run(["down", "figure", "--now"], good=(0,))
+    more = [line for line in ran.stderr.splitlines() if HELLO not in line and STARTS not in line]
+    if more and not saves:
+        raise HostError(f"a machine was not restored: {'; '.join(more)}")
     return ran.said_s, ran.seconds
 
 
 def _warm_start(bed: Bed, runs: int) -> Measured:
-    _up(bed)  # what has to be saved is saved
+    _up(bed, saves=True)
     times = []
     for run in range(runs):
         times.append(_up(bed))
@@ -194,7 +201,7 @@ def _warm_start(bed: Bed, runs: int) -> Measured:
 def _against_virtme(bed: Bed, runs: int) -> Measured:
     kernel = ("--kernel", "generic")
     peer = virtme.Peer.of("generic", bed.installation, bed.accelerator, bed.setup)
-    _up(bed, *kernel)
+    _up(bed, *kernel, saves=True)
     ours, theirs = [], []
     for run in range(runs):
         theirs.append(peer.run())
