@@ -110,3 +110,10 @@ def encode(name: str, command: Mapping[str, Any]) -> bytes:
         numbers.get("source_pitch", 0), numbers.get("target_pitch", 0), numbers.get("rows", 0),
         fence.get("value", 0), numbers.get("value", 0), fence.get("address", 0),
     )  # fmt: skip
+
+
+def said(command: dict[str, Any]) -> str:
+    """A command that moves bytes, for people; encoding it checks it."""
+    ends = (command.get("source"), command.get("target"))
+    places = [f"{each['space']} {each['address']:#x}" for each in ends if each]
+    return f"{command.get('size_bytes', 0):#x} bytes, {' → '.join(places)}"

@@ -9,7 +9,7 @@ from guest_agent.p2p.buffer import Buffer
 from guest_agent.p2p.events import Recorder
 from guest_agent.p2p.graph import Graph
 from guest_agent.p2p.interconnect import Placement
-from guest_agent.p2p.negotiation import negotiate
+from guest_agent.p2p.negotiation import negotiate, noted
 from guest_agent.p2p.policies import BEST_QUALITY
 from guest_agent.p2p.report import Refusal
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from guest_agent.p2p.resv import Reservation
 
 DEFAULT_TIMEOUT_NS = 5_000_000_000
-_REPORTED_LOSERS = 50
 
 
 class Core:
@@ -100,24 +99,18 @@ class Core:
                 return Refusal(errno.EOPNOTSUPP, "it was tried, and mapping failed")
             return self.backend.reach(path)
 
-        with self.events.span("negotiate", subject) as span:
-            try:
-                outcome = negotiate(
-                    self.topology,
-                    exporter,
-                    importer,
-                    self.policy,
-                    allowed=allowed,
-                    check=check,
-                    forwarder=self.forwarder,
-                )
-            except OSError as error:
-                report = getattr(error, "report", None)
-                if report is not None:
-                    span.details.update(report.as_json(_REPORTED_LOSERS))
-                raise
-            span.details.update(outcome.report.as_json(_REPORTED_LOSERS))
-            return outcome
+        def decide() -> Outcome:
+            return negotiate(
+                self.topology,
+                exporter,
+                importer,
+                self.policy,
+                allowed=allowed,
+                check=check,
+                forwarder=self.forwarder,
+            )
+
+        return noted(self.events, subject, decide)
 
     def pinned(self, device: str, placement: Placement) -> list[str]:
         """Who pins what in that memory: "buf0 (4096 bytes) by nic0"."""

@@ -20,11 +20,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
+    from guest_agent.p2p.events import Recorder
     from guest_agent.p2p.interconnect import Offer, Path, Topology
     from guest_agent.p2p.matching import Pair
     from guest_agent.p2p.policies import Policy
 
     Check = Callable[[Path], Refusal | None]
+
+_REPORTED_LOSERS = 50
 
 
 class Forwarder(Protocol):
@@ -82,6 +85,20 @@ def negotiate(
             raise AbortedError(f"{path}: {refused.reason}", refused.code, report)
     names = f"{_devices(exporter)} and {_devices(importer)}"
     raise NoPathError(f"{names} have no way in common under {policy.name}", report)
+
+
+def noted(events: Recorder, subject: str, decide: Callable[[], Outcome]) -> Outcome:
+    """A negotiation as an event, which has the report also of one that failed."""
+    with events.span("negotiate", subject) as span:
+        try:
+            outcome = decide()
+        except OSError as error:
+            report = getattr(error, "report", None)
+            if report is not None:
+                span.details.update(report.as_json(_REPORTED_LOSERS))
+            raise
+        span.details.update(outcome.report.as_json(_REPORTED_LOSERS))
+        return outcome
 
 
 def _in_order(matching: Matching, policy: Policy) -> Iterator[Pair]:

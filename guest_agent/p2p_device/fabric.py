@@ -6,20 +6,29 @@ What the core's ``IovaBackend`` and ``FabricBackend`` ask of devices, on links a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 
 from guest_agent.hw import model_registers as hw
+from guest_agent.p2p.addresses import DmaAddress, FabricAddress, on_fabric
+from guest_agent.p2p.clock import MonotonicClock
+from guest_agent.p2p.events import Recorder
+from guest_agent.p2p.resv import Reservation, locked
+from guest_agent.p2p.rules import Task
 from guest_agent.p2p_device.ranges import PAGE_BYTES, Ranges
-from guest_agent.rpc import ParameterError
+from guest_agent.rpc import ParameterError, check_parts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
+    from guest_agent.agent import Agent
     from guest_agent.hw.gpu import Gpu
     from guest_agent.hw.region import Region
     from guest_agent.hw.vfio import VfioContainer
     from guest_agent.p2p import ual
+    from guest_agent.p2p.addresses import Address
     from guest_agent.p2p_device.room import HostForwarder
 
 # A fabric physical address: whose memory, and which byte of it. In a page table entry the bit above
@@ -30,6 +39,9 @@ ROUTE_BIT = 51
 VIRTUAL_START = 3 << 42
 VIRTUAL_BYTES = 1 << 36
 SYNC_TIMEOUT_S = 5.0
+CONTEXTS = ("reclaim", "notifier lock", "reservation")
+_ADDRESS = {"kind": "str", "value": "int", "user": "str"}
+_ADDRESS_MAY = {"fabric": "str", "physical": "bool"}
 
 
 class Spaces:
@@ -91,6 +103,11 @@ class Peering:
         self.states: set[int] = set()
 
     @property
+    def title(self) -> str:
+        """Whose memory for whom."""
+        return f"{self._port.device} for {self._peer}"
+
+    @property
     def spaces(self) -> Spaces:
         """See ``FabricBackend``; made when first wanted."""
         if self._spaces is None:
@@ -138,6 +155,7 @@ class Port:
         self.same_os: set[str] = set()
         self._forwarder: HostForwarder | None = None
         self.given: dict[tuple[str, str], dict[str, Any]] = {}  # answered with an address
+        self.latest: dict[tuple[str, str], int] = {}  # the event of a question, or of its answer
 
     @property
     def forwarder(self) -> HostForwarder:
@@ -152,6 +170,7 @@ class Port:
         """Forget what was asked and answered."""
         self._forwarder = None
         self.given.clear()
+        self.latest.clear()
 
     def peer(self, name: str) -> Peering:
         """:raises ParameterError: it is not on the fabric, or no link leads to it."""
@@ -191,31 +210,118 @@ class Vfio:
         return self._container.unmap(iova, size_bytes)
 
 
+class Given:
+    """Addresses that an owner has given out, and the event of that."""
+
+    def __init__(self, state: ual.UalState, peering: Peering, event: int) -> None:
+        self.state = state
+        self.peering = peering
+        self.event = event
+
+
 class Fabrics:
-    """All that the agent has on fabrics."""
+    """All that the agent has on fabrics, and what happened there."""
 
     def __init__(self) -> None:
+        self.events = Recorder(MonotonicClock())
         self.ports: dict[int, Port] = {}
-        self.states: dict[int, tuple[ual.UalState, Peering]] = {}
+        self.given: dict[int, Given] = {}
         self._next = 1
 
-    def add(self, state: ual.UalState, peering: Peering) -> int:
+    def begin(self) -> None:
+        """Somebody else is told what happens from now on."""
+        self.events = Recorder(MonotonicClock())
+
+    def add(self, given: Given) -> int:
         """Its number."""
         number = self._next
         self._next += 1
-        self.states[number] = state, peering
-        peering.states.add(number)
+        self.given[number] = given
+        given.peering.states.add(number)
         return number
 
     def drop(self, number: int) -> None:
         """It was given back."""
-        _, peering = self.states.pop(number)
-        peering.states.discard(number)
+        self.given.pop(number).peering.states.discard(number)
+
+    def state(self, number: int) -> ual.UalState:
+        """:raises ParameterError: there is none of that number."""
+        if number not in self.given:
+            raise ParameterError(f"state: there is no {number}")
+        return self.given[number].state
+
+    @contextlib.contextmanager
+    def step(self, number: int, kind: str, what: str = "") -> Iterator[ual.UalState]:
+        """A step with what was given out, as an event. Errors as :meth:`state`."""
+        state, given = self.state(number), self.given[number]
+        with self.events.span(kind, given.peering.title, given.event, what=what):
+            yield state
 
     def close(self) -> None:
         """Nothing of it outlives the GPUs, which the agent gives back."""
         self.ports.clear()
-        self.states.clear()
+        self.given.clear()
+
+
+def fabrics_of(agent: Agent) -> Fabrics:
+    """The agent's; made when first wanted."""
+    found = agent.area_state.get("fabric")
+    if found is None:
+        found = agent.area_state["fabric"] = Fabrics()
+    if not isinstance(found, Fabrics):
+        raise TypeError("area_state: fabric")
+    return found
+
+
+def port_of(agent: Agent, engine: int) -> Port:
+    """A GPU on a fabric. :raises ParameterError: it has joined none."""
+    port = fabrics_of(agent).ports.get(engine)
+    if port is None or agent.engine(engine) is not port.gpu:
+        raise ParameterError(f"engine: {engine} has not joined a fabric (fabric.join)")
+    return port
+
+
+@contextlib.contextmanager
+def task_in(context: list[str], name: str) -> Iterator[Task]:
+    """A task that is in all of ``context``. :raises ParameterError: none of ``CONTEXTS``."""
+    task = Task(name)
+    with contextlib.ExitStack() as stack:
+        for word in context:
+            if word == "reclaim":
+                stack.enter_context(task.reclaiming())
+            elif word == "notifier lock":
+                stack.enter_context(task.notifier_lock())
+            elif word == "reservation":
+                stack.enter_context(locked(task, Reservation(f"a buffer of {name}")))
+            else:
+                raise ParameterError(f"context: {word!r} is none of {', '.join(CONTEXTS)}")
+        yield task
+
+
+def address_of(value: dict[str, Any]) -> Address:
+    """An address as the host says it. :raises ParameterError: it is none."""
+    check_parts("address", value, _ADDRESS, _ADDRESS_MAY)
+    if value["kind"] == "dma":
+        return DmaAddress(value["value"], value["user"])
+    if value["kind"] == "fabric" and {"fabric", "physical"} <= value.keys():
+        return FabricAddress(value["value"], value["user"], value["fabric"], value["physical"])
+    raise ParameterError("address: of kind 'dma', or 'fabric' with 'fabric' and 'physical'")
+
+
+def place_of(port: Port, owner: str, address: Address) -> tuple[int, int]:
+    """The aperture and the address in it that a page table entry of the model has.
+
+    :raises AddressError: it is not for this port. :raises OSError: ENXIO: no link leads there.
+    """
+    number = on_fabric(address, port.device, port.fabric)
+    if not isinstance(address, FabricAddress) or not address.physical:
+        return hw.APERTURE_LINK | port.peer(owner).link << 4, number
+    entry = address.page_table_entry(ROUTE_BIT)
+    identity = (entry & (1 << ROUTE_BIT) - 1) >> IDENTITY_SHIFT
+    if identity not in port.links:
+        raise OSError(errno.ENXIO, f"{address}: no link of {port.device} leads to {identity}")
+    offset = entry & (1 << IDENTITY_SHIFT) - 1
+    return hw.APERTURE_LINK | port.links[identity] << 4, offset
 
 
 def _export(gpu: Gpu, link: int, mode: str, start: int, size_bytes: int) -> None:

@@ -21,6 +21,7 @@ from testbed.instruments.interface import Rack
 from testbed.instruments.model_devices import DRIVER_BYTES, ModelGpu, copy, place
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.paths import PathWatch
+from testbed.instruments.protocol_events import ProtocolEvents
 from testbed.results.evidence import Note
 from testbed.results.judging import PAGE_BYTES, Judgement, all_of
 from testbed.topology.plan import RackPlan, Role
@@ -59,6 +60,11 @@ class Member:
         """One of the agent's methods ``fabric.*`` about this GPU."""
         agent = self.gpu.bench.node.agent
         return agent.call(f"fabric.{method}", engine=self.gpu.engine.number, **params)
+
+    def submit(self, *commands: dict[str, Any]) -> dict[str, Any]:
+        """As ``gpu.submit``, and the agent notes it."""
+        answer: dict[str, Any] = self.call("submit", commands=list(commands))
+        return answer
 
     def refusals(self) -> int:
         """How often its model has refused an access, or was refused one."""
@@ -189,9 +195,7 @@ class Way:
 
     def write(self, virtual: int, size_bytes: int) -> dict[str, Any]:
         """The initiator copies from the start of its own memory."""
-        return self.initiator.gpu.submit(
-            copy(place("vram", 0), place("virtual", virtual), size_bytes)
-        )
+        return self.initiator.submit(copy(place("vram", 0), place("virtual", virtual), size_bytes))
 
     def deliver(self, virtual: int, physical: int, seed: int, size_bytes: int) -> Judgement:
         """The initiator writes; the owner's guest and the host see the bytes, and they went by the
@@ -212,10 +216,11 @@ class Way:
     def fetch(self, virtual: int, physical: int, seed: int, size_bytes: int) -> Judgement:
         """The initiator reads what the owner's guest has written."""
         expected = self.owner.gpu.vram.fill(physical, size_bytes, seed)
-        gpu = self.initiator.gpu
-        answer = gpu.submit(copy(place("virtual", virtual), place("vram", 0), size_bytes))
+        answer = self.initiator.submit(
+            copy(place("virtual", virtual), place("vram", 0), size_bytes)
+        )
         ended = Judgement(bool(answer["completed"]), f"the read ended with {answer['status']}")
-        return all_of(ended, gpu.vram.judge(0, expected))
+        return all_of(ended, self.initiator.gpu.vram.judge(0, expected))
 
     def refused(self, virtual: int, at: int, cause: str = "link_refused") -> Judgement:
         """A write there fails with that cause, at the address ``at`` of the link; the owner's model
@@ -283,6 +288,8 @@ class Fabric:
         self._windows = count(FIRST_VIRTUAL, 1 << 30)
         self.members: dict[str, Member] = {}
         self._benches: dict[str, Bench] = {}
+        self._events: dict[str, ProtocolEvents] = {}
+        self._title = ""
         for node in dict.fromkeys(name.partition("/")[0] for name in names):
             self.open(node)
 
@@ -293,6 +300,8 @@ class Fabric:
         roles = machine.plan.by_role(Role.VRAM, Role.ENGINE)
         devices = [function for function in roles if function.device in ours]
         bench = self._benches[node] = Bench.open(machine, devices)
+        machine.agent.call("fabric.begin", title=self._title)
+        self._events[node] = ProtocolEvents(self._rack, node, "fabric")
         for name, identity in self._identities.items():
             if name.partition("/")[0] != node:
                 continue
@@ -330,6 +339,18 @@ class Fabric:
     def bench(self, node: str) -> Bench:
         """A node's devices."""
         return self._benches[node]
+
+    def begin(self, title: str) -> None:
+        """What the agents note from now on is part of a test."""
+        self._title = title
+        for node in self._events:
+            self._rack.nodes[node].agent.call("fabric.chapter", title=title)
+
+    def keep_events(self) -> None:
+        """What the nodes that live have noted; before one is ended, or what it noted is lost."""
+        for node, events in self._events.items():
+            if self._rack.nodes[node].alive:
+                events.keep()
 
     def close(self) -> None:
         """Give the devices back."""
@@ -378,15 +399,25 @@ def give_back(rack: LiveRack) -> Iterator[None]:
 
 
 @pytest.fixture
-def between(rack: LiveRack, mutation: Mutation) -> Iterator[Way]:
-    """GPUs of two nodes: of two operating systems."""
-    yield from _way(rack, mutation, same_os=False)
+def fabric(rack: LiveRack, request: pytest.FixtureRequest) -> Iterator[Fabric]:
+    """The fabric, whose agents note what a test does; at its end that is kept."""
+    made = the_fabric(rack)
+    made.begin(request.node.name.removeprefix("test_"))
+    yield made
+    if rack.is_running and not rack.is_dead:
+        made.keep_events()
 
 
 @pytest.fixture
-def within(rack: LiveRack, mutation: Mutation) -> Iterator[Way]:
+def between(fabric: Fabric, rack: LiveRack, mutation: Mutation) -> Iterator[Way]:
+    """GPUs of two nodes: of two operating systems."""
+    yield from _way(fabric, rack, mutation, same_os=False)
+
+
+@pytest.fixture
+def within(fabric: Fabric, rack: LiveRack, mutation: Mutation) -> Iterator[Way]:
     """GPUs of one operating system."""
-    yield from _way(rack, mutation, same_os=True)
+    yield from _way(fabric, rack, mutation, same_os=True)
 
 
 def refusal(call: Any, *args: Any, **params: Any) -> tuple[str, int | None, str]:
@@ -407,8 +438,8 @@ def judge_refusal(
     return Judgement(holds, said, (Note(said),))
 
 
-def _way(rack: LiveRack, mutation: Mutation, *, same_os: bool) -> Iterator[Way]:
-    way = the_fabric(rack).way(same_os=same_os)
+def _way(fabric: Fabric, rack: LiveRack, mutation: Mutation, *, same_os: bool) -> Iterator[Way]:
+    way = fabric.way(same_os=same_os)
     way.mutation = mutation
     try:
         yield way

@@ -79,9 +79,9 @@ class Mapped:
 
 
 @pytest.fixture
-def restartable(rack: LiveRack) -> Iterator[Restartable]:
+def restartable(rack: LiveRack, fabric: Fabric) -> Iterator[Restartable]:
     """The rack, if its nodes can be booted again; then its fabric is made anew."""
-    the_fabric(rack).way(same_os=False)
+    fabric.way(same_os=False)
     running = rack.get()
     if not rack.ours or not isinstance(running, Restartable):
         raise CapabilityMissing("a rack whose nodes this process can boot again")
@@ -149,6 +149,7 @@ def test_a_node_that_dies(
     host = Host(rack, page.way)
     asked = host.ask()
     if mutation is not Mutation.FABRIC_STAY_UP:
+        fabric.keep_events()
         restartable.kill(node)
     _lost(page, observe)
     host.answer(asked)  # for a node that is gone since it was asked for
@@ -204,6 +205,7 @@ def _back(
 ) -> None:
     """The owner's node boots again: nothing of before is exported; mapped anew, it is reached."""
     way = page.way
+    fabric.keep_events()
     restartable.restart(way.owner.node)
     fabric.open(way.owner.node)
     observe.require(page.told("up", by="poll"))

@@ -28,8 +28,8 @@ def trace(run: str | None, form: str, output: Path | None) -> None:
     what made it happen and what it is a part of.
 
     RUN is a run folder or the beginning of its name; the newest that has such events if it is not
-    given. They come from the suite p2p-negotiation. Format perfetto is Chrome's trace event
-    format: open the file at https://ui.perfetto.dev or chrome://tracing.
+    given. They come from the suites p2p-negotiation and p2p-fabric. Format perfetto is Chrome's
+    trace event format: open the file at https://ui.perfetto.dev or chrome://tracing.
     """
     from testbed.host import paths
     from testbed.results import trace as traces

@@ -10,6 +10,7 @@ import pytest
 from testbed.deploy import StartOptions
 from testbed.errors import ExitCode
 from testbed.rack import Rack
+from testbed.results import trace
 from testbed.results.verdicts import Verdict
 from testbed.topology import load
 from tests.vm.conftest import Start
@@ -66,3 +67,13 @@ def test_the_other_machine_s_memory_and_its_interrupts(
     shown = ("FAB-01", "FAB-03", "FAB-04", "FAB-05", "FAB-08", "FAB-09", "FAB-10", "NEG-08")
     assert ran.verdicts == dict.fromkeys(shown, Verdict.PASS), ran.ktap
     assert ran.code is ExitCode.PASS
+    rooms = trace.read(pair.run_dir)
+    kinds: dict[str, set[str]] = {"one": set(), "two": set()}
+    for room in rooms:
+        kinds[room.node] |= {event.kind for event in room.events}
+    assert {"map", "unmap", "copy", "fault", "attach", "negotiate", "answer"} <= kinds["one"]
+    assert {"test", "join", "alloc", "link", "sync", "unlink", "free", "close"} <= kinds["two"]
+    assert [room.node for room in rooms].count("two") > 1, "it was started again, and told"
+    for room in rooms:
+        given = {event.number for event in room.events if event.kind == "alloc"}
+        assert all(event.cause in given for event in room.events if event.kind == "link")
