@@ -57,6 +57,14 @@ def _map(gpu: Gpu, pages: list[dict[str, Any]]) -> None:
         gpu.space(each.get("space", 0)).map(**arguments)
 
 
+def check_touches(count: int, backing_bytes: int, page_bytes: int) -> None:
+    """:raises ParameterError: not a number of first touches, or memory not of whole pages."""
+    if not 1 <= count <= MAX_TOUCHES:
+        raise ParameterError(f"count: 1 to {MAX_TOUCHES}, not {count}")
+    if backing_bytes == 0 or not page_bytes or backing_bytes % page_bytes:
+        raise ParameterError(f"backing_bytes: {backing_bytes} is no multiple of {page_bytes}")
+
+
 @registry.method("gpu.open")
 def gpu_open(
     agent: Agent, *, engine: int, video: dict[str, Any], replayable: bool = True
@@ -214,12 +222,9 @@ def gpu_fault_latency(
     """``count`` first touches: nanoseconds from doorbell to record seen, to replay, to done."""
     check_timeout(timeout_s)
     gpu = _gpu(agent, engine)
-    if not 1 <= count <= MAX_TOUCHES:
-        raise ParameterError(f"count: 1 to {MAX_TOUCHES}, not {count}")
+    check_touches(count, backing_bytes, page_bytes)
     if access not in ("read", "write"):
         raise ParameterError(f"access: {access!r} is neither read nor write")
-    if backing_bytes == 0 or not page_bytes or backing_bytes % page_bytes:
-        raise ParameterError(f"backing_bytes: {backing_bytes} is no multiple of {page_bytes}")
     samples = gpu.first_touches(
         virtual=virtual,
         count=count,

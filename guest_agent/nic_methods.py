@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from guest_agent import rpc
 from guest_agent.agent import check_timeout
-from guest_agent.gpu_methods import MAX_TOUCHES
+from guest_agent.gpu_methods import check_touches
 from guest_agent.hw import model_registers as hw
 from guest_agent.hw.engine import PAGE_BYTES
 from guest_agent.hw.gpu_commands import fits
@@ -201,10 +201,7 @@ def nic_fault_latency(
 ) -> dict[str, Any]:
     """As ``gpu.fault_latency``, by writes in loopback to an on-demand region."""
     check_timeout(timeout_s)
-    if not 1 <= count <= MAX_TOUCHES:
-        raise ParameterError(f"count: 1 to {MAX_TOUCHES}, not {count}")
-    if backing_bytes == 0 or backing_bytes % PAGE_BYTES:
-        raise ParameterError(f"backing_bytes: {backing_bytes} is no multiple of {PAGE_BYTES}")
+    check_touches(count, backing_bytes, PAGE_BYTES)
     samples = _nic(agent, engine).first_touches(
         index=index,
         count=count,

@@ -89,6 +89,32 @@ class Binding:
                     )
 
 
+class Bindings:
+    """Functions taken from their drivers, by name."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Binding] = {}
+
+    def take(self, bdf: str, driver: str) -> bool:
+        """Let a driver have a function; False if it is taken already. Errors as Binding."""
+        if bdf in self._held:
+            return False
+        self._held[bdf] = Binding(bdf, driver)
+        return True
+
+    def give_back(self, bdf: str) -> bool:
+        """To the driver that had it; False if it was not taken. Raises OSError as restore."""
+        if bdf not in self._held:
+            return False
+        self._held.pop(bdf).restore()
+        return True
+
+    def close(self) -> None:
+        """Give all back, the latest first."""
+        while self._held:
+            self._held.popitem()[1].restore()
+
+
 def endpoints(group: str, root: str = sysfs.ROOT) -> list[str]:
     """The functions of an IOMMU group that VFIO must own: all but the bridges."""
     found = []

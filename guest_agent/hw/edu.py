@@ -135,13 +135,8 @@ class Edu(Engine):
     def _answer(
         self, watch: Stopwatch, completed: bool, copied: int, chunks: int
     ) -> dict[str, Any]:
-        return {
-            "completed": completed,
-            "copied_bytes": copied,
-            "elapsed_ns": watch.elapsed_ns(),
-            "chunks": chunks,
-            "status": {
-                "command": self._registers.read32(_DMA_COMMAND),
-                "interrupt": self._registers.read32(_IRQ_STATUS),
-            },
+        status = {
+            "command": self._registers.read32(_DMA_COMMAND),
+            "interrupt": self._registers.read32(_IRQ_STATUS),
         }
+        return self.answer(watch, completed, copied, chunks, status)

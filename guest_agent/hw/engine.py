@@ -112,6 +112,19 @@ class Engine:
         """Quieten the device: no DMA after this returns."""
         raise NotImplementedError
 
+    @staticmethod
+    def answer(
+        watch: Stopwatch, completed: bool, copied: int, chunks: int, status: dict[str, Any]
+    ) -> dict[str, Any]:
+        """As :meth:`copy` answers."""
+        return {
+            "completed": completed,
+            "copied_bytes": copied,
+            "elapsed_ns": watch.elapsed_ns(),
+            "chunks": chunks,
+            "status": status,
+        }
+
     def check_copy(self, size_bytes: int) -> None:
         """:raises ParameterError: not a size that one copy can have."""
         if not 0 < size_bytes <= self.max_copy_bytes or size_bytes % self.granule_bytes:

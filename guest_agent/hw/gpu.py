@@ -12,7 +12,7 @@ import struct
 
 from guest_agent.hw import model_registers as hw
 from guest_agent.hw.engine import PAGE_BYTES, Stopwatch
-from guest_agent.hw.fault_buffer import BUFFER_BYTES, ENTRIES, FaultBuffer
+from guest_agent.hw.fault_buffer import BUFFER_BYTES, FaultBuffer
 from guest_agent.hw.gpu_mmu import PageTables, TablePool
 from guest_agent.hw.model import Model
 from guest_agent.hw.model_batch import (
@@ -84,10 +84,7 @@ class Gpu(Batches, Model):
         self._write_pair(hw.GPU_MMU_ROOT_LOW, self.spaces[0].root)
         replayable = hw.MMU_CONTROL_REPLAYABLE if self._replayable else 0
         self._write(hw.GPU_MMU_CONTROL, hw.MMU_CONTROL_ENABLE | replayable)
-        self.faults.clear()
-        self._write_pair(hw.FAULT_BUFFER_LOW, self._buffer_at)
-        self._write(hw.FAULT_ENTRIES, ENTRIES)
-        self._write(hw.FAULT_GET, 0)
+        self._set_up_faults(self._buffer_at)
 
     # --- address spaces
 
@@ -180,18 +177,14 @@ class Gpu(Batches, Model):
         timeout_s: float,
     ) -> dict[str, list[int]]:
         """Touch ``count`` pages that are not there, one after the other, and answer each fault by
-        mapping it: ``{seen_ns, serviced_ns, done_ns}``, see :meth:`Batches.touch`.
+        mapping it: see :meth:`Batches.touch_all`.
 
         :param address: what the pages are mapped to, page after page, and from its start again
             after ``backing_bytes``.
         :raises OSError: EEXIST: something is mapped there already; others as ``touch``.
         """
         check_way(by)
-        if by == "interrupt":
-            self.arm()
         tables = self.spaces[0]
-        watch = Stopwatch(timeout_s)
-        samples: list[tuple[int, int, int]] = []
 
         def service(fault: int) -> None:
             page = (fault - virtual) // page_bytes
@@ -208,13 +201,11 @@ class Gpu(Batches, Model):
             if tables.find(place):
                 raise OSError(errno.EEXIST, f"something is mapped at {place:#x}")
         try:
-            for place in places:
-                samples.append(self.touch(self._touching(place, access), service, watch, by))
+            touching = (self._touching(place, access) for place in places)
+            return self.touch_all(touching, service, timeout_s, by)
         finally:
             tables.unmap(virtual, count * page_bytes)
             self.invalidate(None)
-        names = ("seen_ns", "serviced_ns", "done_ns")
-        return {name: [sample[index] for sample in samples] for index, name in enumerate(names)}
 
     def _touching(self, virtual: int, access: str) -> bytes:
         """A command that reads or writes 8 bytes there."""

@@ -309,17 +309,12 @@ class Igb(Engine):
     def _answer(
         self, watch: Stopwatch, completed: bool, copied: int, chunks: int
     ) -> dict[str, Any]:
-        return {
-            "completed": completed,
-            "copied_bytes": copied,
-            "elapsed_ns": watch.elapsed_ns(),
-            "chunks": chunks,
-            "status": {
-                "link": bool(self._read(_STATUS) & _STATUS_LINK_UP),
-                "transmit_head": self._read(_TX + _HEAD),
-                "receive_head": self._read(_RX + _HEAD),
-            },
+        status = {
+            "link": bool(self._read(_STATUS) & _STATUS_LINK_UP),
+            "transmit_head": self._read(_TX + _HEAD),
+            "receive_head": self._read(_RX + _HEAD),
         }
+        return self.answer(watch, completed, copied, chunks, status)
 
 
 def _header_word(payload_bytes: int) -> int:

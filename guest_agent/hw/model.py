@@ -114,7 +114,7 @@ class Ring(Engine):
         delivered = 4 * (started - failed) * completed
         if not completed:
             self._set_up()
-        return self._answer(watch, completed and not failed, delivered, started, {"failed": failed})
+        return self.answer(watch, completed and not failed, delivered, started, {"failed": failed})
 
     def start(self, iova: int, access: str) -> None:
         """See :meth:`Engine.start`."""
@@ -210,7 +210,7 @@ class Ring(Engine):
         why = {} if completed else self._why()
         if not completed:
             self._set_up()
-        return self._answer(watch, completed, size_bytes * completed, chunks * completed, why)
+        return self.answer(watch, completed, size_bytes * completed, chunks * completed, why)
 
     def _why(self) -> dict[str, Any]:
         if not self._status() & hw.STATUS_HALTED:
@@ -218,17 +218,6 @@ class Ring(Engine):
         cause = self._read(hw.ERROR_CAUSE)
         address = self._read_pair(hw.ERROR_ADDRESS_LOW)
         return {"cause": _CAUSES.get(cause, str(cause)), "address": address}
-
-    def _answer(
-        self, watch: Stopwatch, completed: bool, copied: int, chunks: int, status: dict[str, Any]
-    ) -> dict[str, Any]:
-        return {
-            "completed": completed,
-            "copied_bytes": copied,
-            "elapsed_ns": watch.elapsed_ns(),
-            "chunks": chunks,
-            "status": status,
-        }
 
 
 class Model(Ring):

@@ -12,12 +12,13 @@ import time
 
 from guest_agent.hw import model_registers as hw
 from guest_agent.hw.engine import Stopwatch
+from guest_agent.hw.fault_buffer import ENTRIES
 from guest_agent.hw.model import LATE, Ring
 from guest_agent.rpc import ParameterError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from guest_agent.hw.device import Device
@@ -222,6 +223,24 @@ class Batches(Ring):
     def replay(self, *, cancel: bool) -> None:
         """Let what waits try again, or fail it."""
         self._write(hw.FAULT_REPLAY, hw.REPLAY_CANCEL if cancel else hw.REPLAY_AGAIN)
+
+    def _set_up_faults(self, at: int) -> None:
+        """Have the device write its fault records there from now on."""
+        self.faults.clear()
+        self._write_pair(hw.FAULT_BUFFER_LOW, at)
+        self._write(hw.FAULT_ENTRIES, ENTRIES)
+        self._write(hw.FAULT_GET, 0)
+
+    def touch_all(
+        self, commands: Iterable[bytes], service: Callable[[int], None], timeout_s: float, by: str
+    ) -> dict[str, list[int]]:
+        """:meth:`touch` with each: ``{seen_ns, serviced_ns, done_ns}``."""
+        if by == "interrupt":
+            self.arm()
+        watch = Stopwatch(timeout_s)
+        samples = [self.touch(command, service, watch, by) for command in commands]
+        names = ("seen_ns", "serviced_ns", "done_ns")
+        return {name: [sample[at] for sample in samples] for at, name in enumerate(names)}
 
     def touch(
         self, command: bytes, service: Callable[[int], None], watch: Stopwatch, by: str

@@ -11,8 +11,8 @@ import struct
 
 from guest_agent import rpc
 from guest_agent.hw import model_registers as hw
-from guest_agent.hw.engine import PAGE_BYTES, Stopwatch
-from guest_agent.hw.fault_buffer import BUFFER_BYTES, ENTRIES, FaultBuffer
+from guest_agent.hw.engine import PAGE_BYTES
+from guest_agent.hw.fault_buffer import BUFFER_BYTES, FaultBuffer
 from guest_agent.hw.gpu_commands import fits
 from guest_agent.hw.model import ModelNic
 from guest_agent.hw.model_batch import Batches, check_way
@@ -107,10 +107,7 @@ class Nic(Batches, ModelNic):
     def _set_up(self) -> None:
         """Also the fault buffer and the regions, which have new keys then."""
         super()._set_up()
-        self.faults.clear()
-        self._write_pair(hw.FAULT_BUFFER_LOW, self._buffer_iova)
-        self._write(hw.FAULT_ENTRIES, ENTRIES)
-        self._write(hw.FAULT_GET, 0)
+        self._set_up_faults(self._buffer_iova)
         for index, region in self._regions.items():
             self._commit(index, region)
 
@@ -190,30 +187,26 @@ class Nic(Batches, ModelNic):
         which is there, and answer each fault; see :meth:`Gpu.first_touches`. Loopback.
         """
         check_way(by)
-        if by == "interrupt":
-            self.arm()
         region = self.region(index)
         region.clear_pages(0, count)
         self.invalidate(index)
-        watch = Stopwatch(timeout_s)
-        samples: list[tuple[int, int, int]] = []
 
         def service(fault: int) -> None:
             page = (fault - region.base) // PAGE_BYTES
             region.set_pages(page, 1, iova + page * PAGE_BYTES % backing_bytes, writable=True)
 
+        requests = (
+            self._request(
+                hw.NIC_OPCODE_WRITE, 0, self.address,
+                self._key, self.dump_iova, region.key, region.base + page * PAGE_BYTES, 8,
+            )
+            for page in range(count)
+        )  # fmt: skip
         try:
-            for page in range(count):
-                request = self._request(
-                    hw.NIC_OPCODE_WRITE, 0, self.address,
-                    self._key, self.dump_iova, region.key, region.base + page * PAGE_BYTES, 8,
-                )  # fmt: skip
-                samples.append(self.touch(request, service, watch, by))
+            return self.touch_all(requests, service, timeout_s, by)
         finally:
             region.clear_pages(0, count)
             self.invalidate(index)
-        names = ("seen_ns", "serviced_ns", "done_ns")
-        return {name: [sample[at] for sample in samples] for at, name in enumerate(names)}
 
     def _commit(self, index: int, region: NicRegion) -> None:
         self._write(hw.NIC_REGION_INDEX, index)

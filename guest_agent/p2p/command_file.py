@@ -32,13 +32,18 @@ def tell(fd: int, words: str) -> list[dict[str, Any]]:
     ]
 
 
-def ask(module: str, words: str) -> dict[str, Any]:
-    """The first line of the answer to one command, which needs no file that stays open."""
+def ask_all(module: str, words: str) -> list[dict[str, Any]]:
+    """The answer's lines to one command, which needs no file that stays open."""
     fd = open_file(module)
     try:
-        return tell(fd, words)[0]
+        return tell(fd, words)
     finally:
         os.close(fd)
+
+
+def ask(module: str, words: str) -> dict[str, Any]:
+    """The first line of what :func:`ask_all` answers."""
+    return ask_all(module, words)[0]
 
 
 def _value(word: str) -> int | str:

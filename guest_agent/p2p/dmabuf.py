@@ -11,7 +11,7 @@ import mmap
 import os
 
 from guest_agent import sysfs
-from guest_agent.hw.binding import Binding
+from guest_agent.hw.binding import Bindings
 from guest_agent.hw.region import Region
 from guest_agent.p2p.command_file import ANSWER_BYTES, BOUNCE_OFFSET, ask, open_file, tell
 from guest_agent.rpc import ParameterError
@@ -28,21 +28,19 @@ class DmaBufs:
     """Buffers and imports by name, and the functions that the two modules drive meanwhile."""
 
     def __init__(self) -> None:
-        self._bindings: dict[str, Binding] = {}
+        self._bindings = Bindings()
         self._buffers: dict[str, int] = {}
         self._imports: dict[str, int] = {}
         self._views: dict[tuple[str, int, int], Region] = {}
 
     def bind(self, bdf: str, module: str) -> None:
         """Let a module drive a function until :meth:`unbind`. Raises OSError as Binding does."""
-        if bdf not in self._bindings:
-            self._bindings[bdf] = Binding(bdf, module)
+        self._bindings.take(bdf, module)
 
     def unbind(self, bdf: str) -> None:
         """Give a function back to the driver that had it; ParameterError if it is not ours."""
-        if bdf not in self._bindings:
+        if not self._bindings.give_back(bdf):
             raise ParameterError(f"device: {bdf} is bound to neither module")
-        self._bindings.pop(bdf).restore()
 
     def export(self, name: str, words: str, *, by_child: bool = False) -> dict[str, Any]:
         """``export`` of the exporter, under a name.
@@ -129,8 +127,7 @@ class DmaBufs:
             self.close_import(name)
         for name in list(self._buffers):
             self.close_buffer(name)
-        while self._bindings:
-            self._bindings.popitem()[1].restore()
+        self._bindings.close()
 
     def _check_free(self, name: str) -> None:
         if name in self._buffers:

@@ -11,7 +11,7 @@ import mmap
 import os
 import struct
 
-from guest_agent.hw.binding import Binding
+from guest_agent.hw.binding import Bindings
 from guest_agent.hw.region import Region
 from guest_agent.p2p.command_file import BOUNCE_OFFSET, ask, open_file, tell
 from guest_agent.rpc import ParameterError
@@ -33,20 +33,18 @@ class PrivateMemory:
     """Pieces of memory and mirrors by name, and the functions that the module drives meanwhile."""
 
     def __init__(self) -> None:
-        self._bindings: dict[str, Binding] = {}
+        self._bindings = Bindings()
         self._memories: dict[str, Region] = {}
         self._mirrors: dict[str, int] = {}
 
     def bind(self, bdf: str) -> None:
         """Let the module drive a function until the end. Raises OSError as Binding does."""
-        if bdf not in self._bindings:
-            self._bindings[bdf] = Binding(bdf, MODULE)
+        self._bindings.take(bdf, MODULE)
 
     def unbind(self, bdf: str) -> None:
         """Give a function back, whatever is in its memory; ParameterError if it is not ours."""
-        if bdf not in self._bindings:
+        if not self._bindings.give_back(bdf):
             raise ParameterError(f"device: {bdf} is not bound to {MODULE}")
-        self._bindings.pop(bdf).restore()
 
     def alloc(self, name: str, pages: int) -> None:
         """Ordinary memory of this process. ParameterError: there is such a name, or too much."""
@@ -115,8 +113,7 @@ class PrivateMemory:
             os.close(self._mirrors.popitem()[1])
         while self._memories:
             self._memories.popitem()[1].close()
-        while self._bindings:
-            self._bindings.popitem()[1].restore()
+        self._bindings.close()
 
     def _mirror(self, name: str) -> int:
         if name not in self._mirrors:

@@ -7,25 +7,22 @@ Its source, ``guest_agent/kmod/p2p_probe``, says what each command means to the 
 from __future__ import annotations
 
 import errno
-import os
 
-from guest_agent.hw.binding import Binding
+from guest_agent.hw.binding import Bindings
+from guest_agent.p2p.command_file import ask_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 MODULE = "p2p_probe"
-DEVICE = f"/dev/{MODULE}"
-_ANSWER_BYTES = 8192
 
 
 class Probe:
     """Asks the module, and holds the functions that it made providers."""
 
-    def __init__(self, path: str = DEVICE) -> None:
-        self._path = path
-        self._providers: dict[str, Binding] = {}
+    def __init__(self) -> None:
+        self._providers = Bindings()
 
     def provide(self, bdf: str, bar: int, size_bytes: int, offset: int) -> int:
         """Make a part of a BAR peer-to-peer memory; a size of 0 is the rest of it.
@@ -34,45 +31,40 @@ class Probe:
         VFIO owns it or its group; EINVAL: no such BAR, or not aligned as the kernel wants it.
         :returns: the bus address of its start.
         """
-        fresh = bdf not in self._providers
-        if fresh:
-            self._providers[bdf] = Binding(bdf, MODULE)
+        fresh = self._providers.take(bdf, MODULE)
         try:
-            answer = self._ask(f"provide {bdf} {bar} {size_bytes} {offset}")
+            return int(_ask(f"provide {bdf} {bar} {size_bytes} {offset}")[0]["start"])
         except OSError:
             if fresh:
                 self.release(bdf)
             raise
-        return int(answer[0]["start"], 0)
 
     def release(self, bdf: str) -> None:
         """Give a provider back to the driver that it had. Raises OSError(ENOENT): it is none."""
-        if bdf not in self._providers:
+        if not self._providers.give_back(bdf):
             raise OSError(errno.ENOENT, f"{bdf} was not made a provider")
-        self._providers.pop(bdf).restore()
 
     def close(self) -> None:
         """Give all providers back."""
-        while self._providers:
-            self._providers.popitem()[1].restore()
+        self._providers.close()
 
     def distance(self, provider: str, clients: list[str]) -> dict[str, int | None]:
         """``pci_p2pdma_distance_many()`` for each client, and for ``all``; None: no path."""
         return {
-            each["client"]: None if each["distance"] == "none" else int(each["distance"])
-            for each in self._ask(f"distance {provider} {' '.join(clients)}")
+            each["client"]: None if each["distance"] == "none" else each["distance"]
+            for each in _ask(f"distance {provider} {' '.join(clients)}")
         }
 
     def publish(self, provider: str, publish: bool) -> None:
         """Offer a provider's memory to :meth:`find`, as its driver may have done, or no longer."""
-        self._ask(f"publish {provider} {publish:d}")
+        _ask(f"publish {provider} {publish:d}")
 
     def find(self, clients: list[str]) -> str | None:
         """The published provider that ``pci_p2pmem_find_many()`` takes for all of the clients.
 
         Of several that are as near, the kernel takes any. None: no provider serves them all.
         """
-        provider = self._ask(f"find {' '.join(clients)}")[0]["provider"]
+        provider: str = _ask(f"find {' '.join(clients)}")[0]["provider"]
         return None if provider == "none" else provider
 
     def map_type(self, provider: str, client: str, size_bytes: int) -> dict[str, Any]:
@@ -90,23 +82,15 @@ class Probe:
         """:meth:`map_type` for each of the clients, by their names."""
         found = {}
         for client in clients:
-            answer = self._ask(f"map {provider} {client} {size_bytes}")[0]
+            answer = _ask(f"map {provider} {client} {size_bytes}")[0]
             found[client] = {
                 "type": answer["type"],
-                "errno": int(answer["error"]) or None,
-                "address": int(answer["address"], 0),
-                "physical": int(answer["physical"], 0),
+                "errno": answer["error"] or None,
+                "address": answer["address"],
+                "physical": answer["physical"],
             }
         return found
 
-    def _ask(self, command: str) -> list[dict[str, str]]:
-        fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            os.write(fd, command.encode())
-            text = os.pread(fd, _ANSWER_BYTES, 0).decode()
-        except OSError as error:
-            raise OSError(error.errno, f"{command}: {error.strerror}") from None
-        finally:
-            os.close(fd)
-        lines = (line.split() for line in text.splitlines())
-        return [dict(word.split("=", 1) for word in words) for words in lines]
+
+def _ask(words: str) -> list[dict[str, Any]]:
+    return ask_all(MODULE, words)
