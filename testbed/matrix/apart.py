@@ -39,6 +39,8 @@ class Part:
 
     ``words``   for `testbed run`, all but ``--output`` and ``--format``.
     ``group``   what its outcomes are compared with, if engines are: the label without the engine.
+    ``weight``  how long it will take against the others, as far as that can be told; the longest
+        begin first, so that no long one is left alone at the end.
     """
 
     label: str
@@ -46,6 +48,7 @@ class Part:
     need: Need
     group: str = ""
     engine: str = ""
+    weight: int = 1
 
 
 @dataclass
@@ -87,7 +90,8 @@ class Apart:
                 on_start=lambda part: display.started(part.label),
             )
             try:
-                for part, ended in pool.results(self.parts):
+                order = sorted(self.parts, key=lambda part: (-part.need.cores, -part.weight))
+                for part, ended in pool.results(order):
                     if ended is None:
                         continue
                     self._ended[part.label] = ended

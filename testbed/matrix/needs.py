@@ -81,12 +81,16 @@ def room_here(asked: int | None) -> Room:
 
 
 def need_of(topology: Topology, *, kvm: bool = False) -> Need:
-    """What the machines of one rack take. An emulated virtual CPU keeps a processor busy."""
+    """What the machines of one rack take.
+
+    An emulated virtual CPU keeps a processor busy; of several machines those that are not spoken
+    to wait, except while they boot, which then takes longer.
+    """
     memory_bytes = cores = 0
     for node in topology.nodes.values():
         video = sum(e.vram_bytes for e in node.entries() if isinstance(e, Gpu))
         memory_bytes += node.machine.memory_bytes + video + OVERHEAD_BYTES
-        cores += node.machine.vcpus
+        cores = max(cores, node.machine.vcpus)
     return Need(memory_bytes, cores, kvm)
 
 
