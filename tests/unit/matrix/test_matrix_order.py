@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from testbed.matrix import apart
+from testbed.matrix import child
 from testbed.matrix.apart import Apart, Part
 from testbed.matrix.needs import Need, Room, need_of
 from testbed.topology import load
@@ -27,7 +27,7 @@ def test_the_longest_begin_first_and_are_told_in_the_order_of_the_words(
         begun.append(folder.name)
         raise OSError("nothing runs here")
 
-    monkeypatch.setattr(apart.child, "run", run)
+    monkeypatch.setattr(child, "run", run)
     parts = [
         Part("short", (), Need(0, 1)),
         Part("wide", (), Need(0, 4)),
