@@ -165,16 +165,16 @@ def _case(
 
 
 def _check_suites(name: str, asked: RunOptions) -> None:
-    from testbed.harness import runner  # noqa: PLC0415  pytest; only of runs
+    from testbed.harness import shipped  # noqa: PLC0415  only of runs
     from testbed.instruments.mutations import parse_mutation  # noqa: PLC0415
     from testbed.instruments.negotiation_rules import parse_policy  # noqa: PLC0415
 
     parse_mutation(asked.mutation or "none")
     parse_policy(asked.policy)
     for word in asked.suites:
-        if word in runner.PAYLOAD_SUITES:
+        if word in shipped.PAYLOAD_SUITES:
             raise CapabilityMissing(f"replaying '{word}': programs of its maker's are in no bundle")
-        if word not in (*runner.SUITES, runner.ALL_SUITES):
+        if word not in (*shipped.SUITES, shipped.ALL_SUITES):
             message = f"'{word}' is no suite of the testbed; code is in no bundle"
             raise InputError(
                 diagnostics=[Diagnostic(name, 0, 0, message)],

@@ -26,6 +26,7 @@ from testbed.topology.plan import RackPlan
 
 T = TypeVar("T")
 
+MAIN = "rack"  # the label of the rack under test
 MAX_DEATHS = 4
 END_TIMEOUT_S = 30.0
 
@@ -243,7 +244,7 @@ class RackPool:
 
     def __init__(self, source: RackSource) -> None:
         self.source = source
-        self.main = LiveRack(source, source.topology, "rack")
+        self.main = LiveRack(source, source.topology, MAIN)
         self._variants: dict[str, LiveRack] = {}
 
     def declare(self, name: str, topology: Topology) -> None:

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, TextIO
 import pytest
 from rich.console import Console
 
-from testbed.errors import CapabilityMissing, Diagnostic, ExitCode, InputError
+from testbed.errors import CapabilityMissing, ExitCode, InputError
 from testbed.harness import pytest_plugin
 from testbed.harness.engines import agreement, labelled
 from testbed.harness.session import ConformanceSession
+from testbed.harness.shipped import DEFAULT_SUITE, suite_paths
 from testbed.host.facts import host_facts
 from testbed.host.places import write_places
 from testbed.instruments.interface import RackSource
@@ -39,44 +40,10 @@ from testbed.results.options import ALL_ENGINES, RunOptions, write_options
 from testbed.results.table import print_table
 from testbed.results.verdicts import Outcome, Verdict
 from testbed.topology.model import to_data
-from testbed.topology.problem import nearest
 
 if TYPE_CHECKING:
     from testbed.harness.report_items import ReportOptions
 
-# A suite by its name: its modules.
-SUITES_DIR = Path(__file__).parent.parent / "suites"
-SUITES = {
-    "p2p-iommu": ("p2p_iommu.py", "p2p_routes.py"),
-    "p2p-kernel": ("p2p_kernel.py", "p2p_oracle.py", "p2p_kernel_life.py"),
-    "p2p-negotiation": (
-        "p2p_negotiation.py",
-        "p2p_negotiation_life.py",
-        "p2p_negotiation_sharing.py",
-        "p2p_negotiation_bad.py",
-    ),
-    "p2p-fabric": (
-        "p2p_fabric.py",
-        "p2p_fabric_windows.py",
-        "p2p_fabric_bells.py",
-        "p2p_fabric_forwarded.py",
-        "p2p_fabric_loss.py",
-    ),
-    "p2p-dmabuf": (
-        "p2p_dmabuf.py",
-        "p2p_dmabuf_life.py",
-        "p2p_dmabuf_moves.py",
-        "p2p_dmabuf_vfio.py",
-        "p2p_dmabuf_loss.py",
-    ),
-    "p2p-hmm": ("p2p_hmm.py",),
-}
-# Suites that run what the user brings; `all` does not mean them.
-KSELFTEST = "kselftest"
-KVM_UNIT_TESTS = "kvm-unit-tests"
-PAYLOAD_SUITES = {KSELFTEST: ("kselftest.py",), KVM_UNIT_TESTS: ("kvm_unit_tests.py",)}
-DEFAULT_SUITE = "p2p-iommu"
-ALL_SUITES = "all"
 PYTEST_LOG = "pytest.log"
 _PYTEST_INI = "pytest.ini"
 _TEST_TIMEOUT_S = 300
@@ -332,25 +299,6 @@ class _Writer:
         record.write_record(written, self._run_dir / record.FILE_NAME)
         junit.write_junit(written, self._run_dir / junit.FILE_NAME)
         return written
-
-
-def suite_paths(word: str) -> list[str]:
-    """The modules of a suite, or the file of the user's own. :raises InputError: neither."""
-    if word == ALL_SUITES:
-        return [path for name in SUITES for path in suite_paths(name)]
-    modules = {**SUITES, **PAYLOAD_SUITES}
-    if word in modules:
-        return [str(SUITES_DIR / module) for module in modules[word]]
-    path = word.partition("::")[0]
-    if not Path(path).exists():
-        known = ", ".join([*modules, ALL_SUITES])
-        near = nearest(word, [*modules, ALL_SUITES])
-        raise InputError(
-            diagnostics=[
-                Diagnostic(word, 0, 0, "no such suite or file", f"{known}, or a path", near)
-            ]
-        )
-    return [str(Path(path).resolve()) + word[len(path) :]]
 
 
 @contextlib.contextmanager

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Self
 
 from testbed import bare, deploy, rack
 from testbed.errors import CapabilityMissing, InputError
+from testbed.harness.racks import MAIN
 from testbed.instruments.interface import Rack
 from testbed.topology.engines import ENGINES
 from testbed.topology.model import Topology, with_overrides
@@ -33,9 +37,39 @@ class TopologySource:
         self._run_dir = run_dir
         self._options = options
         self._say = say
+        self._began: Future[Rack] | None = None
+
+    def begin(self) -> None:
+        """Boot the rack under test in the background; the first :meth:`start` takes it."""
+        began: Future[Rack] = Future()
+
+        def boot() -> None:
+            try:
+                began.set_result(self._boot(self.topology, MAIN))
+            except BaseException as error:  # raised where it is waited for
+                began.set_exception(error)
+
+        self._began = began
+        # A daemon: the rack's keeper ends the machines when this process ends.
+        threading.Thread(target=boot, name=f"boot {MAIN}", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """End what :meth:`begin` began if nobody took it and it runs."""
+        began, self._began = self._began, None
+        if began is not None and began.done() and began.exception() is None:
+            began.result().close()
 
     def start(self, topology: Topology, label: str) -> Rack:
         """Boot; LaunchError, LostError."""
+        if self._began is not None and topology is self.topology and label == MAIN:
+            began, self._began = self._began, None
+            return began.result()
+        return self._boot(topology, label)
+
+    def _boot(self, topology: Topology, label: str) -> Rack:
         return deploy.start(
             topology, run_dir=self._run_dir / label, options=self._options, say=self._say
         )

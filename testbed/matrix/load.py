@@ -166,7 +166,7 @@ class _Reader:
             return None
 
     def _suite(self, path: DataPath, word: str) -> Suite | None:
-        from testbed.harness.runner import ALL_SUITES, SUITES  # noqa: PLC0415  slow
+        from testbed.harness.shipped import ALL_SUITES, SUITES  # noqa: PLC0415  slow
 
         names = [*SUITES, ALL_SUITES, EMPTY_SUITE]
         if word in names:

@@ -40,7 +40,7 @@ class PayloadWords:
         :param plan: the rack that will boot, if one will.
         :raises InputError: they were not built, there is no such device, or nobody asked for them.
         """
-        from testbed.harness.runner import KSELFTEST, KVM_UNIT_TESTS
+        from testbed.harness.shipped import KSELFTEST, KVM_UNIT_TESTS
         from testbed.payload.collection import DEFAULT_COLLECTION, Payload, find_collection
         from testbed.payload.multiboot import find_programs
         from testbed.suites.kselftest import cases

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -22,6 +23,9 @@ from testbed.verbs.common import (
     warm_option,
 )
 from testbed.verbs.payload import PayloadWords, payload_options
+
+if TYPE_CHECKING:
+    from testbed.harness.report_items import ReportOptions
 
 DEFAULT_TOPOLOGY = "quad-gpu"
 NEGOTIATION = "p2p-negotiation"
@@ -128,19 +132,13 @@ def run(
     stage's product. With -j, or several -t, each suite has a rack of its own, and -j 1 says the
     same as -j 8.
     """
-    from testbed import deploy
-    from testbed.harness import runner
-    from testbed.harness.sources import RunningSource, TopologySource, engine_sources
-    from testbed.history.store import remember
+    from testbed.harness import shipped
     from testbed.instruments.mutations import parse_mutation
     from testbed.instruments.negotiation_rules import parse_policy
-    from testbed.results import record
-    from testbed.topology.placement import place
-    from testbed.verbs.install import install_for
 
-    known = (*runner.SUITES, *runner.PAYLOAD_SUITES, runner.ALL_SUITES)
+    known = (*shipped.SUITES, *shipped.PAYLOAD_SUITES, shipped.ALL_SUITES)
     if only_list:
-        for name in (*runner.SUITES, *runner.PAYLOAD_SUITES):
+        for name in (*shipped.SUITES, *shipped.PAYLOAD_SUITES):
             click.echo(name)
         return 0
     if rack and (topologies or jobs or settings or kernel or iommu_mode or engine or pristine):
@@ -148,17 +146,16 @@ def run(
             "--rack uses a rack as it is; -t, -j, -s, --kernel, --iommu, --engine and --pristine"
             " boot another"
         )
-    chosen = parse_mutation(mutation)
-    rule = parse_policy(policy)
-    judged = {word for word in suites or (runner.DEFAULT_SUITE,) if word in runner.SUITES}
-    if rule and judged and NEGOTIATION not in judged and runner.ALL_SUITES not in suites:
+    chosen, rule = parse_mutation(mutation), parse_policy(policy)
+    judged = {word for word in suites or (shipped.DEFAULT_SUITE,) if word in shipped.SUITES}
+    if rule and judged and NEGOTIATION not in judged and shipped.ALL_SUITES not in suites:
         raise InputError(f"--policy is of the suite {NEGOTIATION}", hint="name that suite")
     if jobs or len(topologies) > 1:
         from testbed.verbs.apart import run_apart
 
         return run_apart(
             click.get_current_context(),
-            suites or (runner.DEFAULT_SUITE,),
+            suites or (shipped.DEFAULT_SUITE,),
             topologies or (DEFAULT_TOPOLOGY,),
             run_dir=run_folder(output, "several" if len(topologies) > 1 else "apart"),
             form=form,
@@ -179,34 +176,54 @@ def run(
             engine=None if engine == "all" else engine,
             trust=trust,
         )
+    from testbed import deploy
+    from testbed.harness.sources import RunningSource, TopologySource, engine_sources
+    from testbed.topology.placement import place
+    from testbed.verbs.install import install_for
+
     payload = words.payload(suites, kernel, place(wanted) if wanted else None)
     run_dir = run_folder(output, rack or (wanted.rack if wanted else "run"))
     reports = None
-    if any(word not in known for word in suites):  # a path may be a report; importing them is slow
-        from testbed.harness.report_items import ReportOptions
-        from testbed.reports.load import Overrides
+    if any(word not in known for word in suites):  # a path may be a report
+        own = None if engine == "all" else engine
+        reports = _report_options(
+            settings if only_reports else (), (kernel, iommu_mode, own, qemu), trust=trust
+        )
+    installation = install_for([wanted], qemu=qemu) if wanted is not None else None
+    say(f"run folder: {run_dir}")
+    options = deploy.StartOptions(installation=installation, trust=trust, warm=warm or pristine)
+    source = (
+        RunningSource(rack or "", run_dir, options=options)
+        if wanted is None
+        else TopologySource(wanted, run_dir, options=options)
+    )
+    if wanted is not None and engine != "all" and shipped.begins_with_rack(suites):
+        source.begin()  # it starts while pytest is imported
+    from testbed.harness import runner
+    from testbed.history.store import remember
+    from testbed.results import record
 
-        overrides = Overrides(kernel, iommu_mode, None if engine == "all" else engine, qemu)
-        reports = ReportOptions(parse_settings(settings) if only_reports else {}, overrides, trust)
     choice = runner.Choice(
         suites, keyword, chosen, reports, payload, policy=rule, pristine=pristine
     )
     stream = io.StringIO() if form == "json" else sys.stdout
-    installation = install_for([wanted], qemu=qemu) if wanted is not None else None
-    say(f"run folder: {run_dir}")
-    options = deploy.StartOptions(installation=installation, trust=trust, warm=warm or pristine)
     if wanted is not None and engine == "all":
         sources = engine_sources(wanted, run_dir, options)
         result = runner.run_engines(choice, sources, run_dir, stream=stream)
     else:
-        source = (
-            RunningSource(rack or "", run_dir, options=options)
-            if wanted is None
-            else TopologySource(wanted, run_dir, options=options)
-        )
-        result = runner.run_suites(choice, source, run_dir, stream=stream)
+        with source:
+            result = runner.run_suites(choice, source, run_dir, stream=stream)
     if not no_history:
         remember(run_dir, say)
     if form == "json":
         click.echo((run_dir / record.FILE_NAME).read_text())
     return result.code
+
+
+def _report_options(
+    settings: tuple[str, ...], overrides: tuple[str | None, ...], *, trust: bool
+) -> ReportOptions:
+    from testbed.harness.report_items import ReportOptions  # slow
+    from testbed.reports.load import Overrides
+
+    return ReportOptions(parse_settings(settings), Overrides(*overrides), trust)

@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
-from testbed.harness.runner import SUITES
+from testbed.harness.shipped import SUITES
 from testbed.instruments.mutations import DESCRIPTIONS, Mutation
 from testbed.suites.p2p_dmabuf import LINKED_TWICE, NOT_HELD_AGAINST_MASK
 from tests.breaks import dmabuf_breaks, fabric_breaks, negotiation_breaks
