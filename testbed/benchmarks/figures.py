@@ -8,6 +8,7 @@ as a user would see it, commands from exec on. What is compared is measured in t
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import time
 from collections import Counter
@@ -172,8 +173,19 @@ def _measured(figure: Figure, bed: Bed) -> dict[str, Any]:
     }
 
 
-def _up(bed: Bed, *words: str, saves: bool = False) -> tuple[float, float]:
-    """Seconds from exec to the hello, and to the end of the command; the rack is ended again.
+@dataclass(frozen=True)
+class _Start:
+    """Seconds from exec to the hello, and to the end of the command, and the processor time of all
+    processes, some tenths of a second later.
+    """
+
+    hello_s: float
+    ended_s: float
+    cpu_s: float
+
+
+def _up(bed: Bed, *words: str, saves: bool = False) -> _Start:
+    """Start the rack, as a command, and end it again.
 
     :param saves: the machine may be booted and saved: nothing is measured.
     :raises HostError: it was not restored, and why.
@@ -181,41 +193,52 @@ def _up(bed: Bed, *words: str, saves: bool = False) -> tuple[float, float]:
     ran = bed.commands.run(
         ["up", RACK, "--warm", "--name", "figure", *words], until=HELLO, good=(0,)
     )
+    (rack,) = json.loads(bed.commands.run(["ps", "--format", "json"], good=(0,)).stdout)["racks"]
+    mains = [rack["keeper_pid"], *(each["pid"] for each in rack["processes"])]
+    pids = {pid for main in mains for pid in (main, *machines.children(main))}
+    cpu_s = ran.cpu_s + sum(map(machines.used_s, pids))
     bed.commands.run(["down", "figure", "--now"], good=(0,))
     more = [line for line in ran.stderr.splitlines() if HELLO not in line and STARTS not in line]
     if more and not saves:
         raise HostError(f"a machine was not restored: {'; '.join(more)}")
-    return ran.said_s, ran.seconds
+    return _Start(ran.said_s, ran.seconds, cpu_s)
 
 
 def _warm_start(bed: Bed, runs: int) -> Measured:
     _up(bed, saves=True)
-    times = []
+    starts: list[_Start] = []
     for run in range(runs):
-        times.append(_up(bed))
-        _say_run(bed, run, runs, f"{times[-1][0]:.2f} s")
-    ended = [seconds for _, seconds in times]
-    return Measured([said for said, _ in times], {"command_ended_s": machines.summary(ended)})
+        starts.append(_up(bed))
+        _say_run(bed, run, runs, f"{starts[-1].hello_s:.2f} s")
+    details = {
+        "command_ended_s": machines.summary([each.ended_s for each in starts]),
+        "cpu_s": machines.summary([each.cpu_s for each in starts]),
+    }
+    return Measured([each.hello_s for each in starts], details)
 
 
 def _against_virtme(bed: Bed, runs: int) -> Measured:
     kernel = ("--kernel", "generic")
     peer = virtme.Peer.of("generic", bed.installation, bed.accelerator, bed.setup)
     _up(bed, *kernel, saves=True)
-    ours, theirs = [], []
+    ours: list[_Start] = []
+    theirs: list[virtme.Boot] = []
     for run in range(runs):
         theirs.append(peer.run())
-        ours.append(_up(bed, *kernel)[0])
-        _say_run(bed, run, runs, f"{ours[-1]:.2f} s against {theirs[-1].ran_s:.1f} s")
+        ours.append(_up(bed, *kernel))
+        _say_run(bed, run, runs, f"{ours[-1].hello_s:.2f} s against {theirs[-1].ran_s:.1f} s")
     cold = statistics.median(each.ran_s for each in theirs)
+    cpu = [[each.cpu_s for each in ours], [each.cpu_s for each in theirs]]
     details = {
-        "warm_s": machines.summary(ours),
+        "warm_s": machines.summary([each.hello_s for each in ours]),
         "virtme_ng_s": machines.summary([each.ran_s for each in theirs]),
         "virtme_ng_ended_s": machines.summary([each.seconds for each in theirs]),
+        "cpu_s": dict(zip(("warm", "virtme_ng"), map(machines.summary, cpu), strict=True)),
+        "cpu_ratio": round(statistics.median(cpu[0]) / statistics.median(cpu[1]), 4),
         "virtme_ng": peer.version,
         "kernel": peer.release,
     }
-    return Measured([value / cold for value in ours], details)
+    return Measured([each.hello_s / cold for each in ours], details)
 
 
 def _suite_words(*more: str) -> list[str]:

@@ -214,10 +214,10 @@ def processor_time(rack: Rack) -> dict[str, float]:
     """Seconds that the rack's processes have used so far, by kind: ``qemu``, ``helper`` (device
     models), ``keeper``.
     """
-    used: dict[str, float] = {"keeper": _ticks(rack.keeper.pid) * TICK_S}
+    used: dict[str, float] = {"keeper": used_s(rack.keeper.pid)}
     for process in rack.keeper.status()["processes"]:
         pids = [process["pid"], *children(process["pid"])]
-        used[process["kind"]] = used.get(process["kind"], 0) + sum(map(_ticks, pids)) * TICK_S
+        used[process["kind"]] = used.get(process["kind"], 0) + sum(map(used_s, pids))
     return used
 
 
@@ -354,15 +354,16 @@ def idle(
         time.sleep(1)  # the end of the boot
         helpers = [p["pid"] for p in rack.keeper.status()["processes"] if p["kind"] == "helper"]
         pids = [pid for helper in helpers for pid in (helper, *children(helper))]
-        before = sum(map(_ticks, pids))
+        before = sum(map(used_s, pids))
         time.sleep(seconds)
-        used = sum(map(_ticks, pids)) - before
+        used = round((sum(map(used_s, pids)) - before) / TICK_S)
     return {"unit": "ticks", "processes": len(pids), "seconds": seconds, "used": used}
 
 
-def _ticks(pid: int) -> int:
+def used_s(pid: int) -> float:
+    """Processor time of a process so far. :raises OSError: it has ended."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[11]) + int(fields[12])
+    return (int(fields[11]) + int(fields[12])) * TICK_S
 
 
 def _copier(stack: ExitStack, node: RackNode, size_bytes: int, *, raw: bool) -> Callable[[], float]:

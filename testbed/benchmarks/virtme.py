@@ -8,6 +8,7 @@ depmod, modprobe) is a package set of the manifest, as QEMU is: nothing has to b
 from __future__ import annotations
 
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -49,10 +50,13 @@ def prepare(setup: SetupOptions) -> dict[str, Lock]:
 
 @dataclass(frozen=True)
 class Boot:
-    """Seconds from exec until its command had run in the guest, and until all had ended."""
+    """Seconds from exec until its command had run in the guest, and until all had ended; and the
+    processor time of it all.
+    """
 
     ran_s: float
     seconds: float
+    cpu_s: float
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class Peer:
         """
         with tempfile.TemporaryDirectory(prefix="testbed-virtme-") as name:
             mark = Path(name) / "ran"
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             began, began_s = time.time(), time.monotonic()
             try:
                 done = subprocess.run(
@@ -136,7 +141,9 @@ class Peer:
             if not mark.exists():
                 said = (done.stderr or done.stdout).decode(errors="replace").strip()
                 raise HostError(f"{NAME}: its command did not run: {said[-300:]}")
-            return Boot(mark.stat().st_mtime - began, seconds)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            return Boot(mark.stat().st_mtime - began, seconds, cpu_s)
 
 
 def version_in(folder: Path) -> str:
