@@ -7,10 +7,8 @@ nothing; where bytes are is said by steps, and judged here by the guest's and th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 from guest_agent.pattern import pattern
@@ -23,12 +21,12 @@ from testbed.instruments.model_devices import DRIVER_BYTES, ModelGpu
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Refuted
 from testbed.instruments.paths import DeviceWitness, PathWatch
+from testbed.instruments.protocol_events import ProtocolEvents
 from testbed.results.judging import Judgement
 from testbed.topology.interconnects import Offer, links_of, offers_of, tables
 from testbed.topology.oracle import iommu_groups
 from testbed.topology.plan import Function, RackPlan, Role
 
-EVENTS = "protocol-events.jsonl"
 BUFFERS_AT = 1 << 20  # in each video memory
 BUFFERS_BYTES = 4 << 20
 _IOVA_BYTES = 1 << 30
@@ -103,8 +101,7 @@ class NegotiationBoard:
             link for link in links if all(device in self.gpus for device, _ in link["ends"])
         ]
         self._topology = rack.topology
-        self._events_file: Path = rack.run_dir / EVENTS
-        self._after = 0
+        self._events = ProtocolEvents(rack, node, "protocol")
         self.vram: dict[str, Memory] = {}
         self.witness: dict[str, DeviceWitness] = {}
         self.requesters = {f.device: f.bdf for f in (*gpus, *nics)}
@@ -188,12 +185,7 @@ class NegotiationBoard:
 
     def events(self) -> list[dict[str, Any]]:
         """What happened since this was last asked; kept in the run folder, a line each."""
-        found: list[dict[str, Any]] = self.call("events", after=self._after)["events"]
-        if found:
-            self._after = found[-1]["number"]
-            with self._events_file.open("a") as file:
-                file.writelines(json.dumps({"node": self.node.name, **e}) + "\n" for e in found)
-        return found
+        return self._events.keep()
 
     def break_(self, mutation: Mutation) -> None:
         """Break the core until the end of the test: what it leaves in use then is no leak."""

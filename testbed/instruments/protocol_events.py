@@ -9,6 +9,8 @@ from typing import Any
 from testbed.instruments.interface import Rack
 from testbed.results.trace import FILE_NAME
 
+_CALL_TIMEOUT_S = 120.0  # of tens of thousands of events, by an emulated CPU that others want too
+
 
 class ProtocolEvents:
     """One node's events, a line each in ``protocol-events.jsonl``.
@@ -26,7 +28,8 @@ class ProtocolEvents:
     def keep(self) -> list[dict[str, Any]]:
         """What happened since this was last asked. :raises TestbedError: the call's."""
         agent = self._rack.nodes[self._node].agent
-        found: list[dict[str, Any]] = agent.call(self._method, after=self._after)["events"]
+        answer = agent.call(self._method, _CALL_TIMEOUT_S, after=self._after)
+        found: list[dict[str, Any]] = answer["events"]
         if found:
             self._after = found[-1]["number"]
             with (self._rack.run_dir / FILE_NAME).open("a") as file:

@@ -17,8 +17,9 @@ from testbed.benchmarks.cycles import cycles
 from testbed.deploy import StartOptions
 from testbed.errors import ExitCode
 from testbed.instruments.mutations import Mutation
-from testbed.instruments.negotiation_board import EVENTS, NegotiationBoard, do
+from testbed.instruments.negotiation_board import NegotiationBoard, do
 from testbed.rack import Rack
+from testbed.results.trace import FILE_NAME
 from testbed.results.verdicts import Verdict
 from testbed.suites.negotiation_steps import SIZE
 from tests.vm.conftest import Start, shipped
@@ -51,7 +52,7 @@ def test_every_requirement_is_shown_and_its_events_are_kept(
     assert ran.verdicts == dict.fromkeys(IDS, Verdict.PASS), ran.ktap
     for outcome in ran.outcomes:
         assert any(evidence.kind == "bytes" for evidence in outcome.evidence), outcome.test
-    events = [json.loads(line) for line in (mesh.run_dir / EVENTS).read_text().splitlines()]
+    events = [json.loads(line) for line in (mesh.run_dir / FILE_NAME).read_text().splitlines()]
     assert {"negotiate", "attach", "map", "move", "revoke", "fault"} <= {e["kind"] for e in events}
 
 
