@@ -8,6 +8,7 @@ the exit code of :mod:`testbed.errors`.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import keyword
@@ -154,17 +155,26 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     debug = "--debug" in (sys.argv if arguments is None else arguments) or bool(
         os.environ.get("TESTBED_DEBUG")
     )
-    words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] and words[0] in _STARTING and _NOT_STARTING.isdisjoint(words):
-        early.begin()
     gc.set_threshold(GARBAGE_AFTER, *gc.get_threshold()[1:])
     code = _run(arguments, debug)
     gc.freeze()  # the interpreter would search all of it, twice, just before the kernel takes it
     sys.exit(code)
 
 
+def _begin(words: Sequence[str]) -> None:
+    """Start what can be started before the words are understood."""
+    if words[:1] and words[0] in _STARTING and _NOT_STARTING.isdisjoint(words):
+        early.begin()
+        if words[0] == "up" and "--warm" in words:
+            from testbed.machine import ahead  # noqa: PLC0415  slow
+
+            atexit.register(ahead.end)
+            ahead.begin(words)
+
+
 def _run(arguments: Sequence[str] | None, debug: bool) -> int:
     try:
+        _begin(sys.argv[1:] if arguments is None else arguments)
         answer: Any = cli.main(
             args=None if arguments is None else list(arguments),
             prog_name="testbed",

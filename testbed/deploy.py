@@ -7,10 +7,10 @@ ended anywhere can be read.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-import secrets
 import sys
 import threading
 import time
@@ -25,7 +25,8 @@ from testbed.host import accelerator as accelerators
 from testbed.host import paths
 from testbed.host.installation import Installation
 from testbed.host.overlay import build_initrd
-from testbed.machine import argv, models, own_devices, registry, spawn
+from testbed.machine import ahead, argv, models, own_devices, registry, spawn
+from testbed.machine.ahead import AnotherRack
 from testbed.machine.bells import bells_command
 from testbed.machine.client import Keeper
 from testbed.machine.command import MODELS_SPEC, LaunchContext, NodeCommand
@@ -66,6 +67,8 @@ class StartOptions:
     ``trust``         run the Python files that the topology names as devices.
     ``verbose_console``  the guest kernel prints its whole log while it boots.
     ``warm``          restore each machine, booted once and saved, instead of booting it.
+    ``again``         the command's next start of the same may begin ahead
+                      (:mod:`testbed.machine.ahead`).
     ``router``        switches route what QEMU's own devices send (docs/switch-router.md).
     """
 
@@ -77,6 +80,7 @@ class StartOptions:
     kernel_args: tuple[str, ...] = ()
     verbose_console: bool = False
     warm: bool = False
+    again: bool = False
     router: bool = True
     trust: bool = False
     timeout_s: float = START_TIMEOUT_S
@@ -100,6 +104,8 @@ def start(
     """
     options = options or StartOptions()
     try:
+        with contextlib.suppress(AnotherRack):  # started ahead, and not this one
+            return _start(topology, run_dir, options, say)
         return _start(topology, run_dir, options, say)
     except SnapshotUnfit as error:
         if not error.is_sound:
@@ -117,11 +123,11 @@ def _start(
     began_s = time.monotonic()
     topology = own_devices.admit(topology, trust=options.trust)
     plan = placement.place(topology)
-    base = paths.runtime_dir()
-    with registry.reserve(
-        base, options.name or topology.rack, unique=options.unique
-    ) as reservation:
-        run_dir = (run_dir or new_run_dir(reservation.name)).resolve()
+    begun = ahead.take(options.name or topology.rack) if options.again else None
+    with begun.reservation if begun else _reserve(topology, options) as reservation:
+        if begun:
+            run_dir = begun.run_dir
+        run_dir = (run_dir or paths.new_run_dir(reservation.name)).resolve()
         _begin_run_dir(run_dir, plan)
         kernels = tuple(dict.fromkeys(node.kernel for node in topology.nodes.values()))
         installation = options.installation or _installation(kernels)
@@ -131,29 +137,14 @@ def _start(
             f" under {accelerator}"
         )
         keys = _Later(_ways_in)
-        commands: dict[str, NodeCommand] = {}
-        processes: list[Command] = []
         contexts = _contexts(plan, installation, accelerator, options, reservation.folder)
         saved = _saved(plan, contexts, installation, options, run_dir, say)
         boot = functools.partial(_to_boot, plan, contexts, installation, keys)
-        if bells := bells_command(plan):
-            processes.append(bells)
-        for name, node in plan.nodes.items():
-            folder = reservation.folder / name
-            folder.mkdir(mode=0o700, exist_ok=True)
-            if name in saved:
-                restore.provide_state(saved[name].snapshot, folder)
-                commands[name] = saved[name].command
-            else:
-                commands[name] = boot(name)
-            if models.has_models(node):
-                _write(folder / MODELS_SPEC, models.models_spec(plan, node))
-                processes.append(models.models_command(plan, node))
-            processes.append(commands[name])
+        commands, processes, specs = _commands(plan, reservation.folder, saved, boot)
         _write(run_dir / COMMANDS_JSON, [dataclasses.asdict(command) for command in processes])
         versions = _keep_versions(run_dir, topology, installation, accelerator)
         keys.begin()
-        keeper = spawn.start_keeper(reservation, processes, run_folder=run_dir)
+        keeper = _started(begun, reservation, processes, specs, run_dir)
         access = AccessKeys(keys.get().client_private, keys.get().host_public)
         restart = _Restart(plan, keeper, boot, reservation.folder, options, say)
         rack = Rack(keeper, plan, access, versions, owner=True, commands=commands, restart=restart)
@@ -166,11 +157,63 @@ def _start(
                 _start_routers(_without_router(rack, saved), say)
             if options.detach:
                 rack.detach()
+            if options.again and saved.keys() == plan.nodes.keys():
+                ahead.remember(keeper, spawn.plan_of(keeper.folder, processes, run_dir), specs)
         except BaseException:
             rack.close()
             raise
     say(f"{rack.name}: all agents answered after {time.monotonic() - began_s:.1f} s")
     return rack
+
+
+def _commands(
+    plan: RackPlan,
+    rack: Path,
+    saved: Mapping[str, restore.Saved],
+    boot: Callable[[str], NodeCommand],
+) -> tuple[dict[str, NodeCommand], list[Command], dict[str, str]]:
+    """By node what starts it, all processes in their order, and files that they read in ``rack``.
+
+    What else they need is put there.
+    """
+    commands: dict[str, NodeCommand] = {}
+    processes: list[Command] = []
+    specs: dict[str, str] = {}
+    if bells := bells_command(plan):
+        processes.append(bells)
+    for name, node in plan.nodes.items():
+        folder = rack / name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if name in saved:
+            restore.provide_state(saved[name].snapshot, folder)
+            commands[name] = saved[name].command
+        else:
+            commands[name] = boot(name)
+        if models.has_models(node):
+            specs[f"{name}/{MODELS_SPEC}"] = json.dumps(models.models_spec(plan, node))
+            processes.append(models.models_command(plan, node))
+        processes.append(commands[name])
+    return commands, processes, specs
+
+
+def _started(
+    begun: ahead.Ahead | None,
+    reservation: registry.Reservation,
+    processes: list[Command],
+    specs: Mapping[str, str],
+    run_dir: Path,
+) -> Keeper:
+    """The keeper of a rack whose processes run. :raises AnotherRack: others were begun."""
+    if begun:
+        return begun.keeper_of(spawn.plan_of(reservation.folder, processes, run_dir), specs)
+    for place, text in specs.items():
+        _write_text(reservation.folder / place, text)
+    return spawn.start_keeper(reservation, processes, run_folder=run_dir)
+
+
+def _reserve(topology: Topology, options: StartOptions) -> registry.Reservation:
+    name = options.name or topology.rack
+    return registry.reserve(paths.runtime_dir(), name, unique=options.unique)
 
 
 class _Later(Generic[T]):
@@ -356,12 +399,6 @@ def _start_routers(nodes: Iterable[RackNode], say: Callable[[str], None]) -> Non
             say(f"{node.name}: its switches do not route what QEMU's devices send: {why_not}")
 
 
-def new_run_dir(name: str) -> Path:
-    """A fresh folder for a run's logs and products, in the user's state folder."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return paths.state_dir() / "runs" / f"{stamp}-{name}-{secrets.token_hex(2)}"
-
-
 def _begin_run_dir(run_dir: Path, plan: RackPlan) -> None:
     """Make it, with what is known before anything is looked at on this host."""
     try:
@@ -373,8 +410,12 @@ def _begin_run_dir(run_dir: Path, plan: RackPlan) -> None:
 
 
 def _write(path: Path, data: Any) -> None:
+    _write_text(path, json.dumps(data, indent=1, default=str) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(data, indent=1, default=str) + "\n")
+        path.write_text(text)
     except OSError as error:
         raise HostError(f"cannot write {path}: {error.strerror}") from error
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 
 import platformdirs
@@ -71,6 +72,12 @@ def _default_runtime_dir() -> Path:
         if found and found.st_uid == os.getuid() and os.access(folder, os.W_OK | os.X_OK):
             return folder / "testbed"
     return Path("/tmp") / f"testbed-{os.getuid()}"  # noqa: S108 (0700 and owner are checked)
+
+
+def new_run_dir(name: str) -> Path:
+    """A fresh name for the folder of a run's logs and products, in the user's state folder."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return state_dir() / "runs" / f"{stamp}-{name}-{os.urandom(2).hex()}"
 
 
 def data_dir(name: str) -> Path:

@@ -19,7 +19,7 @@ ROOT = __file__.rpartition("/testbed/")[0]
 LAUNCHER = (
     "import sys; sys.path.append(sys.argv[1]); from testbed.machine.keeper import main; main()"
 )
-MODELS = "testbed.models.serve"
+MODELS = "testbed.models.lean"
 
 _waiting: list[tuple[socket.socket, int]] = []
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Isolated and without site-packages, as the built-in models need none: a third of the start.
 LAUNCHER = (
     "import sys; sys.path.append(sys.argv[1]); "
-    "from testbed.models.serve import main; sys.exit(main(sys.argv[2:]))"
+    "from testbed.models.{} import main; sys.exit(main(sys.argv[2:]))"
 )
 READY_TIMEOUT_S = 20.0
 VRAM_BAR = 2  # of `ivshmem-plain`
@@ -69,7 +69,8 @@ def models_command(plan: RackPlan, node: NodePlan) -> HelperCommand:
     """
     vram = node.by_role(Role.VRAM)
     own = bool(node.by_role(Role.DEVICE))
-    python = (sys.executable, "-I", *(() if own else ("-S",)), "-c", LAUNCHER, str(ROOT))
+    launcher = LAUNCHER.format("serve" if own else "lean")
+    python = (sys.executable, "-I", *(() if own else ("-S",)), "-c", launcher, str(ROOT))
     return HelperCommand(
         name=f"{node.name}.models",
         node=node.name,

@@ -79,7 +79,10 @@ def _live(module: str, wire: socket.socket, keeper: int) -> NoReturn:
         become_child(keeper)
         close_fds({1, 2, wire.fileno()})
         os.open(os.devnull, os.O_RDONLY)  # as descriptor 0
-        program = __import__(module, fromlist=["main"])
+        try:
+            program, problem = __import__(module, fromlist=["main"]), None
+        except Exception as error:  # said in its log, as soon as it has one
+            problem = error
         fds = array.array("i")
         data, ancillary, _, _ = wire.recvmsg(
             MAX_MESSAGE_BYTES, socket.CMSG_SPACE(MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
@@ -94,6 +97,8 @@ def _live(module: str, wire: socket.socket, keeper: int) -> NoReturn:
             wanted[2] = wanted[1]
             descriptors_in_place(wanted | {0: 0})
             _rename([sys.executable, module, *message["arguments"]])
+            if problem is not None:
+                raise problem
             status = program.main(message["arguments"])
     except BaseException as error:  # its log is all that it has
         os.write(2, f"{module}: {type(error).__name__}: {error}\n".encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,7 @@ def make_node_folder(folder: Path, command: Command, run_folder: Path) -> None:
     node = folder / command.node
     logs = run_folder / command.node
     try:
-        logs.mkdir(parents=True, exist_ok=True)
-        node.mkdir(mode=0o700, exist_ok=True)
-        if not (node / LOG_LINK).is_symlink():
-            (node / LOG_LINK).symlink_to(logs)
+        make_folders(node, logs)
         for name in SOCKETS if isinstance(command, NodeCommand) else command.makes:
             (node / name).unlink(missing_ok=True)
         if isinstance(command, NodeCommand) and (logs / CONSOLE_LOG).exists():
@@ -81,6 +78,14 @@ def make_node_folder(folder: Path, command: Command, run_folder: Path) -> None:
         raise HostError(f"cannot make {error.filename}: {error.strerror}") from error
 
 
+def make_folders(node: Path, logs: Path) -> None:
+    """A node's runtime folder, with its link to its logs. :raises OSError: it cannot be made."""
+    logs.mkdir(parents=True, exist_ok=True)
+    node.mkdir(mode=0o700, exist_ok=True)
+    if not (node / LOG_LINK).is_symlink():
+        (node / LOG_LINK).symlink_to(logs)
+
+
 def _name(command: Command) -> str:
     return command.name if isinstance(command, HelperCommand) else command.node
 
@@ -88,6 +93,26 @@ def _name(command: Command) -> str:
 def memory_name(command: Command, part: MemoryFd) -> str:
     """The rack's name for a node's memory, ``NODE/FUNCTION``."""
     return part.name if "/" in part.name else f"{command.node}/{part.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a keeper is told to start: ``processes`` in their order, and the ``memory`` they share,
+    by name: its size in bytes, or the path of the file that it is.
+    """
+
+    processes: list[dict[str, Any]]
+    memory: dict[str, int | str]
+
+
+def plan_of(folder: Path, commands: Iterable[Command], run_folder: Path) -> Plan:
+    """Of a rack in the runtime folder ``folder``."""
+    plan = Plan([], {})
+    for command in commands:
+        plan.processes.append(process_value(folder, command, run_folder))
+        for part in command.memory:
+            plan.memory[memory_name(command, part)] = part.file or part.size_bytes
+    return plan
 
 
 def process_value(folder: Path, command: Command, run_folder: Path) -> dict[str, Any]:

@@ -28,14 +28,23 @@ from testbed.machine.client import (
 from testbed.machine.processes import (
     Command,
     HelperCommand,
+    Plan,
     make_node_folder,
-    memory_name,
-    process_value,
+    plan_of,
 )
 from testbed.machine.registry import Reservation, clean, find
 from testbed.machine.sockets import connect_unix, peer_pid
 
-__all__ = ["Command", "Exit", "HelperCommand", "Keeper", "attach", "end_rack", "start_keeper"]
+__all__ = [
+    "Command",
+    "Exit",
+    "HelperCommand",
+    "Keeper",
+    "attach",
+    "end_rack",
+    "plan_of",
+    "start_keeper",
+]
 
 
 def start_keeper(
@@ -51,23 +60,22 @@ def start_keeper(
     :raises HostError: no folder, no memory, no keeper.
     """
     run_folder = run_folder.resolve()
-    memory: dict[str, int | str] = {}
-    processes = []
     for command in commands:
         make_node_folder(reservation.folder, command, run_folder)
-        processes.append(process_value(reservation.folder, command, run_folder))
-        for part in command.memory:
-            memory[memory_name(command, part)] = part.file or part.size_bytes
-    timeout_s = START_TIMEOUT_S + sum(process["ready_timeout_s"] for process in processes)
-    nursed = any("nursed" in process for process in processes)
-    keeper = _launch(reservation, run_folder, early.MODELS if nursed else "")
+    plan = plan_of(reservation.folder, commands, run_folder)
+    keeper = launch(reservation, plan, run_folder)
+    begin(keeper, plan)
+    return keeper
+
+
+def begin(keeper: Keeper, plan: Plan) -> None:
+    """Have a keeper that was launched start its processes; errors as :func:`start_keeper`."""
+    waits_s = sum(process["ready_timeout_s"] for process in plan.processes)
     try:
-        reservation.hand_over()
-        keeper.start_all(processes, memory, timeout_s)
+        keeper.start_all(plan.processes, plan.memory, START_TIMEOUT_S + waits_s)
     except BaseException:
         keeper.close()
         raise
-    return keeper
 
 
 def attach(base: Path, name: str, *, timeout_s: float = CALL_TIMEOUT_S) -> Keeper:
@@ -108,13 +116,17 @@ def end_rack(base: Path, name: str, *, timeout_s: float = END_TIMEOUT_S) -> None
     clean(base)
 
 
-def _launch(reservation: Reservation, run_folder: Path, module: str) -> Keeper:
-    """A keeper, told which rack it keeps, with the rack's log and lock."""
+def launch(reservation: Reservation, plan: Plan, run_folder: Path) -> Keeper:
+    """A keeper that has the rack, and has started nothing yet.
+
+    :raises HostError: no keeper.
+    """
     path = run_folder / KEEPER_LOG
+    nursed = any("nursed" in process for process in plan.processes)
     try:
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            wire, pid = early.take(module)
+            wire, pid = early.take(early.MODELS if nursed else "")
             rack = {"rack": reservation.name, "folder": str(reservation.folder)}
             line = json.dumps(rack).encode()
             try:
@@ -128,4 +140,6 @@ def _launch(reservation: Reservation, run_folder: Path, module: str) -> Keeper:
         raise HostError(
             f"cannot start the rack's keeper: {error.strerror} ({path} must be writable)"
         ) from error
-    return Keeper(reservation.name, reservation.folder, run_folder, wire, pid=pid, child=True)
+    keeper = Keeper(reservation.name, reservation.folder, run_folder, wire, pid=pid, child=True)
+    reservation.hand_over()
+    return keeper

@@ -159,9 +159,9 @@ def run_folder(output: Path | None, name: str) -> Path:
 
     :raises InputError: it cannot be made.
     """
-    from testbed import deploy
+    from testbed.host import paths
 
-    run_dir = output or deploy.new_run_dir(name)
+    run_dir = output or paths.new_run_dir(name)
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
