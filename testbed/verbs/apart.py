@@ -59,7 +59,7 @@ def run_apart(
     :param overrides: as :func:`testbed.chosen_topology.load_topology` takes them.
     :raises InputError: whatever is wrong with one of them; nothing has started then.
     """
-    from testbed.harness.runner import SUITES, suite_paths
+    from testbed.harness.shipped import SUITES, suite_paths
     from testbed.history.store import remember
     from testbed.instruments.mutations import parse_mutation
     from testbed.matrix.apart import Apart
@@ -106,6 +106,7 @@ def _parts(
     every: bool,
     engine: str | None,
 ) -> list[Part]:
+    from testbed.harness.shipped import suite_paths
     from testbed.matrix.apart import Part
     from testbed.matrix.needs import need_of
     from testbed.reports.model import SUFFIX
@@ -125,7 +126,9 @@ def _parts(
         label = f"{group}-{each}" if every else group
         words = [suite, "-t", file, *common, *(["--engine", each] if each else [])]
         need = need_of(topology)
-        made[label] = Part(label, tuple(words), need, group if every else "", each)
+        # What there is to do: a suite's modules, and machines to boot.
+        weight = len(suite_paths(suite)) * len(topology.nodes)
+        made[label] = Part(label, tuple(words), need, group if every else "", each, weight)
     return list(made.values())
 
 
