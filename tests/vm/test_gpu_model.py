@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from typing import Any
 
 import pytest
 
 from guest_agent.pattern import pattern
-from testbed.errors import AgentError
+from testbed.errors import AgentError, DeviceLost, InputError
 from testbed.instruments.bench import Bench
 from testbed.instruments.memory import Memory
 from testbed.instruments.model_devices import ModelGpu, ModelNic, copy, place
@@ -334,8 +335,13 @@ def test_a_nic_moves_memory_between_regions_pinned_and_on_demand(board: Board, b
         nic.call("remove", index=index)
 
 
+def test_what_models_know_nothing_of_is_bad_input(board: Board) -> None:
+    with pytest.raises(InputError, match="node 'host0': no device 'gpu9'"):
+        board.node.models.call("counters", device="gpu9")
+
+
 def test_a_peer_whose_process_dies_takes_the_link_down_and_nothing_else(board: Board) -> None:
-    """The last one: gpu1 is lost."""
+    """The last but one: gpu1 is lost."""
     one, _, three = board.gpus
     one.submit({"op": "nop"}, by="interrupt")
     batch = begin_slowly(one)
@@ -348,3 +354,25 @@ def test_a_peer_whose_process_dies_takes_the_link_down_and_nothing_else(board: B
     expected = one.vram.fill(0, 4096, 13)
     assert one.submit(copy(place("vram", 0), place("virtual", V), 4096))["completed"]
     assert three.vram.judge(BACKING, expected).holds
+
+
+def test_a_gpu_whose_process_dies_in_its_own_copy_is_one_lost_device(opened: Board) -> None:
+    """The last one: gpu0 is lost too. Its video memory is no part of the process that died."""
+    one, _, three = opened.gpus
+    target = opened.bench.mapper.map(one.vram).iova
+    # A rule holds the copy up, so that it is under way when the process is killed.
+    one.model("inject", rule={"name": "slow", "action": "delay", "delay_s": 5.0, "write": True})
+    killer = threading.Timer(0.5, os.kill, (pid_of(opened, "gpu0"), signal.SIGKILL))
+    killer.start()
+    began_s = time.monotonic()
+    with pytest.raises(AgentError, match="the device is lost"):
+        one.submit(copy(place("vram", 0), place("peer", opened.peer_iova), SIZE))
+    assert 0.4 < time.monotonic() - began_s < 4
+    killer.join()
+    with pytest.raises(DeviceLost, match="device 'gpu0' is lost"):
+        one.model("counters")
+    assert opened.node.alive
+    expected = three.vram.fill(0, SIZE, 14)
+    assert three.submit(copy(place("vram", 0), place("peer", target), SIZE))["completed"]
+    with opened.node.host_memory("gpu0.vram") as view:
+        assert view[:SIZE] == expected

@@ -26,6 +26,7 @@ from testbed.host.prepare import Installation
 from testbed.machine.lifecycle import StopDeadlines
 from testbed.rack import Rack, RackNode, attach
 from testbed.topology.compare import compare
+from testbed.topology.plan import MODEL_KINDS, Function, NodePlan
 
 from .conftest import shipped
 
@@ -41,14 +42,26 @@ def test_the_guest_sees_what_was_placed(rack: Rack) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_topology_boots_as_placed(
+def test_every_shipped_topology_boots_as_placed_and_its_end_is_that_of_every_model(
     name: str, cold: StartOptions, tmp_path: Path
 ) -> None:
     with deploy.start(shipped(name), run_dir=tmp_path, options=cold) as running:
-        for node in running.nodes.values():
-            assert compare(node.plan, node.agent.call("pci.tree")["devices"]) == []
+        node = running.node()
+        assert compare(node.plan, node.agent.call("pci.tree")["devices"]) == []
         files = {path.name for path in tmp_path.iterdir()}
+        models = node.models.call("devices")
+        assert {each["device"] for each in models} == {f.device for f in served(node.plan)}
+        assert all(each["connected"] for each in models)
     assert {"topology.json", "plan.json", "commands.json", "versions.json"} <= files
+    deadline_s = time.monotonic() + 5
+    while any(Path(f"/proc/{each['pid']}/exe").exists() for each in models):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def served(plan: NodePlan) -> list[Function]:
+    """What models are, in processes of their own."""
+    return [function for function in plan.functions if function.kind in MODEL_KINDS]
 
 
 def test_the_link_runs_commands_and_keeps_their_ends_apart(rack: Rack) -> None:

@@ -17,7 +17,7 @@ from testbed.results.evidence import Witness
 
 Happens = Callable[..., Finding]
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 STARTED_OFTEN = ("habanalabs-v3", "dma-buf-8gib")
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suite about device-private memory, on a kernel; one rack for all deliberate breaks."""
+"""The suite about device-private memory, on a kernel; one rack for all deliberate breaks.
+
+With edu, and through the IOMMU, it runs in ``test_suite_dmabuf.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import pytest
 
 from testbed.deploy import StartOptions
 from testbed.guest import modules
-from testbed.harness.sources import RunningSource, TopologySource
+from testbed.harness.sources import RunningSource
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.private_memory import MODULE
 from testbed.rack import Rack, RackNode
@@ -37,20 +40,6 @@ nodes:
       - root_port: rp1
         below:
           - {gpu: gpu2, vram: 16M, engine: model}
-"""
-# The way leads through the host bridge and the IOMMU.
-TRUSTED = """\
-rack: trusted
-nodes:
-  host0:
-    machine: {cpu: EPYC, memory: 512M}
-    pcie:
-      - root_port: rp0
-        below:
-          - {gpu: gpu0, vram: 16M, engine: edu}
-      - root_port: rp1
-        below:
-          - {gpu: gpu1, vram: 16M, engine: edu}
 """
 ALL = {"HMM-02", "HMM-03", "HMM-04"}
 FAILING: dict[Mutation, set[str]] = {
@@ -122,11 +111,3 @@ def test_a_process_that_dies_leaves_nothing(node: RackNode, bdf: dict[str, str])
     in_use(node, bdf)
     node.agent.call("hmm.release")
     modules.unload(node, MODULE)
-
-
-def test_a_way_through_the_iommu_with_edu(cold: StartOptions, tmp_path: Path) -> None:
-    topology = load.load_text(TRUSTED, "trusted.yaml", {})
-    ran = run("p2p-hmm", TopologySource(topology, tmp_path, options=cold), tmp_path)
-    others = dict.fromkeys(ALL - {"HMM-02"}, Verdict.SKIP)
-    assert ran.verdicts == {"HMM-02": Verdict.PASS, **others}, ran.ktap
-    assert "# SKIP this rack lacks two GPUs with engines (the GPU model in both)" in ran.ktap
