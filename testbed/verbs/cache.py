@@ -36,7 +36,8 @@ def cache(what: str, keep_mib: int, form: str) -> None:
         print_json(f"testbed.cache.{what}/1", {"saved": [entry_data(entry) for entry in entries]})
         return
     for entry in entries:
-        age_min = (time.time() - entry.used_s) / 60
+        # A clock that was put back leaves times that are to come.
+        age_min = max(0.0, time.time() - entry.used_s) / 60
         size_mib = entry.size_bytes / (1 << 20)
         click.echo(f"{entry.key}  {size_mib:6.0f} MiB  {age_min:6.0f} min ago  {entry.names}")
     total_mib = sum(entry.size_bytes for entry in entries) / (1 << 20)

@@ -30,18 +30,25 @@ def pack(memory: mmap | bytes, target: Path) -> Runs:
     runs: list[tuple[int, int]] = []
     with memoryview(memory) as view, target.open("xb", buffering=0) as file:
         for start in range(0, len(view), BLOCK_BYTES):
-            block = view[start : start + BLOCK_BYTES]
-            if block == zero[: len(block)]:
-                continue
-            position = start
-            while position < start + len(block):
-                position += os.pwrite(file.fileno(), block[position - start :], position)
+            # Whatever an error's traceback holds on to, the mapping can be closed.
+            with view[start : start + BLOCK_BYTES] as block:
+                length = len(block)
+                if block == zero[:length]:
+                    continue
+                _write(file.fileno(), block, start)
             if runs and sum(runs[-1]) == start:
-                runs[-1] = (runs[-1][0], runs[-1][1] + len(block))
+                runs[-1] = (runs[-1][0], runs[-1][1] + length)
             else:
-                runs.append((start, len(block)))
+                runs.append((start, length))
         file.truncate(len(view))
     return tuple(runs)
+
+
+def _write(fd: int, block: memoryview, position: int) -> None:
+    done = 0
+    while done < len(block):
+        with block[done:] as rest:
+            done += os.pwrite(fd, rest, position + done)
 
 
 def checksum(fd: int, runs: Runs, size_bytes: int) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import functools
 import json
 import os
 import signal
@@ -175,7 +176,8 @@ def ready(
         key = each.key
         snapshot = kept.find(key)
         if snapshot is None:
-            with kept.exclusive(key):
+            others = functools.partial(say, f"{name}: another testbed boots and saves it")
+            with kept.exclusive(key, others):
                 snapshot = kept.find(key)
                 if snapshot is None:
                     say(f"{name}: booting once, to be saved")

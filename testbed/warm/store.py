@@ -16,7 +16,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,13 +120,21 @@ class Store:
         )
 
     @contextlib.contextmanager
-    def exclusive(self, key: str) -> Iterator[None]:
-        """Be the only one who makes this entry, or removes it.
+    def exclusive(self, key: str, waits: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Be the only one who makes this entry; ``waits`` is called once if another one does.
 
         :raises SetupError: another one has been at it for too long.
         """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with product.exclusive(self.folder / f"{key}{_LOCK}", lambda: None):
+        told = False
+
+        def waiting() -> None:
+            nonlocal told
+            if not told:
+                waits()
+            told = True
+
+        with product.exclusive(self.folder / f"{key}{_LOCK}", waiting):
             yield
 
     @contextlib.contextmanager

@@ -23,7 +23,7 @@ KEY = "a"
 
 # A harness that wants a machine; what makes it is a stand-in for the guest, and as long as a save.
 HARNESS = f"""\
-import os, sys, time
+import mmap, os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 from testbed.machine.command import NodeCommand
@@ -43,8 +43,9 @@ wanted = SimpleNamespace(
 def save(store, key, *_):
     with (here / "saves").open("a") as log:
         log.write(f"{{os.getpid()}}\\n")
-    with store.making(key) as partial:
-        runs = memory.pack(os.urandom(pieces << 20), partial / MEMORY)
+    with store.making(key) as partial, mmap.mmap(-1, pieces << 20) as guest:
+        guest.write(os.urandom(pieces << 20))
+        runs = memory.pack(guest, partial / MEMORY)
         (partial / STATE).write_bytes(b"state")
         time.sleep(pause_s)
         store.describe(partial, runs, "host0")
@@ -74,10 +75,10 @@ def harness(
 
 
 def said(process: subprocess.Popen[str]) -> str:
-    """Its last line, when it has ended well."""
+    """What it printed, when it has ended well."""
     out, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, errors
-    return out.splitlines()[-1]
+    return out
 
 
 def await_that(what: str, path: Path, pattern: str, number: int = 1) -> None:
@@ -92,9 +93,13 @@ def test_three_processes_that_want_one_machine_save_it_once(tmp_path: Path) -> N
         every = [stack.enter_context(harness(tmp_path)) for _ in range(3)]
         await_that("all are ready", tmp_path, "ready-*", 3)
         (tmp_path / "go").touch()
-        words = [said(process) for process in every]
+        told, words = zip(*[said(process).splitlines() for process in every], strict=True)
     assert len((tmp_path / "saves").read_text().split()) == 1
     assert len(set(words)) == 1
+    assert sorted(told) == [
+        *["host0: another testbed boots and saves it"] * 2,
+        "host0: booting once, to be saved",
+    ]
     assert words[0].startswith("whole: ")
     assert sorted(path.name for path in (tmp_path / "warm").iterdir()) == [KEY, f"{KEY}.lock"]
 
@@ -110,7 +115,7 @@ def test_killed_while_it_saves_it_leaves_nothing_that_is_used(tmp_path: Path) ->
     assert store.kept() == []
     began_s = time.monotonic()
     with harness(tmp_path, pause_s=0) as second:
-        assert said(second).startswith("whole: ")
+        assert "\nwhole: " in said(second)
     assert time.monotonic() - began_s < DEADLINE_S / 2, "nobody waits for the dead"
     assert sorted(path.name for path in store.folder.iterdir()) == [KEY, f"{KEY}.lock"]
 
