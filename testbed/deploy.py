@@ -124,7 +124,7 @@ def _start(
     topology = own_devices.admit(topology, trust=options.trust)
     plan = placement.place(topology)
     begun = ahead.take(options.name or topology.rack) if options.again else None
-    with begun.reservation if begun else _reserve(topology, options) as reservation:
+    with begun or _reserve(topology, options) as reservation:
         if begun:
             run_dir = begun.run_dir
         run_dir = (run_dir or paths.new_run_dir(reservation.name)).resolve()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -38,13 +39,21 @@ class AnotherRack(Exception):
 
 @dataclass
 class Ahead:
-    """A rack on its way, whose command has still to find out whether it is the one it wants."""
+    """A rack on its way, whose command has still to find out whether it is the one it wants.
+
+    As a context manager it gives its reservation; an error before :meth:`keeper_of` ends it, and
+    becomes AnotherRack if the rack's own start had failed.
+
+    ``opened``  the files of its memory, by name: what they were when it began.
+    """
 
     reservation: Reservation
     run_dir: Path
     keeper: Keeper
     told: Mapping[str, Any]
+    opened: Mapping[str, int]
     begun: Future[None]
+    taken: bool = False
 
     def keeper_of(self, plan: Plan, files: Mapping[str, str]) -> Keeper:
         """Its keeper, when all processes run.
@@ -52,14 +61,34 @@ class Ahead:
         :raises AnotherRack: these are other processes, or one did not start.
         """
         wanted = _told(plan, files, self.reservation.folder, self.run_dir)
-        try:
-            if wanted != self.told:
-                raise AnotherRack
-            self.begun.result()
-        except (AnotherRack, TestbedError) as error:
-            self.end()
-            raise AnotherRack from error
+        if wanted != self.told or not self._same_files(plan):
+            raise AnotherRack
+        self.begun.result()
+        self.taken = True
+        self._close_files()
         return self.keeper
+
+    def _same_files(self, plan: Plan) -> bool:
+        return all(
+            os.path.samestat(os.fstat(fd), Path(str(plan.memory[name])).stat())
+            for name, fd in self.opened.items()
+        )
+
+    def _close_files(self) -> None:
+        for fd in self.opened.values():
+            os.close(fd)
+        self.opened = {}
+
+    def __enter__(self) -> Reservation:
+        return self.reservation
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is None or self.taken:
+            return
+        self.end()
+        failed = not self.begun.done() or self.begun.exception() is not None
+        if failed and isinstance(error, TestbedError | OSError):
+            raise AnotherRack from error
 
     def end(self) -> None:
         """It is not wanted."""
@@ -68,6 +97,7 @@ class Ahead:
         with contextlib.suppress(TimeoutError):
             self.begun.exception(END_TIMEOUT_S)  # it has noticed too, and let go
         self.keeper.close()
+        self._close_files()
         shutil.rmtree(self.run_dir, ignore_errors=True)
 
 
@@ -95,7 +125,13 @@ def begin(words: Sequence[str]) -> None:
 def _begin(reservation: Reservation, run_dir: Path, told: Mapping[str, Any]) -> Ahead:
     run_dir.mkdir(mode=0o700, parents=True)
     places = {_RACK: str(reservation.folder), _RUN: str(run_dir)}
-    plan = Plan(_replaced(told["processes"], places), dict(told["memory"]))
+    opened = {
+        name: os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        for name, path in told["memory"].items()
+        if isinstance(path, str)
+    }
+    memory = {name: f"/proc/{os.getpid()}/fd/{fd}" for name, fd in opened.items()}
+    plan = Plan(_replaced(told["processes"], places), told["memory"] | memory)
     for process in plan.processes:
         make_folders(Path(process["folder"]), Path(process["log"]).parent)
     for place, text in told["files"].items():
@@ -111,7 +147,7 @@ def _begin(reservation: Reservation, run_dir: Path, told: Mapping[str, Any]) -> 
             begun.set_exception(error)
 
     Thread(target=start, name=f"start {reservation.name}", daemon=True).start()
-    return Ahead(reservation, run_dir, keeper, told, begun)
+    return Ahead(reservation, run_dir, keeper, told, opened, begun)
 
 
 def take(name: str) -> Ahead | None:
@@ -143,7 +179,12 @@ def remember(keeper: Keeper, plan: Plan, files: Mapping[str, str]) -> None:
 
 def _told(plan: Plan, files: Mapping[str, str], rack: Path, run: Path) -> dict[str, Any]:
     places = {str(rack): _RACK, str(run): _RUN}
-    told = {"processes": _replaced(plan.processes, places), "memory": plan.memory, "files": files}
+    # A file of memory is named by a descriptor of ours, which another command has not.
+    memory = {
+        name: os.path.realpath(value) if isinstance(value, str) else value
+        for name, value in plan.memory.items()
+    }
+    told = {"processes": _replaced(plan.processes, places), "memory": memory, "files": files}
     value: dict[str, Any] = json.loads(json.dumps(told))  # as it is read again
     return value
 

@@ -151,11 +151,45 @@ def test_anything_else_ends_it(tmp_path: Path, what: str) -> None:
     command = fake_qemu(memory=(memory,), report=what == "process")
     files = {"host0/models.json": "[]" if what == "file" else "{}"}
     told = spawn.plan_of(begun.reservation.folder, [command], begun.run_dir)
-    with pytest.raises(AnotherRack):
+    with pytest.raises(AnotherRack), begun:
         begun.keeper_of(told, files)
     assert not begun.run_dir.exists()
     assert not list((tmp_path / "runtime/racks").iterdir())
     assert not alive(begun.keeper.pid)
+
+
+def saved(file: Path) -> MemoryFd:
+    return MemoryFd(99, "ram", file.stat().st_size, str(file))
+
+
+def test_memory_that_is_a_file_has_to_be_the_same_file(tmp_path: Path) -> None:
+    file = tmp_path / "memory"
+    file.write_bytes(b"1" * 4096)
+    command = fake_qemu(memory=(saved(file),))
+    remembered(tmp_path, command, files={})
+    ahead.begin(WORDS)
+    begun = ahead.take("rack")
+    assert begun is not None
+    told = spawn.plan_of(begun.reservation.folder, [command], begun.run_dir)
+    with begun:
+        begun.keeper_of(told, {}).close()
+    ahead.begin(WORDS)
+    begun = ahead.take("rack")
+    assert begun is not None
+    file.unlink()
+    file.write_bytes(b"2" * 4096)
+    told = spawn.plan_of(begun.reservation.folder, [command], begun.run_dir)
+    with pytest.raises(AnotherRack), begun:
+        begun.keeper_of(told, {})
+
+
+def test_memory_that_is_gone_starts_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "memory"
+    file.write_bytes(b"1" * 4096)
+    remembered(tmp_path, fake_qemu(memory=(saved(file),)), files={})
+    file.unlink()
+    ahead.begin(WORDS)
+    assert ahead.take("rack") is None
 
 
 def test_what_does_not_start_any_more_ends_it(tmp_path: Path) -> None:
@@ -169,7 +203,7 @@ def test_what_does_not_start_any_more_ends_it(tmp_path: Path) -> None:
     ahead.begin(WORDS)
     begun = ahead.take("rack")
     assert begun is not None
-    with pytest.raises(AnotherRack):
+    with pytest.raises(AnotherRack), begun:
         begun.keeper_of(
             spawn.plan_of(begun.reservation.folder, [broken], begun.run_dir),
             {},
