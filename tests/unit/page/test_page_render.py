@@ -19,6 +19,7 @@ import pytest
 from testbed.errors import InputError
 from testbed.page import render as page
 from testbed.page.render import render
+from testbed.results.record import DeviceRecord
 from testbed.results.verdicts import ConsoleSpan, Outcome, Verdict
 from tests.unit.page.run_folder import (
     EVIL,
@@ -187,6 +188,28 @@ def test_several_racks_engines_and_nodes_are_all_there(tmp_path: Path) -> None:
         for node in data["nodes"]:
             assert f"{rack}/{node}" in found.text
     assert len(found.of("svg")) == len(racks) + 1  # and the timeline
+
+
+def test_each_part_of_a_run_has_its_own_rack_and_devices(tmp_path: Path) -> None:
+    parts = {"one": topology_data("quad-gpu"), "two": topology_data("minimal")}
+    devices = [
+        DeviceRecord(f"{label}/rack", "host0", f"gpu-of-{label}", counters={"iommu": {"reads": 1}})
+        for label in parts
+    ]
+    made = replace(
+        run_record([replace(MOVED, test=f"{label}/mapped") for label in parts]),
+        topology={},
+        topologies=parts,
+        devices=tuple(devices),
+    )
+    write_run(tmp_path / "run", made, racks=())
+    for label, topology in parts.items():
+        write_run(tmp_path / "run" / label, topology=topology)
+    text = render(tmp_path / "run")
+    assert "<h1>quad-gpu, minimal</h1>" in text
+    assert text.count("gpu-of-one") == text.count("gpu-of-two") == 1
+    for label in parts:
+        assert f"The topology as resolved of {label}" in text
 
 
 def test_what_changed_is_in_the_page(tmp_path: Path) -> None:
