@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,14 +26,42 @@ from testbed.topology.model import Topology
 from testbed.topology.plan import RackPlan
 
 T = TypeVar("T")
+_Value = tuple[object, Callable[[Any], None], str]  # kept: what, how it is closed, who holds it
 
 MAIN = "rack"  # the label of the rack under test
 MAX_DEATHS = 4
 END_TIMEOUT_S = 30.0
 
 
+@dataclass(frozen=True)
+class _Maker:
+    """How a value was made for a machine, so that it can be made for the next one before a test."""
+
+    key: object
+    make: Callable[[Rack], object]
+    close: Callable[[Any], None]
+    holds: str
+
+    def value(self, rack: Rack) -> _Value:
+        return self.make(rack), self.close, self.holds
+
+
+@dataclass
+class _Machine:
+    """One on its way; ``made``: what its first test would make first of all."""
+
+    kind: object
+    rack: Future[Rack] = field(default_factory=Future)
+    made: dict[object, _Value] = field(default_factory=dict)
+
+
 class LiveRack:
-    """A rack that outlives its machines. It is a :class:`testbed.instruments.interface.Rack`."""
+    """A rack that outlives its machines. It is a :class:`testbed.instruments.interface.Rack`.
+
+    Tests of one kind make the same values (:meth:`once`) when they are set up. So a machine that
+    gets ready for a test, while another one runs, is given these before: by the same functions, in
+    the same order. Only those that say that they may be made ``ahead``.
+    """
 
     def __init__(self, source: RackSource, topology: Topology, label: str) -> None:
         self._source = source
@@ -41,37 +70,66 @@ class LiveRack:
         self._starts = 0
         self._deaths = 0
         self._future: Future[Rack] | None = None
-        self._spare: Future[Rack] | None = None  # for the next test that wants a fresh machine
+        self._spare: _Machine | None = None  # for the next test that wants a fresh machine
+        self._makers: dict[object, tuple[_Maker, ...]] = {}  # of what tests of a kind make at first
+        self._recorded: list[_Maker] = []
+        self._kind: object = None  # of the test that runs on a fresh machine, None of any other
         self._ends: list[threading.Thread] = []  # of machines that were in use
         self._why_gone = ""
-        self._kept: dict[object, tuple[object, Callable[[Any], None], str]] = {}
+        self._kept: dict[object, _Value] = {}
         self.waited_s = 0.0  # in all, for machines to boot
         self.touched = False  # by the test that runs
         self.used = False  # by any test
         self.wants_spare = False  # the next test shall find another machine ready
+        self.next_kind: object = None  # of that test
         self.last_versions: Mapping[str, Any] = {}
         self.devices: list[DeviceRecord] = []  # of its machines that have ended
 
     def start(self) -> None:
         """Begin to boot in the background, if that has not been done."""
-        if self._future is None:
-            self._future, self._spare = self._spare or self._begin(), None
+        if self._future is not None:
+            return
+        machine, self._spare = self._spare, None
+        if machine is not None and machine.kind not in (None, self._kind):
+            self._end_aside(machine.rack)  # made for a test that did not use it
+            machine = None
+        machine = machine or self._begin()
+        self._future, self._kept = machine.rack, machine.made
 
-    def _begin(self) -> Future[Rack]:
+    def set_up(self, kind: object) -> None:
+        """A test of that kind begins to be set up; None: one that does not want a fresh machine."""
+        self._kind, self._recorded = kind, []
+
+    def was_set_up(self) -> None:
+        """It was: what it has made so far, others of its kind make too."""
+        if self._kind is not None:
+            self._makers.setdefault(self._kind, tuple(self._recorded))
+
+    def _begin(self, kind: object = None) -> _Machine:
         self._starts += 1
-        future: Future[Rack] = Future()
+        makers = self._makers.get(kind, ())
+        machine = _Machine(kind if makers else None)
+        future = machine.rack
         label = self._label if self._starts == 1 else f"{self._label}-{self._starts}"
 
         def boot() -> None:
             try:
-                future.set_result(self._source.start(self._topology, label))
+                rack = self._source.start(self._topology, label)
+                try:
+                    for maker in makers:
+                        machine.made[maker.key] = maker.value(rack)
+                except Exception:  # the test itself meets it, on a machine that it did not touch
+                    machine.made.clear()
+                    rack.close()
+                    rack = self._source.start(self._topology, f"{label}-again")
+                future.set_result(rack)
             except BaseException as error:  # raised where it is waited for
                 future.set_exception(error)
 
         # A daemon: after Ctrl-C nobody waits for a boot. The rack's keeper ends the machines
         # when this process does.
         threading.Thread(target=boot, name=f"boot {label}", daemon=True).start()
-        return future
+        return machine
 
     def get(self) -> Rack:
         """The running rack, booted if need be.
@@ -95,7 +153,7 @@ class LiveRack:
             self.waited_s += time.monotonic() - before
         self.last_versions = rack.versions
         if self.wants_spare and self._spare is None and self._source.restartable:
-            self._spare = self._begin()
+            self._spare = self._begin(self.next_kind)
         return rack
 
     def lost(self, test: str) -> None:
@@ -121,9 +179,12 @@ class LiveRack:
         self.used = False
         future, self._future = self._future, None
         if future is not None:
-            thread = threading.Thread(target=self._end_of, args=(future, True), daemon=True)
-            thread.start()
-            self._ends.append(thread)
+            self._end_aside(future)
+
+    def _end_aside(self, future: Future[Rack]) -> None:
+        thread = threading.Thread(target=self._end_of, args=(future, True), daemon=True)
+        thread.start()
+        self._ends.append(thread)
 
     @property
     def ours(self) -> bool:
@@ -163,11 +224,14 @@ class LiveRack:
         close: Callable[[T], None] = lambda _: None,
         *,
         holds: str = "",
+        ahead: bool = False,
     ) -> T:
         """A value made once for each machine, and kept under ``key`` until :meth:`drop`.
 
         :param holds: on whose behalf it holds devices, which nobody else can then open: before it
             is made, values that hold some on another's behalf are closed.
+        :param ahead: it may be made by a machine that gets ready, before the test that wants it:
+            ``make`` knows of no machine but the one that it is given.
         """
         rack = self.get()
         if key not in self._kept:
@@ -175,6 +239,9 @@ class LiveRack:
                 for other in [k for k, kept in self._kept.items() if kept[2] not in ("", holds)]:
                     self.drop(other)
             self._kept[key] = (make(rack), close, holds)
+        maker = _Maker(key, make, close, holds)
+        if ahead and all(each.key != key for each in self._recorded):
+            self._recorded.append(maker)
         return self._kept[key][0]  # type: ignore[return-value]
 
     def drop(self, key: object) -> None:
@@ -193,7 +260,8 @@ class LiveRack:
         self._kept.clear()
         self._why_gone = self._why_gone or "the session is over"
         self._end(wait=wait)
-        spare, self._spare = self._spare, None
+        machine, self._spare = self._spare, None
+        spare = machine.rack if machine else None
         if spare is not None and (wait or spare.done()) and spare.exception() is None:
             spare.result().close()
         for thread in self._ends:

@@ -165,10 +165,25 @@ class ConformanceSession:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Fresh machines for a test that wants them; others get ready while this one runs."""
+        main = self.pool.main
         if self._wants_pristine(item):
             for rack in self.pool.all():
                 rack.refresh()
-        self.pool.main.wants_spare = nextitem is not None and self._wants_pristine(nextitem)
+        main.set_up(self._kind(item))
+        main.wants_spare = nextitem is not None and self._wants_pristine(nextitem)
+        main.next_kind = self._kind(nextitem) if nextitem else None
+
+    def _kind(self, item: pytest.Item) -> object:
+        """The same for pristine tests that are set up in the same way."""
+        if not self._wants_pristine(item):
+            return None
+        several = len(self.pool.source.plan.nodes) > 1
+        return item.path, tuple(_fixtures(item)), item.name if several else ""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self) -> None:
+        """The test is set up."""
+        self.pool.main.was_set_up()
 
     def _wants_pristine(self, item: pytest.Item) -> bool:
         return self._all_pristine or item.get_closest_marker(PRISTINE) is not None

@@ -52,7 +52,7 @@ def board(
         return NegotiationBoard(booted, node, mutation, policy or DEFAULT_POLICY)
 
     key = ("negotiation", node)
-    made = rack.once(key, make, NegotiationBoard.close, holds="negotiation")
+    made = rack.once(key, make, NegotiationBoard.close, holds="negotiation", ahead=True)
     made.run(do("chapter", title=request.node.name.removeprefix("test_")))
     yield made
     if rack.is_running:

@@ -142,7 +142,7 @@ def shared_bench(rack: LiveRack, node: str, mutation: Mutation) -> Bench:
     def make(booted: Rack) -> Bench:
         return _open_bench(booted, node, mutation)
 
-    return rack.once(("bench", node), make, Bench.close, holds="bench")
+    return rack.once(("bench", node), make, Bench.close, holds="bench", ahead=True)
 
 
 def _open_bench(rack: Rack, node: str, mutation: Mutation) -> Bench:
