@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from testbed import bare, deploy, rack
+from testbed import deploy, rack
 from testbed.errors import CapabilityMissing, InputError
 from testbed.harness.racks import MAIN
 from testbed.instruments.interface import Rack
@@ -17,6 +17,9 @@ from testbed.topology.engines import ENGINES
 from testbed.topology.model import Topology, with_overrides
 from testbed.topology.placement import place
 from testbed.topology.plan import RackPlan
+
+if TYPE_CHECKING:
+    from testbed import bare
 
 
 class TopologySource:
@@ -76,7 +79,9 @@ class TopologySource:
 
     def run_program(self, program: Path, label: str, timeout_s: float) -> bare.ProgramEnd:
         """Run a program in the kernel's place, on a machine as the first node's; HostError."""
-        return bare.run_program(
+        from testbed.bare import run_program  # noqa: PLC0415  few runs do that
+
+        return run_program(
             self.topology,
             program,
             run_dir=self._run_dir / label,
