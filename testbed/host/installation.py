@@ -3,7 +3,7 @@
 
 Working it out again reads the manifest, the package sets' locks and every file of ours that is in
 the image: a tenth of a second, most of it for the libraries that read them. So it is remembered,
-under a hash of all that it depends on: ``CACHE/remembered/KEY.json``. Products never change, so
+under a hash of all that it depends on: ``CACHE/remembered/installation-KEY.json``. Products never change, so
 that what was remembered holds as long as all of it is there.
 """
 
@@ -74,13 +74,16 @@ def remember(installation: Installation, cache: Path) -> None:
     file = _file(tuple(installation.kernels), cache)
     with contextlib.suppress(OSError):
         product.write_json(file, _to_data(asdict(installation)))
-        kept = sorted(file.parent.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+        kept = sorted(
+            file.parent.glob("installation-*.json"), key=lambda path: path.stat().st_mtime_ns
+        )
         for old in kept[:-_MOST]:
             old.unlink(missing_ok=True)
 
 
 def _file(kernels: Sequence[str], cache: Path) -> Path:
-    return cache / "remembered" / f"{digest(FORMAT, sorted(set(kernels)), *_inputs(cache))}.json"
+    key = digest(FORMAT, sorted(set(kernels)), *_inputs(cache))
+    return cache / "remembered" / f"installation-{key}.json"
 
 
 def _inputs(cache: Path) -> Iterator[Any]:
