@@ -3,8 +3,8 @@
 
 Working it out again reads the manifest, the package sets' locks and every file of ours that is in
 the image: a tenth of a second, most of it for the libraries that read them. So it is remembered,
-under a hash of all that it depends on: ``CACHE/remembered/installation-KEY.json``. Products never change, so
-that what was remembered holds as long as all of it is there.
+under a hash of all that it depends on: ``CACHE/remembered/installation-KEY.json``. Products never
+change, so that what was remembered holds as long as all of it is there.
 """
 
 from __future__ import annotations
