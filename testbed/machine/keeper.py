@@ -73,6 +73,7 @@ if TYPE_CHECKING:
 SOCKET = "keeper.sock"
 LOCK_FD = 3
 MAX_LINE_BYTES = 16 << 20  # a call
+MAX_RACK_BYTES = 1 << 16  # the line that says which rack
 MAX_UNREAD_BYTES = 4 << 20  # answers and events that a client did not fetch: it is dropped
 REAP_TIMEOUT_S = 10.0  # from SIGKILL to the end of a process that may be deep in the kernel
 READY_PAUSE_S = 0.01
@@ -407,7 +408,7 @@ def _await_rack() -> tuple[str, str]:
     :raises SystemExit: the owner needs no rack.
     """
     with socket.socket(fileno=os.dup(0)) as wire:
-        line, fds, _, _ = socket.recv_fds(wire, MAX_LINE_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
+        line, fds, _, _ = socket.recv_fds(wire, MAX_RACK_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
     if not line or len(fds) != 2:
         sys.exit(0)
     moved = [above(fd) for fd in fds]  # they may have got number 3 themselves
