@@ -17,30 +17,23 @@ if TYPE_CHECKING:
 _PAGE_BYTES = 4096
 
 
-def _bufs(agent: Agent) -> DmaBufs:
-    made = agent.area_state.setdefault("dmabuf", DmaBufs())
-    if not isinstance(made, DmaBufs):
-        raise TypeError("another area is called dmabuf")
-    return made
-
-
 @registry.method("dmabuf.bind")
 def _bind(agent: Agent, *, device: str, module: str) -> dict[str, Any]:
     """Let ``dmabuf_exporter`` or ``dmabuf_importer`` drive a function."""
-    _bufs(agent).bind(device, module)
+    agent.area(DmaBufs).bind(device, module)
     return {}
 
 
 @registry.method("dmabuf.unbind")
 def _unbind(agent: Agent, *, device: str) -> dict[str, Any]:
-    _bufs(agent).unbind(device)
+    agent.area(DmaBufs).unbind(device)
     return {}
 
 
 @registry.method("dmabuf.release")
 def _release(agent: Agent) -> dict[str, Any]:
     """Unmap and detach every import, close every buffer, give every function back."""
-    agent.area_state.pop("dmabuf", DmaBufs()).close()
+    agent.end_area(DmaBufs)
     return {}
 
 
@@ -63,7 +56,7 @@ def _export(
     """
     pieces = " ".join(f"{each['offset']}:{each['size_bytes']}" for each in ranges)
     words = f"{device} {bar} {mode} {revocable:d} {chunk_bytes} {pieces}"
-    return _bufs(agent).export(name, words, by_child=by_child)
+    return agent.area(DmaBufs).export(name, words, by_child=by_child)
 
 
 @registry.method("dmabuf.export_vfio")
@@ -84,7 +77,7 @@ def _export_vfio(
         fd = function.export(bar, pieces, flags)
     except OSError as error:
         return {"errno": error.errno}
-    _bufs(agent).adopt(name, fd)
+    agent.area(DmaBufs).adopt(name, fd)
     return {"errno": 0}
 
 
@@ -102,24 +95,24 @@ def _vfio_reset(agent: Agent, *, container: int, device: str) -> dict[str, bool]
 
 @registry.method("dmabuf.close")
 def _close(agent: Agent, *, name: str) -> dict[str, Any]:
-    _bufs(agent).close_buffer(name)
+    agent.area(DmaBufs).close_buffer(name)
     return {}
 
 
 @registry.method("dmabuf.mmap")
 def _mmap(agent: Agent, *, name: str, size_bytes: int) -> dict[str, Any]:
     """``{errno, hex}``: what the CPU reads through a mapping of the dma-buf itself."""
-    return _bufs(agent).mmap(name, size_bytes)
+    return agent.area(DmaBufs).mmap(name, size_bytes)
 
 
 @registry.method("dmabuf.revoke")
 def _revoke(agent: Agent, *, name: str, timeout_ms: int) -> dict[str, Any]:
-    return _bufs(agent).exporter("revoke", name, timeout_ms)
+    return agent.area(DmaBufs).exporter("revoke", name, timeout_ms)
 
 
 @registry.method("dmabuf.restore")
 def _restore(agent: Agent, *, name: str) -> dict[str, Any]:
-    return _bufs(agent).exporter("restore", name)
+    return agent.area(DmaBufs).exporter("restore", name)
 
 
 @registry.method("dmabuf.move")
@@ -128,24 +121,24 @@ def _move(
 ) -> dict[str, Any]:
     """``to``: ``vram`` or ``system``; ``copy_ms``: its contents follow, behind a fence."""
     queued = () if copy_ms is None else (copy_ms,)
-    return _bufs(agent).exporter("move", name, to, timeout_ms, *queued)
+    return agent.area(DmaBufs).exporter("move", name, to, timeout_ms, *queued)
 
 
 @registry.method("dmabuf.careless")
 def _careless(agent: Agent, *, name: str, words: list[str]) -> dict[str, Any]:
     """What the exporter shall do wrong from now on: the module's words."""
-    return _bufs(agent).exporter("careless", name, *words)
+    return agent.area(DmaBufs).exporter("careless", name, *words)
 
 
 @registry.method("dmabuf.abandon")
 def _abandon(agent: Agent, *, name: str) -> dict[str, Any]:
     """Wrong: the exporter frees the pages of a buffer that others have mapped."""
-    return _bufs(agent).exporter("abandon", name)
+    return agent.area(DmaBufs).exporter("abandon", name)
 
 
 @registry.method("dmabuf.state")
 def _state(agent: Agent, *, name: str) -> dict[str, Any]:
-    return _bufs(agent).exporter("state", name)
+    return agent.area(DmaBufs).exporter("state", name)
 
 
 @registry.method("dmabuf.attach")
@@ -153,7 +146,7 @@ def _attach(
     agent: Agent, *, name: str, buffer: str, device: str, manners: list[str]
 ) -> dict[str, Any]:
     """Import a buffer for a device; ``manners`` are the importer module's words."""
-    bufs = _bufs(agent)
+    bufs = agent.area(DmaBufs)
     words = ("attach", device, bufs.buffer(buffer), *manners)
     return bufs.importer(name, " ".join(map(str, words)))[0]
 
@@ -161,24 +154,24 @@ def _attach(
 @registry.method("dmabuf.map")
 def _map(agent: Agent, *, name: str) -> dict[str, Any]:
     """``{errno, entries, bytes, list}``: the scatter list that the exporter made."""
-    return _list(_bufs(agent).importer(name, "map"))
+    return _list(agent.area(DmaBufs).importer(name, "map"))
 
 
 @registry.method("dmabuf.show")
 def _show(agent: Agent, *, name: str) -> dict[str, Any]:
     """As ``dmabuf.map``, of what is mapped already; ENODEV if nothing is."""
-    return _list(_bufs(agent).importer(name, "show"))
+    return _list(agent.area(DmaBufs).importer(name, "show"))
 
 
 @registry.method("dmabuf.import")
 def _import(agent: Agent, *, name: str, command: str) -> dict[str, Any]:
     """``unmap``, ``detach``, ``state`` or ``fence MS`` of an import."""
-    return _bufs(agent).importer(name, command)[0]
+    return agent.area(DmaBufs).importer(name, command)[0]
 
 
 @registry.method("dmabuf.close_import")
 def _close_import(agent: Agent, *, name: str) -> dict[str, Any]:
-    _bufs(agent).close_import(name)
+    agent.area(DmaBufs).close_import(name)
     return {}
 
 
@@ -193,7 +186,7 @@ def _write(
 ) -> dict[str, Any]:
     """Bytes into the buffer. ``how``: ``dma``, ``stale``, ``pages`` or ``vmap``."""
     data = bytes.fromhex(hex)
-    bufs = _bufs(agent)
+    bufs = agent.area(DmaBufs)
     bufs.put(name, data)
     return bufs.importer(name, _copy("to", offset, len(data), how))[0]
 
@@ -201,7 +194,7 @@ def _write(
 @registry.method("dmabuf.read")
 def _read(agent: Agent, *, name: str, offset: int, size_bytes: int, how: str) -> dict[str, Any]:
     """Bytes out of the buffer; as ``dmabuf.write``, with ``hex``."""
-    bufs = _bufs(agent)
+    bufs = agent.area(DmaBufs)
     bufs.put(name, bytes(size_bytes))
     answer = bufs.importer(name, _copy("from", offset, size_bytes, how))[0]
     return {**answer, "hex": bufs.get(name, size_bytes).hex()}
@@ -221,7 +214,7 @@ def _late(
     ``{errno, begun_ns, late_ns}``: until it had written, from when it was told and from then on.
     """
     data = bytes.fromhex(hex)
-    bufs = _bufs(agent)
+    bufs = agent.area(DmaBufs)
     bufs.put(name, data)
     return bufs.importer(name, f"late {offset} {len(data)} {after_us}")[0]
 
@@ -229,7 +222,7 @@ def _late(
 @registry.method("dmabuf.peek")
 def _peek(agent: Agent, *, device: str, bar: int, offset: int) -> dict[str, str]:
     """A page of a BAR, as the CPU reads it past any dma-buf."""
-    return {"hex": _bufs(agent).view(device, bar, offset).read(0, _PAGE_BYTES).hex()}
+    return {"hex": agent.area(DmaBufs).view(device, bar, offset).read(0, _PAGE_BYTES).hex()}
 
 
 @registry.method("dmabuf.poke")
@@ -241,7 +234,7 @@ def _poke(
     offset: int,
     hex: str,  # noqa: A002  the protocol's word
 ) -> dict[str, Any]:
-    _bufs(agent).view(device, bar, offset).write(0, bytes.fromhex(hex))
+    agent.area(DmaBufs).view(device, bar, offset).write(0, bytes.fromhex(hex))
     return {}
 
 

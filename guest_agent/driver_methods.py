@@ -54,19 +54,12 @@ class Lent:
         binding.restore(self._bindings)
 
 
-def _lent(agent: Agent) -> Lent:
-    made = agent.area_state.setdefault("driver", Lent())
-    if not isinstance(made, Lent):
-        raise TypeError("another area is called driver")
-    return made
-
-
 @registry.method("driver.lend")
 def _lend(
     agent: Agent, *, devices: list[str], unsafe_interrupts: bool = False
 ) -> dict[str, dict[str, str]]:
     """``unsafe_interrupts``: the IOMMU remaps none (virtio), and VFIO shall not mind."""
-    groups = _lent(agent).take(devices, agent.held())
+    groups = agent.area(Lent).take(devices, agent.held())
     if unsafe_interrupts:
         sysfs.write(_UNSAFE_INTERRUPTS, "Y")
     return {"groups": groups}
@@ -74,5 +67,5 @@ def _lend(
 
 @registry.method("driver.give_back")
 def _give_back(agent: Agent) -> dict[str, Any]:
-    _lent(agent).close()
+    agent.area(Lent).close()
     return {}

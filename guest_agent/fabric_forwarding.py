@@ -8,7 +8,7 @@ has the attach tried again.
 from __future__ import annotations
 
 from guest_agent.kernel_methods import registry
-from guest_agent.p2p_device.fabric import address_of, fabrics_of, port_of
+from guest_agent.p2p_device.fabric import Fabrics, address_of, port_of
 from guest_agent.rpc import ParameterError
 
 TYPE_CHECKING = False
@@ -47,7 +47,7 @@ def fabric_attach(
     def decide() -> negotiation.Outcome:
         return negotiation.negotiate(joined, [theirs], [ours], policy, forwarder=forwarder)
 
-    events = fabrics_of(agent).events
+    events = agent.area(Fabrics).events
     with events.span("attach", subject, port.latest.get(question, 0)) as span:
         port.latest[question] = span.number
         outcome = negotiation.noted(events, subject, decide)
@@ -87,7 +87,7 @@ def fabric_answer(
     port.forwarder.questions.remove(pair)
     port.forwarder.answers[pair] = Refusal(errno, why) if errno else None
     said = why if errno else str(address_of(address or {}))
-    events = fabrics_of(agent).events
+    events = agent.area(Fabrics).events
     port.latest[pair] = events.note(
         "answer", " and ".join(pair), port.latest.get(pair, 0), why=said
     )

@@ -25,12 +25,12 @@ from guest_agent.p2p.iova import IovaState
 from guest_agent.p2p_device.fabric import (
     IDENTITY_SHIFT,
     ROUTE_BIT,
+    Fabrics,
     Given,
     Peering,
     Port,
     Vfio,
     address_of,
-    fabrics_of,
     place_of,
     port_of,
     task_in,
@@ -51,23 +51,23 @@ def fabric_begin(agent: Agent, *, title: str = "") -> dict[str, Any]:
     """Events are numbered from 1 again: whoever asks for them now knows none. ``title``: as
     ``fabric.chapter``, if a test is under way.
     """
-    fabrics_of(agent).begin()
+    agent.area(Fabrics).begin()
     if title:
-        fabrics_of(agent).events.chapter("test", title)
+        agent.area(Fabrics).events.chapter("test", title)
     return {}
 
 
 @registry.method("fabric.chapter")
 def fabric_chapter(agent: Agent, *, title: str) -> dict[str, int]:
     """What follows is part of a test."""
-    return {"number": fabrics_of(agent).events.chapter("test", title)}
+    return {"number": agent.area(Fabrics).events.chapter("test", title)}
 
 
 @registry.method("fabric.events")
 def fabric_events(agent: Agent, *, after: int = 0) -> dict[str, Any]:
     """As ``protocol.events``: what happened after the event of that number."""
-    fabrics_of(agent).events.forget(after)
-    return fabrics_of(agent).events.as_json()
+    agent.area(Fabrics).events.forget(after)
+    return agent.area(Fabrics).events.as_json()
 
 
 @registry.method("fabric.join")
@@ -96,8 +96,8 @@ def fabric_join(
         port.links[each["identity"]] = each["link"]
         if each["same_os"]:
             port.same_os.add(each["name"])
-    fabrics_of(agent).ports[engine] = port
-    fabrics_of(agent).events.note("join", device, what=fabric, peers=len(peers))
+    agent.area(Fabrics).ports[engine] = port
+    agent.area(Fabrics).events.note("join", device, what=fabric, peers=len(peers))
     return {"peers": len(port.peers)}
 
 
@@ -121,7 +121,7 @@ def fabric_alloc(
     mode = "virtual" if chosen else "physical"
     state = ual.UalState(peering, peer, port.device, virtual=chosen)
     what = f"{mode}, {size_bytes:#x} bytes"
-    with fabrics_of(agent).events.span("alloc", peering.title, what=what) as span:
+    with agent.area(Fabrics).events.span("alloc", peering.title, what=what) as span:
         with task_in(context or [], port.device) as task:
             allocated = state.try_alloc(task, size_bytes)
         if not allocated:
@@ -132,7 +132,7 @@ def fabric_alloc(
         except OSError:
             state.free()
             raise
-    number = fabrics_of(agent).add(Given(state, peering, span.number))
+    number = agent.area(Fabrics).add(Given(state, peering, span.number))
     return {"state": number, "mode": mode, "iova_ranges": peering.allocated}
 
 
@@ -148,7 +148,7 @@ def fabric_link(
 ) -> dict[str, Any]:
     """``ual_iova_link``: ``physical`` is an offset in the owner's video memory."""
     what = f"{size_bytes:#x} bytes at {offset:#x} → {physical:#x}"
-    with fabrics_of(agent).step(state, "link", what) as given:
+    with agent.area(Fabrics).step(state, "link", what) as given:
         given.link(physical, offset, size_bytes, writable=writable)
     return {}
 
@@ -156,7 +156,8 @@ def fabric_link(
 @registry.method("fabric.sync")
 def fabric_sync(agent: Agent, *, state: int, size_bytes: int, offset: int = 0) -> dict[str, Any]:
     """``ual_iova_sync``."""
-    with fabrics_of(agent).step(state, "sync", f"{size_bytes:#x} bytes at {offset:#x}") as given:
+    what = f"{size_bytes:#x} bytes at {offset:#x}"
+    with agent.area(Fabrics).step(state, "sync", what) as given:
         given.sync(offset, size_bytes)
     return {}
 
@@ -164,7 +165,8 @@ def fabric_sync(agent: Agent, *, state: int, size_bytes: int, offset: int = 0) -
 @registry.method("fabric.unlink")
 def fabric_unlink(agent: Agent, *, state: int, size_bytes: int, offset: int = 0) -> dict[str, Any]:
     """``ual_iova_unlink``; from the answer on the initiator faults there."""
-    with fabrics_of(agent).step(state, "unlink", f"{size_bytes:#x} bytes at {offset:#x}") as given:
+    what = f"{size_bytes:#x} bytes at {offset:#x}"
+    with agent.area(Fabrics).step(state, "unlink", what) as given:
         given.unlink(offset, size_bytes)
     return {}
 
@@ -172,7 +174,7 @@ def fabric_unlink(agent: Agent, *, state: int, size_bytes: int, offset: int = 0)
 @registry.method("fabric.address")
 def fabric_address(agent: Agent, *, state: int, offset: int = 0) -> dict[str, Any]:
     """The address for the initiator, and what its page tables have if it is a physical one."""
-    found = fabrics_of(agent).state(state).address(offset)
+    found = agent.area(Fabrics).state(state).address(offset)
     answer = {"kind": "fabric", **vars(found)}
     entry = found.page_table_entry(ROUTE_BIT) if found.physical else None
     return {"address": answer, "entry": entry, "route_bit": ROUTE_BIT}
@@ -181,18 +183,18 @@ def fabric_address(agent: Agent, *, state: int, offset: int = 0) -> dict[str, An
 @registry.method("fabric.free")
 def fabric_free(agent: Agent, *, state: int) -> dict[str, Any]:
     """``ual_iova_free``."""
-    with fabrics_of(agent).step(state, "free") as given:
+    with agent.area(Fabrics).step(state, "free") as given:
         given.free()
-    fabrics_of(agent).drop(state)
+    agent.area(Fabrics).drop(state)
     return {}
 
 
 @registry.method("fabric.destroy")
 def fabric_destroy(agent: Agent, *, state: int, mapped_bytes: int) -> dict[str, Any]:
     """``ual_iova_destroy``."""
-    with fabrics_of(agent).step(state, "destroy", f"{mapped_bytes:#x} bytes") as given:
+    with agent.area(Fabrics).step(state, "destroy", f"{mapped_bytes:#x} bytes") as given:
         given.destroy(mapped_bytes)
-    fabrics_of(agent).drop(state)
+    agent.area(Fabrics).drop(state)
     return {}
 
 
@@ -200,7 +202,7 @@ def fabric_destroy(agent: Agent, *, state: int, mapped_bytes: int) -> dict[str, 
 def fabric_close(agent: Agent, *, engine: int, peer: str) -> dict[str, Any]:
     """Export nothing to the peer any more. :raises OSError: EBUSY: it has addresses."""
     peering = port_of(agent, engine).peer(peer)
-    with fabrics_of(agent).events.span("close", peering.title):
+    with agent.area(Fabrics).events.span("close", peering.title):
         peering.use("closed")
     return {}
 
@@ -219,7 +221,7 @@ def fabric_map(
     port = port_of(agent, engine)
     found = address_of(address)
     what = f"{virtual:#x} → {size_bytes:#x} bytes of {owner}"
-    with fabrics_of(agent).events.span("map", port.device, what=what, address=str(found)):
+    with agent.area(Fabrics).events.span("map", port.device, what=what, address=str(found)):
         aperture, number = place_of(port, owner, found)
         port.gpu.space(0).map(virtual, size_bytes, number, aperture)
     return {"link": aperture >> 4}
@@ -230,7 +232,7 @@ def fabric_unmap(agent: Agent, *, engine: int, virtual: int, size_bytes: int) ->
     """Undo :func:`fabric_map`, and have the GPU forget it."""
     port = port_of(agent, engine)
     what = f"{size_bytes:#x} bytes at {virtual:#x}"
-    with fabrics_of(agent).events.span("unmap", port.device, what=what):
+    with agent.area(Fabrics).events.span("unmap", port.device, what=what):
         done = port.gpu.space(0).unmap(virtual, size_bytes)
         port.gpu.invalidate(None)
     return {"unmapped_bytes": done}
@@ -266,7 +268,7 @@ def fabric_dma_copy(
     device = port_of(agent, engine).device
     state = IovaState(table, device)
     what = f"{size_bytes:#x} bytes, {iova:#x} → {target_iova:#x} by PCIe"
-    with fabrics_of(agent).events.span("copy", device, what=what):
+    with agent.area(Fabrics).events.span("copy", device, what=what):
         with task_in(context or [], "dma"):  # the kernel allows all of it anywhere
             allocated = state.try_alloc(0, size_bytes)
             if not allocated:
@@ -283,13 +285,13 @@ def fabric_dma_copy(
 def fabric_submit(agent: Agent, *, engine: int, commands: list[dict[str, Any]]) -> dict[str, Any]:
     """``gpu.submit``, as an event; where it ended, if it did not get through, is a fault."""
     device = port_of(agent, engine).device
-    with fabrics_of(agent).events.span("copy", device) as span:
+    with agent.area(Fabrics).events.span("copy", device) as span:
         answer: dict[str, Any] = gpu_methods.gpu_submit(agent, engine=engine, commands=commands)
         span.details["what"] = ", ".join(map(gpu_commands.said, commands))
     if not answer["completed"]:
         status = answer["status"]
         why = f"{status['cause']} at {status.get('address', 0):#x}"
-        fabrics_of(agent).events.note("fault", device, span.number, why=why)
+        agent.area(Fabrics).events.note("fault", device, span.number, why=why)
     return answer
 
 
@@ -297,7 +299,7 @@ def fabric_submit(agent: Agent, *, engine: int, commands: list[dict[str, Any]]) 
 def fabric_watch_window(agent: Agent, *, container: int, device: str) -> dict[str, Any]:
     """Have the kernel say when it wants a window back that VFIO holds."""
     agent.vfio_device(container, device).watch_request()
-    fabrics_of(agent).events.note("watch", f"window {device}")
+    agent.area(Fabrics).events.note("watch", f"window {device}")
     return {}
 
 
@@ -309,5 +311,5 @@ def fabric_window_wanted(
     check_timeout(timeout_s)
     wanted = agent.vfio_device(container, device).requested(timeout_s)
     if wanted:
-        fabrics_of(agent).events.note("wanted", f"window {device}")
+        agent.area(Fabrics).events.note("wanted", f"window {device}")
     return {"wanted": wanted}

@@ -7,7 +7,7 @@ from guest_agent.rpc import ParameterError, Registry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Protocol
+    from typing import Any, Protocol, TypeVar
 
     from guest_agent.hw.vfio import VfioContainer
     from guest_agent.observe.kmsg import KernelLog
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
         def close(self) -> None:
             """Give it back."""
+
+    A = TypeVar("A", bound=Closeable)
 
 
 # ruff: noqa: PLC0415  as in guest_agent/agent.py
@@ -30,7 +32,7 @@ class KernelMethods:
 
     def __init__(self) -> None:
         self._inserted: list[str] = []
-        self.area_state: dict[str, Closeable] = {}  # by areas of methods: what they must give back
+        self._areas: dict[type, Closeable] = {}
         self._probe_made: Probe | None = None
 
     @property
@@ -49,10 +51,23 @@ class KernelMethods:
             self._probe_made = Probe()
         return self._probe_made
 
+    def area(self, kind: type[A]) -> A:
+        """What an area of methods holds: made when first wanted, given back at the agent's end."""
+        held = self._areas.get(kind)
+        if not isinstance(held, kind):
+            held = self._areas[kind] = kind()
+        return held
+
+    def end_area(self, kind: type[A]) -> None:
+        """Give back what it holds now; it begins anew when it is next wanted."""
+        held = self._areas.pop(kind, None)
+        if held is not None:
+            held.close()
+
     def release_kernel(self) -> None:
         """Give the providers back and unload what was inserted, last first."""
-        while self.area_state:
-            self.area_state.popitem()[1].close()
+        while self._areas:
+            self._areas.popitem()[1].close()
         if self._probe_made is not None:
             self._probe_made.close()
             self._probe_made = None

@@ -263,19 +263,9 @@ class Fabrics:
         self.given.clear()
 
 
-def fabrics_of(agent: Agent) -> Fabrics:
-    """The agent's; made when first wanted."""
-    found = agent.area_state.get("fabric")
-    if found is None:
-        found = agent.area_state["fabric"] = Fabrics()
-    if not isinstance(found, Fabrics):
-        raise TypeError("area_state: fabric")
-    return found
-
-
 def port_of(agent: Agent, engine: int) -> Port:
     """A GPU on a fabric. :raises ParameterError: it has joined none."""
-    port = fabrics_of(agent).ports.get(engine)
+    port = agent.area(Fabrics).ports.get(engine)
     if port is None or agent.engine(engine) is not port.gpu:
         raise ParameterError(f"engine: {engine} has not joined a fabric (fabric.join)")
     return port
