@@ -115,10 +115,13 @@ def _curve(name: str, x_name: str, points: list[tuple[float, float]]) -> dict[st
     x0, x1, y0, y1 = LEFT, WIDTH - RIGHT, HEIGHT - BOTTOM, TOP
     least, most = math.log(points[0][0]), math.log(points[-1][0])
     top = _round_up(max(y for _, y in points))
+    lowest = min(y for _, y in points)
+    bottom = -_round_up(-lowest) if lowest < 0 else 0.0  # noise may be larger than what is there
 
     def place(x: float, y: float) -> tuple[float, float]:
         share = (math.log(x) - least) / (most - least) if most > least else 0.5
-        return round(x0 + share * (x1 - x0), 1), round(y0 - y / top * (y0 - y1), 1)
+        height = (y - bottom) / (top - bottom)
+        return round(x0 + share * (x1 - x0), 1), round(y0 - height * (y0 - y1), 1)
 
     placed = [place(x, y) for x, y in points]
     return {
@@ -127,7 +130,8 @@ def _curve(name: str, x_name: str, points: list[tuple[float, float]]) -> dict[st
         **{"x0": x0, "x1": x1, "y0": y0},
         "x_ticks": [_Tick(place(x, 0)[0], _number(x)) for x, _ in points],
         "y_ticks": [
-            _Tick(place(points[0][0], top * n / 4)[1], _number(top * n / 4)) for n in range(5)
+            _Tick(place(points[0][0], y)[1], _number(y))
+            for y in (bottom + (top - bottom) * n / 4 for n in range(5))
         ],
         "line": " ".join(f"{x},{y}" for x, y in placed),
         "dots": [{"x": x, "y": y} for x, y in placed],

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from testbed.benchmarks import growth, virtme
-from testbed.benchmarks.plot import svg
+from testbed.benchmarks.plot import BOTTOM, HEIGHT, TOP, svg
 from testbed.benchmarks.suite import _Watch
 from testbed.errors import CapabilityMissing
 from testbed.host.kernel import KernelImage
@@ -56,6 +56,14 @@ def test_a_picture_has_a_curve_for_each_series_and_every_size() -> None:
     assert len(list(root.iter(f"{SVG}circle"))) == 4
     assert {"boot", "memory", "1", "8"} <= set(texts)
     assert "a <cpu>, 2 processors, 1 GiB" in texts
+
+
+def test_a_value_below_nothing_stays_in_its_diagram() -> None:
+    points = [{"x": 1, "memory": -80.0}, {"x": 2, "memory": 900.0}]
+    root = ElementTree.fromstring(svg("racks", {"unit": "MiB", "x": "racks", "points": points}))  # noqa: S314
+    low, high = (float(dot.get("cy", "")) for dot in root.iter(f"{SVG}circle"))
+    assert TOP < high < low < HEIGHT - BOTTOM
+    assert {"-100", "1e+03"} & {text.text for text in root.iter(f"{SVG}text")}
 
 
 def test_what_has_no_sizes_is_drawn_as_bars() -> None:
