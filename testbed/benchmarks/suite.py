@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a suite costs: seconds for each requirement, and processor time by who used it.
 
-Processes are those whose working folder or command line is in the run's own folders; they are
-looked at ten times a second, so what a process uses in its last tenth is missed.
+Processes are those whose working folder or command line is in the run's own folders, and all that
+they started; they are looked at ten times a second, so what a process uses in its last tenth is
+missed.
 """
 
 from __future__ import annotations
@@ -88,9 +89,12 @@ def _one(words: Sequence[str]) -> dict[str, Any]:
 
 @dataclass
 class _Watch:
-    """Processor time of every process that has one of ``folders`` in it, by pid and start."""
+    """Processor time of every process that has one of ``folders`` in it, and of those that such a
+    one started, by pid and start.
+    """
 
     folders: tuple[str, ...]
+    _members: set[int] = field(default_factory=set)
     _seen: dict[tuple[int, str], tuple[str, float]] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -114,7 +118,9 @@ class _Watch:
 
     def _look_on(self) -> None:
         while not self._stop.wait(_LOOK_S):
-            for process in Path("/proc").glob("[0-9]*"):
+            # In order of their numbers: nearly always after who started them.
+            for pid in sorted(int(each.name) for each in Path("/proc").glob("[0-9]*")):
+                process = Path(f"/proc/{pid}")
                 try:
                     self._look(process)
                 except (OSError, ValueError, IndexError):
@@ -126,17 +132,23 @@ class _Watch:
             return
         stat = (process / "stat").read_text().rpartition(")")[2].split()
         key = (pid, stat[19])
-        kind = self._kind(process)  # asked each time: between fork and exec it is its parent's
-        if kind:
-            self._seen[key] = (kind, (int(stat[11]) + int(stat[12])) / _TICKS)
-
-    def _kind(self, process: Path) -> str:
         words = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        used_s = (int(stat[11]) + int(stat[12])) / _TICKS
+        if not words:  # it is ending, and has no memory any more: what it was, it was
+            if key in self._seen:
+                self._seen[key] = (self._seen[key][0], used_s)
+            return
         where = str((process / "cwd").readlink())
-        if not any(folder in words or where.startswith(folder) for folder in self.folders):
-            return ""
-        if "qemu-system" in words:
-            return "qemu"
-        if "models" in words:
-            return "models"
-        return "keeper" if "keeper" in words else "harness"
+        named = any(folder in words or where.startswith(folder) for folder in self.folders)
+        if named or int(stat[1]) in self._members:  # a keeper is named by nothing
+            self._members.add(pid)
+            # Asked each time: between fork and exec it is its parent's.
+            self._seen[key] = (_kind(words), used_s)
+
+
+def _kind(words: str) -> str:
+    if "qemu-system" in words:
+        return "qemu"
+    if "keeper" in words:  # it may be told which models to import
+        return "keeper"
+    return "models" if "models" in words else "harness"

@@ -104,6 +104,37 @@ def _kernel(folder: Path, *modules: str) -> KernelImage:
     return KernelImage("x", "7.0-x", image, False, "0" * 64, image, None, image, ())
 
 
+def test_what_a_run_starts_is_counted_whatever_it_is_called(tmp_path: Path) -> None:
+    """A keeper is named by no folder, and a session of its own; it may be told to import models."""
+    spin = "import time\nwhile time.process_time() < 0.5: pass\ntime.sleep(0.4)"
+    start = (
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', *sys.argv[2:]], cwd='/', "
+    )
+    start += "start_new_session=True)"
+    words = [sys.executable, "-c", start, f"{tmp_path}/run", spin, "machine.keeper", "models.lean"]
+    with _Watch((str(tmp_path),)) as watch:
+        subprocess.run(words, check=True, timeout=60)
+    used = watch.used_s()
+    assert 0.4 < used["keeper"] < 1, used
+    assert used["models"] == 0
+
+
+def test_a_process_that_is_ending_is_still_what_it_was(tmp_path: Path) -> None:
+    """Its command line is gone before its working folder is."""
+    watch = _Watch((str(tmp_path),))
+    process = tmp_path / "4711"
+    process.mkdir()
+    (process / "cwd").symlink_to(tmp_path)
+    numbers = ["S", "1", *["0"] * 9, "700", "0", *["0"] * 6, "99"]
+    (process / "stat").write_text(f"4711 (a b) {' '.join(numbers)}")
+    (process / "cmdline").write_bytes(b"/x/qemu-system-x86_64\0-S\0")
+    watch._look(process)
+    (process / "cmdline").write_bytes(b"")
+    (process / "stat").write_text(f"4711 (a b) {' '.join(numbers).replace('700', '900')}")
+    watch._look(process)
+    assert watch.used_s() == {"qemu": 9.0, "models": 0, "keeper": 0, "harness": 0}
+
+
 def test_a_kernel_that_virtme_cannot_boot_is_a_skip(tmp_path: Path, setup: SetupOptions) -> None:
     installation = SimpleNamespace(kernels={"x": _kernel(tmp_path / "root")})
     with pytest.raises(CapabilityMissing, match=r"9p, which kernel 7\.0-x does not have"):
