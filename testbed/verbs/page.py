@@ -40,11 +40,17 @@ def page(run: str | None, output: Path | None, against: str | None) -> None:
     """
     from testbed.matrix import page as matrices
     from testbed.matrix.records import MATRIX_FILE
+    from testbed.matrix.store import CELLS
     from testbed.page.render import render
     from testbed.results.record import write_atomically
 
     folder = find_run(run)
     name = DEFAULT_FILE
+    if (folder / CELLS).is_dir() and not (folder / MATRIX_FILE).is_file():
+        raise InputError(
+            f"{folder} is of a matrix that has not ended",
+            hint=f"go on with: testbed matrix FILE --resume {folder}",
+        )
     if (folder / MATRIX_FILE).is_file():
         if against is not None:
             raise InputError("--against compares two runs, not matrices")

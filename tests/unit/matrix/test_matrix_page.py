@@ -87,3 +87,6 @@ def test_it_is_made_again_with_the_pages_of_its_cells(tmp_path: Path) -> None:
     assert f"{whole.folder}/run/page.html" in links((tmp_path / "index.html").read_text())
     done = CliRunner().invoke(verb, [str(tmp_path), "--against", str(tmp_path)])
     assert isinstance(done.exception, InputError)
+    (tmp_path / MATRIX_FILE).unlink()
+    done = CliRunner().invoke(verb, [str(tmp_path)])
+    assert "has not ended" in str(done.exception)
