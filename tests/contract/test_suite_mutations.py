@@ -127,6 +127,21 @@ def test_a_rack_without_peers_says_what_it_lacks(tmp_path: Path) -> None:
     assert verdicts["TOPO-13"] is Verdict.PASS
 
 
+def test_a_device_s_own_pages_need_the_gpu_model(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    result = run_suites(
+        Choice(["p2p-hmm"], "whose_pages"),
+        FakeSource(quad_gpu(engine="edu"), tmp_path),
+        tmp_path,
+        stream=stream,
+        console=Console(file=io.StringIO()),
+    )
+    assert result.code is ExitCode.SKIP
+    assert "# SKIP this rack lacks two GPUs with engines (the GPU model in both)" in (
+        stream.getvalue()
+    )
+
+
 def test_a_nic_is_a_peer_too(tmp_path: Path) -> None:
     result, verdicts, ktap = run(tmp_path, quad_gpu(gpus="1"))
     assert verdicts.pop("TOPO-16") is Verdict.SKIP  # no switch in common

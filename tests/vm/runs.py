@@ -133,8 +133,9 @@ class HandingOver(TopologySource):
 
     def __init__(self, rack: Rack, run_dir: Path, options: deploy.StartOptions) -> None:
         super().__init__(rack.topology, run_dir, options=options)
-        self._rack = rack
+        self._left = [rack]
 
     def start(self, topology: Topology, label: str) -> Any:
-        del topology, label
-        return self._rack
+        if topology is self.topology and self._left:
+            return self._left.pop()
+        return super().start(topology, label)

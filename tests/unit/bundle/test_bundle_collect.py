@@ -149,7 +149,11 @@ def test_the_verb_names_the_file_after_the_run(tmp_path: Path) -> None:
         return subprocess.run(
             [sys.executable, "-m", "testbed.cli", "bundle", *words],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "TESTBED_STATE_DIR": str(tmp_path / "state"),  # in which no run is yet
+            },
             capture_output=True,
             text=True,
             check=False,
