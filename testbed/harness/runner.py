@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import pytest
+import pytest_timeout
 from rich.console import Console
 
 from testbed.errors import CapabilityMissing, ExitCode, InputError
@@ -204,20 +205,21 @@ def _run_session(
     arguments = [
         f"--config-file={ini}",
         "--capture=sys",  # KTAP goes to descriptor 1 while a test runs
-        *("-p", "no:cacheprovider", "-p", "pytest_timeout"),
+        *("-p", "no:cacheprovider"),
         # It collects garbage five times at the end, 0.2 s of processor time, to warn in our log.
         *("-p", "no:unraisableexception"),
         *("-k", choice.keyword),
         "-rA",
         *paths,
     ]
+    # Modules, not names: for a name pytest reads what every installed package has to offer.
     with (
         (run_dir / PYTEST_LOG).open("w") as log,
         _environment(_ENVIRONMENT),
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        code = pytest.main(arguments, plugins=[pytest_plugin, session])
+        code = pytest.main(arguments, plugins=[pytest_timeout, pytest_plugin, session])
     if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise InputError(
             f"no test to run: {' '.join(choice.suites) or DEFAULT_SUITE}"
