@@ -9,6 +9,7 @@ part, so that a suite does the same everywhere.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 import tempfile
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import pytest
-import pytest_timeout
 from rich.console import Console
 
 from testbed.errors import CapabilityMissing, ExitCode, InputError
@@ -212,14 +212,15 @@ def _run_session(
         "-rA",
         *paths,
     ]
-    # Modules, not names: for a name pytest reads what every installed package has to offer.
+    # As a module: for a name pytest reads what every installed package has to offer.
+    timeouts = importlib.import_module("pytest_timeout")
     with (
         (run_dir / PYTEST_LOG).open("w") as log,
         _environment(_ENVIRONMENT),
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
-        code = pytest.main(arguments, plugins=[pytest_timeout, pytest_plugin, session])
+        code = pytest.main(arguments, plugins=[timeouts, pytest_plugin, session])
     if code in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise InputError(
             f"no test to run: {' '.join(choice.suites) or DEFAULT_SUITE}"
