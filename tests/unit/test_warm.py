@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -19,9 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.errors import SetupError
+from testbed.errors import LaunchError, LinkLost, QmpError, SetupError, TestbedError
 from testbed.machine import saving
-from testbed.machine.command import NodeCommand
+from testbed.machine.command import MACHINE_STATE, NodeCommand
 from testbed.topology import load, placement
 from testbed.warm import memory, restore
 from testbed.warm.store import FORMAT, INDEX, MEMORY, STATE, Snapshot, Store
@@ -230,6 +231,44 @@ def test_a_host_without_memory_is_not_the_saved_machines_fault(
     with pytest.raises(restore.SnapshotUnfit, match=os.strerror(number)) as caught:
         restore.Checking(found).wait()
     assert caught.value.is_sound is sound
+
+
+def test_what_was_found_is_restored_although_it_was_pruned(tmp_path: Path) -> None:
+    store = Store(tmp_path / "warm")
+    found = make(store, "a")
+    store.prune(0)
+    assert not found.folder.exists()
+    restore.provide_state(found, tmp_path)
+    assert (tmp_path / MACHINE_STATE).read_bytes() == b"state of a"
+    assert found.damage() == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "sound"),
+    [
+        (
+            LaunchError(
+                "n: QEMU ended with status 1",
+                node="n",
+                exit_status=1,
+                command=(),
+                output="qemu: warning\nqemu: Cannot allocate memory\n",
+            ),
+            True,
+        ),
+        (LinkLost("n: QEMU was killed", node="n", exit_status=-signal.SIGKILL), True),
+        (LinkLost("n: QEMU was killed", node="n", exit_status=-signal.SIGBUS), False),
+        (LinkLost("n: no answer", node="n"), False),
+        (QmpError("n: refused", error_class="GenericError", description="x"), False),
+    ],
+)
+def test_what_only_the_host_can_have_done_is_not_the_saved_machines_fault(
+    error: TestbedError, *, sound: bool
+) -> None:
+    unfit = restore._unfit(error, "a")
+    assert unfit.is_sound is sound
+    assert unfit.message.startswith(error.message)
+    assert ("Cannot allocate memory" in unfit.message) is isinstance(error, LaunchError)
 
 
 def test_what_a_killed_save_left_is_removed_but_not_what_is_being_made(tmp_path: Path) -> None:
