@@ -73,6 +73,10 @@ def test_the_median_is_judged_and_all_runs_are_kept(monkeypatch: pytest.MonkeyPa
     assert (result["holds"], result["of_wanted"]) == (True, {"a": 0.6})
     assert figures.exit_code(result) is ExitCode.PASS
     assert "0.6" in svg("figures", result)
+    (row,) = report(monkeypatch, figure("b", says(0.5, 1.2, 0.4)), runs=2)["figures"]
+    assert (row["measured"]["median"], row["holds"]) == (0.85, True)
+    (row,) = report(monkeypatch, figure("b", says(0.5, 1.2, 9.0)))["figures"]
+    assert not row["holds"], "one good run is not enough"
 
 
 def test_one_that_is_missed_is_named_and_the_others_are_measured(
