@@ -25,7 +25,7 @@ from testbed.verbs.common import format_option, print_json, say
 def cache(what: str, keep_mib: int, form: str) -> None:
     """`show` the machines that were saved for --warm; `prune` them, the least recently used first.
 
-    4 GiB of them are kept without being asked.
+    8 GiB of them are kept without being asked.
     """
     from testbed.warm import restore
     from testbed.warm.store import entry_data

@@ -28,7 +28,7 @@ from testbed.warm.memory import OpenMemory, Runs
 
 FORMAT = 3
 MEMORY, STATE, INDEX = "memory", "state", "snapshot.json"
-DEFAULT_BUDGET_BYTES = 4 * GIB
+DEFAULT_BUDGET_BYTES = 8 * GIB
 _LOCK = ".lock"
 _GONE = ".gone-"
 _SKEW_S = 3600.0  # between the clocks of machines that share a cache
