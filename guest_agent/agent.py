@@ -211,11 +211,32 @@ class Agent(KernelMethods):
         return {"sequence": self._log.mark(), "waited_s": wait_s}
 
     @registry.method("faults.since")
-    def _faults_since(self, *, sequence: int) -> dict[str, Any]:
+    def _faults_since(
+        self, *, sequence: int, wanted: int = 0, wait_s: float = 0.0
+    ) -> dict[str, Any]:
+        """What was reported from ``sequence`` on; ``wanted`` reports are waited for."""
+        import time
+
         from guest_agent.observe import dmar
 
-        records, lost = self._log.since(sequence, dmar.WORDS)
-        return {**dmar.collect(records), "lost_lines": lost}
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            records, lost = self._log.since(sequence, dmar.WORDS)
+            found = dmar.collect(records)
+            left_s = deadline_s - time.monotonic()
+            if len(found["records"]) >= wanted or left_s <= 0 or self._is_silent():
+                return {**found, "lost_lines": lost}
+            self._log.wait(left_s)
+
+    def _is_silent(self) -> bool:
+        """The kernel has printed so many faults that it prints none for a while."""
+        import time
+
+        from guest_agent.observe import dmar
+
+        records, _ = self._log.since(0, dmar.WORDS)
+        now_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        return dmar.wait_for_reports(records, now_us, 1) > 0
 
     # ---- devices and their address spaces
 
@@ -257,6 +278,13 @@ class Agent(KernelMethods):
     @registry.method("vfio.unmap")
     def _vfio_unmap(self, *, container: int, iova: int, size_bytes: int) -> dict[str, int]:
         return {"unmapped_bytes": self.vfio(container).unmap(iova, size_bytes)}
+
+    @registry.method("vfio.unmap_ranges")
+    def _vfio_unmap_ranges(self, *, container: int, ranges: list[dict[str, Any]]) -> dict[str, int]:
+        """Several at once: ``iova`` and ``size_bytes`` of each."""
+        vfio = self.vfio(container)
+        done = [vfio.unmap(each["iova"], each["size_bytes"]) for each in ranges]
+        return {"unmapped_bytes": sum(done)}
 
     @registry.method("vfio.close")
     @registry.method("raw.close")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import select
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ class KernelLog:
         found = [raw for number, raw in self._records if number >= sequence]
         lost = max(0, self._next - sequence) - len(found)
         return [parse(raw) for raw in found if any(word in raw for word in words)], lost
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when there is a record that was not read yet, at the latest after that time."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        poll.poll(timeout_s * 1000)
 
     def close(self) -> None:
         """Close the device."""

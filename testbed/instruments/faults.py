@@ -10,7 +10,6 @@ they are complete; they are switched on over QMP and go to QEMU's log. AMD's tel
 from __future__ import annotations
 
 import re
-import time
 from types import TracebackType
 from typing import Self
 
@@ -34,7 +33,6 @@ _FLAG_READ, _FLAG_WRITE = 1, 2
 
 # The fault's interrupt and the log line come a moment after the DMA.
 _SETTLE_S = 0.05
-_POLL_S = 0.01
 
 
 def watch_machine(node: RackNode) -> bool:
@@ -83,14 +81,10 @@ class FaultWatch:
 
     def _read(self) -> FaultWindow:
         machine = self._machine_records()
-        deadline = time.monotonic() + _SETTLE_S
-        while True:
-            answer = self._node.agent.call("faults.since", sequence=self._sequence)
-            seen = len(answer["records"])
-            enough = seen >= len(machine) if self._machine_watched else seen > 0
-            if enough or time.monotonic() > deadline:
-                break
-            time.sleep(_POLL_S)
+        wanted = len(machine) if self._machine_watched else 1
+        answer = self._node.agent.call(
+            "faults.since", sequence=self._sequence, wanted=wanted, wait_s=_SETTLE_S
+        )
         guest = tuple(
             FaultSeen(
                 requester=_full_bdf(record["requester"]),

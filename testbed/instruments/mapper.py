@@ -147,8 +147,10 @@ class Mapper:
 
     def release(self) -> None:
         """Take away all that is mapped, whatever the mutation."""
-        for iova in list(self._mapped):
-            self._unmap(iova)
+        ranges = [{"iova": at, "size_bytes": size} for at, size in self._mapped.items() if size]
+        self._mapped.clear()
+        if ranges:
+            self._agent.call("vfio.unmap_ranges", container=self._container, ranges=ranges)
 
     def keep(self, mapping: Mapping) -> None:
         """Leave this one alone in :meth:`release`: it lasts as long as the container."""

@@ -236,7 +236,7 @@ class FakeNode:
     def do_kmsg_mark(self) -> dict[str, int]:
         return {"sequence": len(self._faults)}
 
-    def do_faults_since(self, sequence: int) -> dict[str, Any]:
+    def do_faults_since(self, sequence: int, **_: Any) -> dict[str, Any]:
         new = self._faults[sequence:GUEST_LOG_LIMIT]
         return {"records": new, "suppressed": 0, "overflow": False, "lost_lines": 0}
 
@@ -278,6 +278,10 @@ class FakeNode:
         for number in range(iova // PAGE, (iova + size_bytes) // PAGE):
             self._tables.pop(number)
         return {"unmapped_bytes": size_bytes}
+
+    def do_vfio_unmap_ranges(self, container: int, ranges: list[dict[str, int]]) -> None:
+        for each in ranges:
+            self.do_vfio_unmap(container, **each)
 
     def do_memory_alloc(self, name: str, size_bytes: int) -> dict[str, int]:
         self._ram[name] = (0x100_0000 * (len(self._ram) + 1), bytearray(size_bytes))
