@@ -13,8 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ import pytest
 
 from testbed import deploy
 from testbed.errors import LinkLost
+from testbed.machine import spawn
+from testbed.machine.client import Keeper
 from testbed.rack import Rack
 from testbed.warm import restore
 from testbed.warm.store import INDEX, MEMORY, STATE, Store
@@ -136,24 +137,20 @@ def test_a_damaged_file_is_never_used(
         assert lines[0].startswith(f"testbed: not restored but booted: {entry / name}")
 
 
-@contextmanager
-def little_room() -> Iterator[None]:
-    """This process, and what it starts, may have so many more addresses."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    limit = pages * resource.getpagesize() + ROOM_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
 def test_memory_that_the_host_lacks_is_not_the_saved_machines_fault(
     entry: Path, start: Restore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with little_room(), pytest.raises(Boots):
-        start()
+    begin = spawn.begin
+
+    def with_little_room(keeper: Keeper, plan: Any) -> None:
+        """What the keeper starts inherits it."""
+        resource.prlimit(keeper.pid, resource.RLIMIT_AS, (ROOM_BYTES, ROOM_BYTES))
+        begin(keeper, plan)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spawn, "begin", with_little_room)
+        with pytest.raises(Boots):
+            start()
     (line,) = capsys.readouterr().err.splitlines()
     assert "emory" in line
     assert entry.exists()
