@@ -30,6 +30,8 @@ VRAM = MemoryFd(100, "gpu0.vram", 1 << 20)
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for kind in ("CACHE", "STATE", "RUNTIME"):
         monkeypatch.setenv(f"TESTBED_{kind}_DIR", str(tmp_path / kind.lower()))
+    # A command that another test ran in this process may have left a keeper that waits.
+    monkeypatch.setattr(early, "_waiting", [])
     yield
     ahead.end()
     assert not list_racks(tmp_path / "runtime")

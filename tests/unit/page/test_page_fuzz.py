@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import tempfile
@@ -74,7 +75,8 @@ def test_a_record_with_an_odd_value_anywhere(data: st.DataObject) -> None:
             parent = content
             for key in path[:-1]:
                 parent = parent[key]
-            parent[path[-1]] = data.draw(odd)
+            # A copy: put into itself, a value would have no end.
+            parent[path[-1]] = copy.deepcopy(data.draw(odd))
         (run / FILE_NAME).write_text(json.dumps(content))
         with contextlib.suppress(InputError):
             assert "</html>" in render(run, against=run)
