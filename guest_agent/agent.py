@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 MAX_TIMEOUT_S = 300.0
 
 
-def check_timeout(timeout_s: float) -> None:
+def check_timeout(timeout_s: float, name: str = "timeout_s") -> None:
     """:raises ParameterError: longer than a call may take."""
     if timeout_s > MAX_TIMEOUT_S:
-        raise ParameterError(f"timeout_s: at most {MAX_TIMEOUT_S:.0f}, not {timeout_s}")
+        raise ParameterError(f"{name}: at most {MAX_TIMEOUT_S:.0f}, not {timeout_s}")
 
 
 def _check_access(access: str) -> None:
@@ -219,6 +219,7 @@ class Agent(KernelMethods):
 
         from guest_agent.observe import dmar
 
+        check_timeout(wait_s, "wait_s")
         deadline_s = time.monotonic() + wait_s
         while True:
             records, lost = self._log.since(sequence, dmar.WORDS)
