@@ -185,9 +185,9 @@ def test_huge_documents_need_little_memory_and_time(form: str) -> None:
     tag = "system" if form == "nccl" else "topology"
     text = f"<{tag}>{'<pci/>' * 4_000_000}</{tag}>".encode()
     tracemalloc.start()
-    start = time.monotonic()
+    start_s = time.process_time()  # what others do on the host is not counted
     assert f"more than {markup.MOST_ELEMENTS} elements" in refusal(form, text)
-    assert time.monotonic() - start < 15
+    assert time.process_time() - start_s < 15
     assert tracemalloc.get_traced_memory()[1] < 200 << 20
     tracemalloc.stop()
 
