@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import stat
@@ -21,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.errors import LaunchError, LinkLost, QmpError, SetupError, TestbedError
-from testbed.machine import saving
-from testbed.machine.command import MACHINE_STATE, NodeCommand
+from testbed.machine import argv, saving
+from testbed.machine.command import MACHINE_STATE, LaunchContext, NodeCommand, Start
 from testbed.topology import load, placement
 from testbed.warm import memory, restore
 from testbed.warm.store import FORMAT, INDEX, MEMORY, STATE, Snapshot, Store
@@ -298,6 +299,16 @@ def test_what_is_saved_are_bridges_the_control_network_and_the_iommu() -> None:
     plan = placement.place(topology).nodes["host0"]
     kept = {f.kind for f in plan.functions} - {f.kind for f in saving.left_out(plan)}
     assert kept == {"port", "virtio-net"}
+
+
+def test_a_restored_machine_cannot_write_what_was_saved() -> None:
+    topology = load.load(ROOT / "topologies" / "minimal.yaml", {})
+    plan, spec = placement.place(topology).nodes["host0"], topology.nodes["host0"]
+    for start, wanted in ((Start.SAVE, (True, None)), (Start.RESTORE, (False, True))):
+        context = LaunchContext(("qemu",), {}, "tcg", Path("kernel"), Path("initrd"), start=start)
+        words = argv.command(plan, spec, context).argv
+        (ram,) = (json.loads(word) for word in words if '"id":"ram0"' in word)
+        assert (ram["share"], ram.get("readonly")) == wanted
 
 
 def test_a_machine_that_cannot_be_saved_has_a_reason(tmp_path: Path) -> None:
