@@ -24,18 +24,21 @@ def complete_run(_ctx: click.Context, _parameter: click.Parameter, word: str) ->
 
 
 def find_run(word: str | None) -> Path:
-    """The folder meant by ``word``; the newest run's if it is None.
+    """The folder meant by ``word``; if it is None, that of the newest run with a record: racks that
+    were only brought up, and runs that have not ended, are in the same place without one.
 
     :raises InputError: there is none, or there are several; with the nearest name.
     """
     from testbed.host import paths
+    from testbed.results.record import FILE_NAME
     from testbed.topology.problem import listing, nearest
 
     runs = paths.state_dir() / "runs"
     names = run_names()
     if word is None:
         if names:
-            return runs / names[0]
+            ended = (name for name in names if (runs / name / FILE_NAME).is_file())
+            return runs / next(ended, names[0])
         raise InputError(f"no run yet in {runs}", hint="RUN may be the folder of one elsewhere")
     path = Path(word)
     if path.is_dir():

@@ -33,3 +33,11 @@ def test_without_any_run(runs: Path) -> None:
         find_run(None)
     with pytest.raises(InputError, match="no such run"):
         find_run("x")
+
+
+def test_the_newest_is_one_that_has_ended(runs: Path) -> None:
+    for name in ("20260101-quad", "20260102-quad", "20260103-up"):
+        (runs / name).mkdir(parents=True)
+    for name in ("20260101-quad", "20260102-quad"):
+        (runs / name / "record.json").touch()
+    assert find_run(None).name == "20260102-quad"
