@@ -57,6 +57,7 @@ class LaunchContext:
     ``kernel``       bzImage, or an ELF vmlinux with a PVH note.
     ``initrd``       the node's own initial RAM disk.
     ``quick_firmware``  qboot, by a name that this QEMU finds; "" if it may have none.
+    ``tsc_khz``      how fast this host's time stamp counter runs; 0 if that is not known.
     ``kernel_args``  words added to the guest kernel's command line after the testbed's own.
     ``console_verbose``  the guest prints its whole log on the console while it boots.
     ``start``        boot; boot to be saved; or restore from MACHINE_STATE, without kernel.
@@ -70,6 +71,7 @@ class LaunchContext:
     kernel: Path
     initrd: Path
     quick_firmware: str = ""
+    tsc_khz: int = 0
     kernel_args: tuple[str, ...] = ()
     console_verbose: bool = False
     start: Start = Start.BOOT

@@ -41,10 +41,17 @@ def kernel_words(node: Node, context: LaunchContext) -> tuple[str, ...]:
         *(() if context.console_verbose else ("quiet",)),
         pci_word(node, context),
         *iommu_words(node.iommu),
-        *(TCG_WORDS if context.accelerator == "tcg" else ()),
+        *(tcg_words(context) if context.accelerator == "tcg" else ()),
         *context.kernel_args,
         *node.kernel_args,
     )
+
+
+def tcg_words(context: LaunchContext) -> tuple[str, ...]:
+    """What an emulated machine is spared, and how fast its clock runs: it is the host's."""
+    if not context.tsc_khz:
+        return TCG_WORDS
+    return (*TCG_WORDS, f"tsc_early_khz={context.tsc_khz}")
 
 
 def pci_word(node: Node, context: LaunchContext) -> str:

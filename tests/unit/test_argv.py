@@ -170,6 +170,7 @@ def test_a_bell_connects_to_the_rack_s_server() -> None:
         "addr": "07.0",
         "chardev": "b0-wire",
         "vectors": 2,
+        "master": "on",
     }
     assert "socket,id=b0-wire,path=b0.bell" in argv.argv
 
@@ -290,3 +291,11 @@ def test_speed_ups_are_for_tcg_only() -> None:
     kvm = commanded(replace(CONTEXT, accelerator="kvm"))
     assert "mitigations=off" not in kernel_line(kvm)
     assert values(kvm, "-accel") == ["kvm"]
+
+
+def test_an_emulated_machine_is_told_how_fast_its_clock_runs() -> None:
+    told = replace(CONTEXT, tsc_khz=2_596_000)
+    assert "tsc_early_khz=2596000" in kernel_line(commanded(told))
+    kvm = replace(told, accelerator="kvm")
+    for context in (CONTEXT, kvm):
+        assert "tsc_early_khz" not in " ".join(kernel_line(commanded(context)))
