@@ -8,7 +8,8 @@ nothing is started or imported anew, and no keys are exchanged. Behind the other
 server's, for whoever wants a shell; none runs until then.
 
 ``… listen saved [FUNCTION…]`` is the end of a boot that is to be saved (:mod:`guest_agent.resume`):
-it loads all of the agent first, and takes who this machine is from the first line that comes.
+it loads all of the agent first, and makes the first agent, which waits: to it the first connection
+of the restored machine says in a line who that is.
 """
 
 from __future__ import annotations
@@ -46,17 +47,42 @@ def run(agent_hash: str, words: list[str]) -> int:
     if words[:1] == ["saved"]:
         from guest_agent import resume  # noqa: PLC0415  a machine that is booted need not have it
 
-        resume.wait(words[1:])
-        first = _accept(agents)
-        problem = resume.answer(first)
-        if not problem:
-            _agent(first, agent_hash, (agents, shells), resume.settle)
-        resume.be_ordinary()
-        os.close(first)
-        _say(READY)
-    else:
-        _say(READY)
+        resume.get_ready(words[1:])
+        became = _first_agent(agents, shells, agent_hash)
+        resume.wait()
+        os.read(became, 1)  # nothing, if it could not
+        os.close(became)
+        resume.reseed()
+    _say(READY)
     _serve(agents, shells, agent_hash)
+
+
+def _first_agent(agents: _socket.socket, shells: _socket.socket, agent_hash: str) -> int:
+    """Fork the agent to which the first connection says who this machine is.
+
+    :returns: what can be read when this machine is that.
+    """
+    from guest_agent import resume  # noqa: PLC0415
+
+    became, says = os.pipe()
+    if os.fork():
+        os.close(says)
+        resume.let_go()
+        return became
+    try:
+        os.close(became)
+        resume.be_quick()
+        wire = _accept(agents)
+        if not resume.answer(wire):
+
+            def before_serving() -> None:
+                resume.settle()
+                os.write(says, b"\n")
+                os.close(says)
+
+            _serve_on(wire, agent_hash, (agents, shells), before_serving)
+    finally:
+        os._exit(1)
 
 
 def _listen(port: int) -> _socket.socket:
@@ -101,15 +127,19 @@ def _serve(agents: _socket.socket, shells: _socket.socket, agent_hash: str) -> N
             os.close(wire)
 
 
-def _agent(
+def _agent(wire: int, agent_hash: str, ours: tuple[_socket.socket, ...]) -> None:
+    """Fork an agent that speaks over ``wire``."""
+    if not os.fork():
+        _serve_on(wire, agent_hash, ours)
+
+
+def _serve_on(
     wire: int,
     agent_hash: str,
     ours: tuple[_socket.socket, ...],
     before_serving: Callable[[], None] = lambda: None,
-) -> None:
-    """Fork an agent that speaks over ``wire``."""
-    if os.fork():
-        return
+) -> NoReturn:
+    """Be the agent that speaks over ``wire``."""
     status = 1
     try:
         os.setsid()

@@ -1,29 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """The end of a boot that is to be saved: wait for the host to say who this is, and become it.
 
-A part of :mod:`guest_agent.listener`. Functions that hold the places of devices which cannot be
-saved are let go by the kernel first, and their bridges keep the windows. All of the agent is
-loaded. Everything that a rack has of its own (keys, name, entropy, time) arrives as one line of
-JSON after the machine was restored, so that a saved machine holds none of it. Then the kernel looks
-again at the buses that the line names.
+A part of :mod:`guest_agent.listener`. In the restored machine its devices are as after a reset: so
+no driver has one when it is saved, and their settings are kept, and given back after.
+All of the agent is loaded, and the first agent of the restored machine waits for its connection.
+Everything that a rack has of its own (keys, name, entropy, time) arrives as one line, so that a
+saved machine holds none of it. That agent says hello as soon as its devices are in place; drivers
+get theirs, and shells their keys, before its first call.
 """
 
 from __future__ import annotations
 
-import base64
+import binascii
 import contextlib
 import fcntl
 import gc
-import json
 import mmap
 import os
 import struct
 import sys
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from guest_agent.hw.config_state import Kept
+
 WAITING = "testbed: waiting"  # testbed/warm/restore.py looks for both
 UNFIT = "testbed: unfit"
-IORESOURCE_MEM = 0x200  # include/linux/ioport.h
 # include/uapi/linux/random.h
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
@@ -35,14 +40,14 @@ AUTHORIZED = "/root/.ssh/authorized_keys"
 # What a test would load first; and where the host put what it built for this kernel.
 KERNEL_MODULES = ("vfio_pci", "vfio_iommu_type1")
 SENT_MODULES = "/etc/testbed/modules"
-PCI = "/sys/bus/pci/devices"
-DISK_DRIVER = "/sys/bus/pci/drivers/nvme"
+PCI = "/sys/bus/pci"
 DISK_CLASS = "0x0108"
 SETTLE_S = 5.0
 PAUSE_S = 0.01
-ROUTER = "/proc/p2p_router"
 
-FORGOTTEN: list[str] = []  # the functions that must be there again
+_kept: list[Kept] = []  # by function that is as after a reset in the restored machine
+_drivers: list[tuple[str, str]] = []  # functions that had one
+_own: list[bytes] = []  # what :func:`settle` needs of the line
 
 
 def write(path: str, data: bytes) -> None:
@@ -54,10 +59,16 @@ def write(path: str, data: bytes) -> None:
         os.close(fd)
 
 
-def forget(functions: list[str]) -> None:
-    """Let the kernel drop these functions."""
+def release(functions: Sequence[str]) -> None:
+    """Take these functions from their drivers, and keep their settings."""
+    from guest_agent.hw.config_state import Kept  # noqa: PLC0415  after load_agent
+
     for function in functions:
-        write(f"{PCI}/{function}/remove", b"1")
+        with contextlib.suppress(FileNotFoundError):  # most have none
+            driver = os.path.basename(os.readlink(f"{PCI}/devices/{function}/driver"))
+            write(f"{PCI}/drivers/{driver}/unbind", function.encode())
+            _drivers.append((function, driver))
+    _kept.extend(Kept(function) for function in functions)
 
 
 def clear_free_memory() -> None:
@@ -112,37 +123,38 @@ def read_line(fd: int) -> bytes:
     return data
 
 
-def become(identity: dict[str, object]) -> None:
-    """Take on what the host says: entropy first, as keys are exchanged with it."""
-    seed = base64.b64decode(str(identity["entropy"]))
+def become(line: bytes) -> str:
+    """Take on what the host says, entropy first; which device did not come back, or "".
+
+    :param line: entropy, the time in seconds, the name, the host's private key, and the public key
+        of who may log in, which alone may have spaces; the first and the fourth in base64.
+    :raises ValueError: it is no such line. :raises OSError: the kernel refused something.
+    """
+    entropy, time_s, *own = line.rstrip(b"\n").split(b" ", 4)
+    name, host_key, client_key = own
+    _own[:] = name, binascii.a2b_base64(host_key), client_key
+    seed = binascii.a2b_base64(entropy)
     with open("/dev/urandom", "wb", buffering=0) as pool:
         fcntl.ioctl(pool, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
         fcntl.ioctl(pool, RNDRESEEDCRNG)
+    time.clock_settime(time.CLOCK_REALTIME, float(time_s))
+    for each in _kept:
+        if problem := each.give_back():
+            return problem
+    return ""
+
+
+def let_go() -> None:
+    """In a process that gives nothing back, or has done so."""
+    for each in _kept:
+        each.close()
+    _kept.clear()
+
+
+def reseed() -> None:
+    """In each process that was saved: its random numbers are no other machine's from now on."""
     if "random" in sys.modules:
         sys.modules["random"].seed()
-    time.clock_settime(time.CLOCK_REALTIME, float(str(identity["time_s"])))
-    write("/proc/sys/kernel/hostname", str(identity["name"]).encode())
-    write("/etc/hostname", f"{identity['name']}\n".encode())
-    write(HOST_KEY, base64.b64decode(str(identity["host_key"])))
-    write(AUTHORIZED, f"{identity['client_key']}\n".encode())
-    buses = identity["buses"]
-    for bus in buses if isinstance(buses, list) else []:
-        write(f"/sys/class/pci_bus/0000:{bus:02x}/rescan", b"1")
-    if os.path.exists(ROUTER):  # it would wait a moment for more
-        write(ROUTER, b"rescan")
-
-
-def unplaced(functions: list[str]) -> str:
-    """The first of these functions that is not there or has a BAR without an address; or ""."""
-    for function in functions:
-        try:
-            with open(f"{PCI}/{function}/resource") as table:
-                bars = [line.split() for line in table][:6]
-        except FileNotFoundError:
-            return f"{function} is not there"
-        if any(int(flags, 16) & IORESOURCE_MEM and not int(start, 16) for start, _, flags in bars):
-            return f"{function} has a BAR without an address"
-    return ""
 
 
 def be_quick() -> None:
@@ -156,13 +168,21 @@ def be_ordinary() -> None:
 
 
 def settle() -> None:
-    """Return when disks that have a driver are there, as they are after a boot."""
+    """All that need not be before the hello; returns when disks are there, as after a boot."""
     be_ordinary()
-    if not os.path.isdir(DISK_DRIVER):
-        return
+    let_go()
+    reseed()
+    name, host_key, client_key = _own
+    write("/proc/sys/kernel/hostname", name)
+    write("/etc/hostname", name + b"\n")
+    write(HOST_KEY, host_key)
+    write(AUTHORIZED, client_key + b"\n")
+    for function, driver in _drivers:
+        with contextlib.suppress(OSError):  # as in a boot, where its driver does not want it
+            write(f"{PCI}/drivers/{driver}/bind", function.encode())
     deadline_s = time.monotonic() + SETTLE_S
-    for function in FORGOTTEN:
-        with open(f"{PCI}/{function}/class") as file:
+    for function, _ in _drivers:
+        with open(f"{PCI}/devices/{function}/class") as file:
             if not file.read().startswith(DISK_CLASS):
                 continue
         while not has_disk(function) and time.monotonic() < deadline_s:
@@ -172,36 +192,43 @@ def settle() -> None:
 def has_disk(function: str) -> bool:
     """The disk behind an NVMe function has a name."""
     try:
-        (controller,) = os.listdir(f"{PCI}/{function}/nvme")
-        names = os.listdir(f"{PCI}/{function}/nvme/{controller}")
+        (controller,) = os.listdir(f"{PCI}/devices/{function}/nvme")
+        names = os.listdir(f"{PCI}/devices/{function}/nvme/{controller}")
     except (FileNotFoundError, ValueError):
         return False
     return any(name.startswith("nvme") for name in names)
 
 
-def wait(functions: list[str]) -> None:
-    """Get ready to be saved, and say so; returns at once, perhaps in a restored machine."""
-    FORGOTTEN[:] = functions
+def get_ready(functions: Sequence[str]) -> None:
+    """Have all done that a restored machine need not do.
+
+    :param functions: addresses of those that will be as after a reset.
+    :raises Exception: it cannot be; the console says so.
+    """
     try:
-        forget(functions)
         os.makedirs("/root/.ssh", 0o700, exist_ok=True)
         load_agent()
         load_modules()
+        release(functions)
         clear_free_memory()
     except Exception as error:
         os.write(1, f"{UNFIT}: {type(error).__name__}: {error}\n".encode())
         raise
+
+
+def wait() -> None:
+    """Say that this machine may be saved; what follows is the restored one."""
     os.write(1, f"{WAITING}\n".encode())
 
 
 def answer(wire: int) -> str:
     """Read who this is from ``wire`` and become it; why that cannot be, said there too, or ""."""
     try:
-        be_quick()
-        become(json.loads(read_line(wire)))
-        problem = unplaced(FORGOTTEN)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        problem = become(read_line(wire))
+    except (OSError, ValueError, EOFError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
+        import json  # noqa: PLC0415  slow, and there already
+
         os.write(wire, json.dumps({"unfit": problem}).encode() + b"\n")
     return problem

@@ -316,7 +316,12 @@ def _saved(
         return {}
     wanted = {
         name: restore.Wanted(
-            node, plan.topology.nodes[name], installation, contexts[name], options.router
+            plan.alone(name),
+            node,
+            plan.topology.nodes[name],
+            installation,
+            contexts[name],
+            options.router,
         )
         for name, node in plan.nodes.items()
     }

@@ -41,19 +41,19 @@ def build_waiting_initrd(
     kernel: KernelImage,
     *,
     agent: AgentBundle,
-    forget: Sequence[str],
+    reset: Sequence[str],
     modules: Sequence[Path] = (),
 ) -> None:
     """The same for a machine that is to be saved: no keys, no name; it waits for them.
 
-    :param forget: addresses of functions that its kernel shall let go before it waits.
+    :param reset: addresses of functions that no driver shall use then, as a restore resets them.
     :param modules: kernel modules of ours that it shall have loaded then.
     :raises HostError: it cannot be written; nothing is left then.
     """
     own = cpio.archive(
         (
             cpio.directory("/etc/testbed"),
-            cpio.regular("/etc/testbed/saved", f"{' '.join(forget)}\n".encode()),
+            cpio.regular("/etc/testbed/saved", f"{' '.join(reset)}\n".encode()),
             cpio.directory("/etc/testbed/modules"),
             *(cpio.from_file(f"/etc/testbed/modules/{file.name}", file) for file in modules),
             cpio.regular("/etc/hostname", b"saved\n"),

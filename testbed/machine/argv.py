@@ -70,13 +70,11 @@ def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:
     argv = [
         *context.qemu,
         *_machine(plan, node, context),
-        *_channels(plan, context),
+        *_channels(plan),
         *_iommu(plan, node.iommu),
     ]
-    left_out = saving.left_out(plan) if context.start is Start.SAVE else ()
     for function in plan.functions:
-        words = _placeholder(function) if function in left_out else _function(function, node)
-        argv += _found_late(function, words) if context.start is Start.RESTORE else words
+        argv += _function(function, node)
     if context.start is Start.RESTORE:
         argv += ["-S", *saving.RESTORE_WORDS]
     elif context.program:
@@ -147,7 +145,7 @@ def _machine(plan: NodePlan, node: Node, context: LaunchContext) -> list[str]:
     ]
 
 
-def _channels(plan: NodePlan, context: LaunchContext) -> list[str]:
+def _channels(plan: NodePlan) -> list[str]:
     """Control, console and network: unix sockets only, so that no port can be taken twice."""
     console_log = f"{LOG_LINK}/{CONSOLE_LOG}"
     network = {
@@ -161,7 +159,7 @@ def _channels(plan: NodePlan, context: LaunchContext) -> list[str]:
     }
     monitors = [QMP_SOCKET, QMP_USER_SOCKET]
     has_models = any(function.kind in MODEL_KINDS for function in plan.functions)
-    if has_models and context.start is not Start.SAVE:
+    if has_models:
         monitors.append(QMP_MODELS_SOCKET)
     return [
         *(word for name in monitors for word in ("-qmp", f"unix:{name},server=on,wait=off")),
@@ -197,23 +195,6 @@ def _function(function: Function, node: Node) -> list[str]:
             hint="choose another engine in the topology, such as igb or edu",
         )
     return make(function, node)
-
-
-def _found_late(function: Function, words: list[str]) -> list[str]:
-    """The same for a guest that finds its devices after its boot.
-
-    Linux then reads of each function, not only of function 0, whether its slot has several, and
-    groups them accordingly (drivers/iommu/iommu.c, ``get_pci_function_alias_group``).
-    """
-    if not function.multifunction:
-        return words
-    return [*words[:-1], _json(json.loads(words[-1]) | {"multifunction": True})]
-
-
-def _placeholder(function: Function) -> list[str]:
-    """What holds the place of a function that cannot be saved, and address space for its BARs."""
-    window: Properties = {"membar": size} if (size := saving.window_bytes(function)) else {}
-    return _device("pci-testdev", _place(function) | window)
 
 
 def _root_port(function: Function, _: Node) -> list[str]:
@@ -283,9 +264,11 @@ def _passthrough(function: Function, _: Node) -> list[str]:
 def _bell(function: Function, _: Node) -> list[str]:
     """Interrupts from other nodes; the rack's server (:mod:`testbed.machine.bells`) is there."""
     wire = f"{function.qemu_id}-wire"
+    # QEMU restores the state of masters only, which is all that this property decides.
+    more = {"chardev": wire, "vectors": BELL_VECTORS, "master": "on"}
     return [
         *("-chardev", f"socket,id={wire},path={bell_socket(function.qemu_id)}"),
-        *_device("ivshmem-doorbell", _place(function) | {"chardev": wire, "vectors": BELL_VECTORS}),
+        *_device("ivshmem-doorbell", _place(function) | more),
     ]
 
 

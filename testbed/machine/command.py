@@ -43,7 +43,7 @@ class Start(StrEnum):
     """How a machine comes to life."""
 
     BOOT = "boot"
-    SAVE = "save"  # boot without what cannot be saved, in memory that can be copied
+    SAVE = "save"  # boot, in memory that can be copied
     RESTORE = "restore"  # go on where a saved machine stopped
 
 

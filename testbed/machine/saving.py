@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a machine can be saved, and how QEMU saves and restores it.
 
-QEMU writes the state of devices; memory that is shared and has a file behind it is left to us
-(``x-ignore-shared``; QEMU migration/ram.c, ``ramblock_is_ignored``). A function whose state cannot
-be saved is not in the saved machine: a placeholder is, for which the guest's bridges open a window,
-and which the guest then lets go. ``pci-testdev`` has no state, so that the stream has none for that
-address, and the restored QEMU has the real function there from its start, as after a reset.
+QEMU writes the state of its devices by the command that Xen's tools use (QEMU migration/savevm.c,
+``qmp_xen_save_devices_state``): unlike a migration it leaves the memory to us, and asks no device
+whether it may. What has no state to be written (models, NVMe, memory behind a BAR) is in the saved
+machine as in any other, used by no driver; restored, it is as after a reset, and the guest gives it
+back its settings (``guest_agent/resume.py``).
 """
 
 from __future__ import annotations
@@ -19,28 +19,26 @@ from testbed.errors import CapabilityMissing, LinkLost, QmpError
 from testbed.machine.command import MACHINE_STATE, MemoryFd
 from testbed.topology.model import Node
 from testbed.topology.plan import Function, NodePlan, Role
-from testbed.topology.windows import own_bars
 
 if TYPE_CHECKING:
     from testbed.machine.qmp import Qmp
 
 RAM = "ram"  # the memory's name in the keeper, after the node's
 RAM_FD = 99  # below those of the devices
+# What Xen's tools want has neither a head that names the machine nor a description at its end.
 RESTORE_WORDS = (
-    *("-global", "migration.x-ignore-shared=on"),
+    *("-machine", "suppress-vmdesc=on"),
+    *("-global", "migration.send-configuration=off"),
     *("-incoming", "defer"),
 )
 # While devices are found, QEMU makes and drops 100 MiB of memory maps; the allocator (where it is
 # tcmalloc) would keep 60 of them.
 RESTORE_ENVIRONMENT = {"TCMALLOC_AGGRESSIVE_DECOMMIT": "true"}
-SAVE_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 20.0
 PAUSE_S = 0.01
 
-# Bridges, the control network and the IOMMU are saved. All else comes back as after a reset: models
-# and NVMe cannot be saved at all, and of memory behind a BAR QEMU wants to find the BAR where it
-# was (migration/ram.c, "Mismatched GPAs"), which in a fresh machine it is not.
-_SAVED = (
+# The guest goes on using these; of all others it is made sure that nobody uses them.
+_IN_USE = (
     Role.ROOT_PORT,
     Role.SWITCH_UPSTREAM,
     Role.SWITCH_DOWNSTREAM,
@@ -49,17 +47,9 @@ _SAVED = (
 )
 
 
-def left_out(plan: NodePlan) -> tuple[Function, ...]:
-    """The functions that come back by themselves after a restore."""
-    return tuple(f for f in plan.functions if f.role not in _SAVED)
-
-
-def window_bytes(function: Function) -> int:
-    """The size of the 64-bit BARs that such a function will have, 0 if it has none.
-
-    Exactly that: with more, Linux finds no room for what fits in a cold boot.
-    """
-    return own_bars(function)[0]
+def reset(plan: NodePlan) -> tuple[Function, ...]:
+    """The functions that a restore resets."""
+    return tuple(f for f in plan.functions if f.role not in _IN_USE)
 
 
 def ram(node: Node) -> MemoryFd:
@@ -81,16 +71,13 @@ def check(plan: NodePlan, node: Node) -> None:
         raise CapabilityMissing(f"a warm start of '{plan.name}': {why}", hint="leave out --warm")
 
 
-def save(qmp: Qmp, state: Path, *, timeout_s: float = SAVE_TIMEOUT_S) -> None:
+def save(qmp: Qmp, state: Path) -> None:
     """Stop the machine and write its devices' state; its memory then stands still too.
 
-    :raises QmpError: QEMU cannot. :raises LinkLost: it did not end in time, or QEMU did.
+    :raises QmpError: QEMU cannot. :raises LinkLost: QEMU ended.
     """
     qmp.execute("stop")
-    capability = {"capability": "x-ignore-shared", "state": True}
-    qmp.execute("migrate-set-capabilities", {"capabilities": [capability]})
-    qmp.execute("migrate", {"uri": f"file:{state}"})
-    _await(qmp, timeout_s)
+    qmp.execute("xen-save-devices-state", {"filename": str(state), "live": False})
 
 
 def load(qmp: Qmp, *, timeout_s: float = LOAD_TIMEOUT_S) -> None:

@@ -103,3 +103,9 @@ class RackPlan:
 
     topology: Topology
     nodes: Mapping[str, NodePlan]
+
+    def alone(self, name: str) -> RackPlan:
+        """The rack that has nothing but this node, which stands as it does in this one."""
+        nodes = {name: self.topology.nodes[name]}
+        topology = self.topology.model_copy(update={"nodes": nodes, "links": ()})
+        return RackPlan(topology, {name: self.nodes[name]})

@@ -42,7 +42,7 @@ def hole64_bytes(functions: Sequence[Function]) -> int:
     needs: dict[str, tuple[int, int]] = {}
     for function in reversed(functions):
         below = [needs[child.qemu_id] for child in children[function.qemu_id]]
-        needs[function.qemu_id] = _window(below) if below else own_bars(function)
+        needs[function.qemu_id] = _window(below) if below else _own_bars(function)
     size_bytes, alignment_bytes = _window([needs[child.qemu_id] for child in children[""]])
     # The window's own start need not be aligned: room for one alignment more.
     return max(LEAST_HOLE64_BYTES, power_of_two_at_least(size_bytes + alignment_bytes))
@@ -53,7 +53,7 @@ def _window(needs: Sequence[tuple[int, int]]) -> tuple[int, int]:
     return round_up(sum(size for size, _ in needs), alignment_bytes), alignment_bytes
 
 
-def own_bars(function: Function) -> tuple[int, int]:
+def _own_bars(function: Function) -> tuple[int, int]:
     """Size and alignment of a device's 64-bit prefetchable BARs."""
     if function.role is Role.VRAM:
         size_bytes = function.vram_size_bytes

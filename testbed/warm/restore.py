@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a saved machine, and bring one back.
 
-A machine is saved in the moment before it would become this rack's own: it has no keys, no name and
-no devices but bridges and its network card. What it lacks it is told after it was restored, in the
-first line to its agent (``guest_agent/resume.py``), and the kernel then finds the devices.
+A machine is saved in the moment before it would become this rack's own: it has no keys and no name,
+and uses no device but bridges and its network card. What it lacks it is told after it was restored,
+in the first line to its agent (``guest_agent/resume.py``), which puts the devices in order.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ from testbed.host import kmod_sources, paths
 from testbed.host.digest import digest
 from testbed.host.installation import Installation
 from testbed.host.overlay import build_waiting_initrd
-from testbed.machine import argv, registry, saving, spawn
+from testbed.machine import argv, models, registry, saving, spawn
+from testbed.machine.bells import bells_command
 from testbed.machine.client import Keeper
 from testbed.machine.command import (
     CONSOLE_LOG,
     MACHINE_STATE,
+    MODELS_SPEC,
     QEMU_LOG,
     QMP_SOCKET,
     LaunchContext,
@@ -50,9 +52,10 @@ from testbed.machine.command import (
 )
 from testbed.machine.console import Console
 from testbed.machine.lifecycle import Watch
+from testbed.machine.processes import HelperCommand
 from testbed.rack import Rack, RackNode, on_all
 from testbed.topology.model import Node
-from testbed.topology.plan import NodePlan
+from testbed.topology.plan import NodePlan, RackPlan
 from testbed.warm import memory
 from testbed.warm.store import FORMAT, MEMORY, STATE, Snapshot, Store
 
@@ -86,10 +89,12 @@ def store() -> Store:
 class Wanted:
     """One machine that is to be restored.
 
+    ``rack``     the plan of a rack of it alone.
     ``context``  as for a cold start; its ``start`` and ``initrd`` are not looked at.
     ``router``   its switches shall route what QEMU's devices send, if that can be had.
     """
 
+    rack: RackPlan
     plan: NodePlan
     spec: Node
     installation: Installation
@@ -108,10 +113,25 @@ class Wanted:
         values = {**vars(self.context), "start": start, "initrd": INITRD}
         return LaunchContext(**values)
 
+    def helpers(self) -> list[HelperCommand]:
+        """What QEMU needs beside it, while it boots to be saved."""
+        helpers = [bells_command(self.rack)]
+        if models.has_models(self.plan):
+            helpers.append(models.models_command(self.rack, self.plan))
+        return [helper for helper in helpers if helper]
+
+    def models_spec(self) -> str:
+        """What serves its devices then: nothing goes wrong on purpose."""
+        spec = models.models_spec(self.rack, self.plan)
+        for device in spec["devices"]:
+            device.pop("faults", None)
+            device.pop("bus_timing", None)
+        return json.dumps(spec)
+
     @property
-    def forgotten(self) -> tuple[str, ...]:
-        """Addresses of what the guest lets go before it is saved, and finds after."""
-        return tuple(function.bdf for function in saving.left_out(self.plan))
+    def reset(self) -> tuple[str, ...]:
+        """Addresses of the functions that a restore resets."""
+        return tuple(function.bdf for function in saving.reset(self.plan))
 
     @property
     def key(self) -> str:
@@ -131,7 +151,10 @@ class Wanted:
             (str(kernel.modules), modules.st_size, modules.st_mtime_ns),
             self.installation.image.key,
             self.installation.agent.hash,
-            self.forgotten,
+            self.reset,
+            [helper.argv[-1] for helper in self.helpers()],
+            self.models_spec() if models.has_models(self.plan) else "",
+            _code() if models.has_models(self.plan) else "",
             kmod_sources.source_hash(switch_router.MODULE) if self.has_router else "",
         )
 
@@ -147,6 +170,12 @@ class Saved:
 
     snapshot: Snapshot
     command: NodeCommand
+
+
+def _code() -> str:
+    """Of the device models, which the saved machine has found."""
+    files = sorted((Path(testbed.__file__).parent / "models").glob("*.py"))
+    return digest(*(part for file in files for part in (file.name, file.read_bytes())))
 
 
 def _processor() -> str:
@@ -216,10 +245,13 @@ def _save(kept: Store, key: str, wanted: Wanted, run_dir: Path, timeout_s: float
             wanted.installation.image,
             wanted.installation.kernel(wanted.spec.kernel),
             agent=wanted.installation.agent,
-            forget=wanted.forgotten,
+            reset=wanted.reset,
             modules=[router] if router else [],
         )
-        keeper = spawn.start_keeper(reservation, [command], run_folder=run_dir)
+        helpers = wanted.helpers()
+        if models.has_models(wanted.plan):
+            (folder / MODELS_SPEC).write_text(wanted.models_spec())
+        keeper = spawn.start_keeper(reservation, [*helpers, command], run_folder=run_dir)
         try:
             qmp = _await_waiting(keeper, command, timeout_s)
             with qmp:
@@ -325,9 +357,9 @@ def _resume(
     try:
         monitor = node.monitor
         saving.load(monitor)
-        checking.wait()
         monitor.execute("cont")
-        node.introduce(json.dumps(_identity(node, keys)).encode() + b"\n", timeout_s)
+        node.introduce(_identity(node, keys), timeout_s)
+        checking.wait()  # nobody has heard of it before
     except (LostError, QmpError, HostError) as error:
         if isinstance(error, SnapshotUnfit):
             raise
@@ -345,24 +377,13 @@ def _unfit(error: TestbedError, key: str) -> SnapshotUnfit:
     return SnapshotUnfit(error.message, key, is_sound=killed)
 
 
-def _identity(node: RackNode, keys: RackKeys) -> dict[str, object]:
-    return {
-        "name": node.name,
-        "entropy": base64.b64encode(os.urandom(ENTROPY_BYTES)).decode(),
-        "time_s": time.time(),
-        "buses": _buses(node.plan),
-        "host_key": base64.b64encode(keys.host_private).decode(),
-        "client_key": keys.client_public,
-    }
-
-
-def _buses(plan: NodePlan) -> list[int]:
-    """The topmost buses below which something is to be found: one look at each finds all."""
-    parents = {function.qemu_id: function for function in plan.functions}
-    buses = set()
-    for function in saving.left_out(plan):
-        top = function
-        while top.parent:
-            top = parents[top.parent]
-        buses.add(top.secondary_bus if top is not function else function.bus)
-    return sorted(buses)
+def _identity(node: RackNode, keys: RackKeys) -> bytes:
+    """The line that ``guest_agent/resume.py`` reads."""
+    words = (
+        base64.b64encode(os.urandom(ENTROPY_BYTES)),
+        str(time.time()).encode(),
+        node.name.encode(),
+        base64.b64encode(keys.host_private),
+        keys.client_public.encode(),
+    )
+    return b" ".join(words) + b"\n"

@@ -26,7 +26,7 @@ from testbed.topology.units import GIB
 from testbed.warm import memory
 from testbed.warm.memory import OpenMemory, Runs
 
-FORMAT = 3
+FORMAT = 4
 MEMORY, STATE, INDEX = "memory", "state", "snapshot.json"
 DEFAULT_BUDGET_BYTES = 8 * GIB
 _LOCK = ".lock"

@@ -30,11 +30,12 @@ from guest_agent import listener, resume
 listener.ADDRESS = "127.0.0.1"
 listener.AGENT_PORT, listener.SSH_PORT = int(sys.argv[2]), int(sys.argv[3])
 listener.SSH_SERVER = ("cat",)
-for name in ("forget", "clear_free_memory", "load_modules", "be_quick", "be_ordinary"):
+for name in ("clear_free_memory", "load_modules", "be_quick", "be_ordinary"):
     setattr(resume, name, lambda *_: None)
-resume.become = lambda identity: print(f"became {identity['name']}", flush=True)
+resume.fcntl.ioctl = lambda *_: None
+resume.time.clock_settime = lambda _, time_s: print(f"it is {time_s:.1f}", flush=True)
 resume.os.makedirs = lambda *_, **__: None
-resume.DISK_DRIVER = "/nowhere"
+resume.write = lambda path, data: print(f"{path}: {data!r}", flush=True)
 sys.exit(listener.run("cafe" * 4, sys.argv[4:]))
 """
 
@@ -134,6 +135,9 @@ def test_the_other_port_is_the_ssh_servers(started: list[Listener], tmp_path: Pa
         assert wire.recv(100) == b"SSH-2.0-test\n"
 
 
+IDENTITY = b"ZW50cm9weQ== 1234.5 host7 a2V5 ssh-ed25519 AAAA of a rack\n"
+
+
 def test_a_saved_machine_becomes_what_the_first_line_says(
     started: list[Listener], tmp_path: Path
 ) -> None:
@@ -141,18 +145,42 @@ def test_a_saved_machine_becomes_what_the_first_line_says(
     listener.await_said("testbed: waiting")
     assert "ready" not in listener.log.read_text()
     with listener.wire(listener.agents) as wire:
-        wire.sendall(b'{"name": "host7"}\n')
+        wire.sendall(IDENTITY)
         hello = line_of(wire)
         assert hello["hello"]["agent"] == "cafe" * 4
-        listener.await_said("became host7")
         listener.await_said("testbed: ready")
+    for said in (
+        "it is 1234.5",
+        "/proc/sys/kernel/hostname: b'host7'",
+        "/etc/dropbear/host_key: b'key'",
+        "/root/.ssh/authorized_keys: b'ssh-ed25519 AAAA of a rack\\n'",
+    ):
+        assert said in listener.log.read_text()
     with contextlib.closing(listener.agent()) as ordinary:
         assert ordinary.call("system.info")["machine"]
 
 
+def test_others_are_served_after_the_first_agent_has_settled(
+    started: list[Listener], tmp_path: Path
+) -> None:
+    listener = listen(started, tmp_path / "log", "saved")
+    with listener.wire(listener.agents) as first, listener.wire(listener.agents) as second:
+        second.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            second.recv(1)
+        first.sendall(IDENTITY)
+        one, two = (line_of(wire)["hello"]["pid"] for wire in (first, second))
+        assert one != two
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
-    [(b"{}\n", "KeyError"), (b"not JSON\n", "JSONDecodeError"), (b'{"name"', "went away")],
+    [
+        (b"\n", "ValueError"),
+        (b"ZW50cm9weQ== now host7 a2V5 key\n", "ValueError"),
+        (b"a 1 host7 a2V5 key\n", "Error: Invalid base64"),
+        (IDENTITY[:20], "went away"),
+    ],
 )
 def test_a_machine_that_cannot_become_it_says_why(
     started: list[Listener], tmp_path: Path, line: bytes, said: str
@@ -163,11 +191,10 @@ def test_a_machine_that_cannot_become_it_says_why(
         wire.shutdown(socket.SHUT_WR)
         answer = line_of(wire)
     assert said in answer["unfit"]
+    listener.await_said("testbed: ready")
 
 
-def test_a_function_that_did_not_come_back_is_said(started: list[Listener], tmp_path: Path) -> None:
-    listener = listen(started, tmp_path / "log", "saved", "0000:ff:1f.7")
-    with listener.wire(listener.agents) as wire:
-        wire.sendall(b'{"name": "host7"}\n')
-        answer = line_of(wire)
-    assert answer == {"unfit": "0000:ff:1f.7 is not there"}
+def test_a_function_that_is_not_there_cannot_be_saved(tmp_path: Path) -> None:
+    listener = Listener(tmp_path / "log", "saved", "0000:ff:1f.7")  # it ends by itself
+    listener.await_said("testbed: unfit: FileNotFoundError")
+    assert "0000:ff:1f.7" in listener.log.read_text()

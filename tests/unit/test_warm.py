@@ -294,10 +294,10 @@ def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
     assert [entry.key for entry in store.prune(0)] == ["a", "c"]
 
 
-def test_what_is_saved_are_bridges_the_control_network_and_the_iommu() -> None:
+def test_what_goes_on_are_bridges_the_control_network_and_the_iommu() -> None:
     topology = load.load(ROOT / "topologies" / "quad-gpu.yaml", {})
     plan = placement.place(topology).nodes["host0"]
-    kept = {f.kind for f in plan.functions} - {f.kind for f in saving.left_out(plan)}
+    kept = {f.kind for f in plan.functions} - {f.kind for f in saving.reset(plan)}
     assert kept == {"port", "virtio-net"}
 
 

@@ -62,7 +62,7 @@ def seen(rack: Rack) -> dict[str, object]:
     sizes = {
         device["bdf"]: [(bar["index"], bar["size_bytes"]) for bar in device["bars"]]
         for device in devices
-        if device["bdf"] in {function.bdf for function in saving.left_out(rack.node().plan)}
+        if device["bdf"] in {function.bdf for function in saving.reset(rack.node().plan)}
     }
     return {"groups": {frozenset(group) for group in groups.values()}, "bars": sizes}
 
