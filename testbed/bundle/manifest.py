@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from testbed.errors import Diagnostic, InputError
-from testbed.topology.machine import Strict
 from testbed.topology.problem import nearest
+from testbed.topology.reading import Strict
 
 SCHEMA = "testbed.bundle/1"
 MANIFEST = "manifest.json"

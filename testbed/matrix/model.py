@@ -13,6 +13,7 @@ from pydantic import Field
 
 from testbed.topology.fields import (
     CpuModel,
+    Entries,
     Flag,
     KernelName,
     Name,
@@ -21,8 +22,9 @@ from testbed.topology.fields import (
     rule_error,
     shown,
 )
-from testbed.topology.machine import Entries, IommuKind, IommuMode, Strict
+from testbed.topology.machine import IommuKind, IommuMode
 from testbed.topology.problem import nearest
+from testbed.topology.reading import Strict
 
 SUFFIX = ".matrix.yaml"
 MOST_CELLS = 10_000

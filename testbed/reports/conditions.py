@@ -11,8 +11,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from testbed.reports.fields import Address, Device, Line, Refers, StepName, Value
-from testbed.topology.fields import rule_error
-from testbed.topology.machine import Entries, Strict
+from testbed.topology.fields import Entries, rule_error
+from testbed.topology.reading import Strict
 
 _WATCHED = ("copy", "write32", "transfer", "call")
 _PATTERNS = ("fill", "pattern")

@@ -13,6 +13,7 @@ from testbed.reports.fields import ConditionName, Line, Link, Words
 from testbed.reports.steps import AnyStep
 from testbed.topology.fields import (
     CpuModel,
+    Entries,
     KernelName,
     KernelWord,
     Name,
@@ -20,7 +21,8 @@ from testbed.topology.fields import (
     Text,
     VariableValue,
 )
-from testbed.topology.machine import Entries, IommuKind, IommuMode, Strict
+from testbed.topology.machine import IommuKind, IommuMode
+from testbed.topology.reading import Strict
 
 SUFFIX = ".report.yaml"
 MOST_STEPS = 200

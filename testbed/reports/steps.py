@@ -32,8 +32,8 @@ from testbed.reports.fields import (
     Word32,
     Words,
 )
-from testbed.topology.fields import FaultRule, Flag, Name
-from testbed.topology.machine import Entries, Strict
+from testbed.topology.fields import Entries, FaultRule, Flag, Name
+from testbed.topology.reading import Strict
 from testbed.topology.units import MIB
 
 # Of a step that may fail: the error's name (EINVAL), or its class; "" if it went well.

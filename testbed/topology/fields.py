@@ -2,6 +2,7 @@
 """Kinds of fields in a topology: what text, size or number is allowed, in one place for all uses.
 
 Each rule validates, says what it expected, and describes itself to JSON Schema.
+pydantic asks them when a file is read, and is imported only then (:mod:`testbed.topology.values`).
 """
 
 from __future__ import annotations
@@ -9,11 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
-
-from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 from testbed.topology.fault_rules import ACTIONS, RULE_EXPECTED, RuleError, parse_rule
 from testbed.topology.units import (
@@ -33,6 +30,11 @@ from testbed.topology.units import (
     power_of_two_at_least,
 )
 
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationInfo
+    from pydantic.json_schema import JsonSchemaValue
+    from pydantic_core import CoreSchema, PydanticCustomError
+
 # Where a rule's expectation stands in its JSON Schema, until the schema's maker moves it.
 EXPECTED_KEY = "x-expected"
 
@@ -42,8 +44,13 @@ Scalar = bool | int | float | str
 RULE_ERROR = "topology_rule"
 
 
+_T = TypeVar("_T")
+
+
 def rule_error(message: str, *, expected: str = "", nearest: str = "") -> PydanticCustomError:
     """An error with what the loader's diagnostics need."""
+    from pydantic_core import PydanticCustomError  # noqa: PLC0415
+
     context = {"said": message, "expected": expected, "nearest": nearest}
     return PydanticCustomError(RULE_ERROR, "{said}", context)
 
@@ -92,7 +99,7 @@ class Size:
     def __get_pydantic_core_schema__(
         self, source: type[Any], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.validate)
+        return _checked(self.validate)
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -133,8 +140,7 @@ class Quantity:
     def __get_pydantic_core_schema__(
         self, source: type[Any], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        as_text = core_schema.plain_serializer_function_ser_schema(self.format, when_used="json")
-        return core_schema.no_info_plain_validator_function(self.validate, serialization=as_text)
+        return _checked(self.validate)
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -160,7 +166,7 @@ class FaultWords:
     def __get_pydantic_core_schema__(
         self, source: type[Any], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.validate)
+        return _checked(self.validate)
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -194,7 +200,7 @@ class Variable:
     def __get_pydantic_core_schema__(
         self, source: type[Any], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.validate)
+        return _checked(self.validate)
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
@@ -220,12 +226,62 @@ class Text:
     def __get_pydantic_core_schema__(
         self, source: type[Any], handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self.validate)
+        return _checked(self.validate)
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
         return {"type": "string", "pattern": f"^(?:{self.pattern})$", EXPECTED_KEY: self.expected}
+
+
+@dataclass(frozen=True)
+class AlsoHolds:
+    """One more rule for a value that is right in itself, beside what the fields before it are.
+
+    ``check`` is given the value and pydantic's knowledge of those; it raises, or changes the value.
+    """
+
+    check: Callable[[Any, ValidationInfo], Any]
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        from pydantic_core import core_schema  # noqa: PLC0415
+
+        return core_schema.with_info_after_validator_function(self.check, handler(source))
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A list; a key with nothing after it is an empty one, as a template may leave it."""
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        from pydantic_core import core_schema  # noqa: PLC0415
+
+        def filled(value: object) -> object:
+            return () if value is None else value
+
+        return core_schema.no_info_before_validator_function(filled, handler(source))
+
+
+@dataclass(frozen=True)
+class TrueOrFalse:
+    """Nothing that merely looks like it."""
+
+    def __get_pydantic_core_schema__(
+        self, source: type[Any], handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        from pydantic_core import core_schema  # noqa: PLC0415
+
+        return core_schema.bool_schema(strict=True)
+
+
+def _checked(check: Callable[[Any], object]) -> CoreSchema:
+    from pydantic_core import core_schema  # noqa: PLC0415
+
+    return core_schema.no_info_plain_validator_function(check)
 
 
 def shown(value: object) -> str:
@@ -315,7 +371,8 @@ MemorySize = Annotated[int, Size(least_bytes=128 * MIB, multiple_bytes=MIB)]
 BAR_SIZE = Size(least_bytes=MIB, power_of_two=True)
 BarSize = Annotated[int, BAR_SIZE]
 DiskSize = Annotated[int, Size(least_bytes=MIB, multiple_bytes=MIB)]
-Flag = Annotated[bool, Field(strict=True)]
+Flag = Annotated[bool, TrueOrFalse()]
+Entries = Annotated[tuple[_T, ...], Listed()]
 MAX_LATENCY_NS = 1_000_000_000
 Bandwidth = Annotated[
     int, Quantity("bandwidth", RATE_EXPECTED, parse_rate, format_rate, MAX_BYTES_PER_S)

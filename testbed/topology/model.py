@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The topology: what a rack is made of, as frozen values.
 
-The models read the YAML as the user writes it (``gpu: gpu0``, ``vram: 64M``) through aliases, and
+They are read from YAML as the user writes it (``gpu: gpu0``, ``vram: 64M``) by the keys' names, and
 hold what the rest of the program needs (``name``, ``vram_bytes``). Unknown keys are refused.
 Sources: PCI Express Base Specification 6.0 (what may stand below what); QEMU ``docs/pcie.txt``.
 """
@@ -9,25 +9,19 @@ Sources: PCI Express Base Specification 6.0 (what may stand below what); QEMU ``
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
-
-from pydantic import (
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from testbed.errors import Diagnostic, InputError
 from testbed.topology.fields import (
     Address,
+    AlsoHolds,
     Bandwidth,
     BarSize,
     DeviceClass,
     DiskSize,
+    Entries,
     FaultRule,
     Flag,
     GpuRef,
@@ -40,9 +34,13 @@ from testbed.topology.fields import (
     VariableValue,
     rule_error,
 )
-from testbed.topology.machine import Entries, Iommu, Machine, Strict
-from testbed.topology.units import MIB
-from testbed.topology.validation import explain
+from testbed.topology.machine import Iommu, Machine
+from testbed.topology.units import MIB, format_duration, format_rate
+from testbed.topology.values import Value, key, plain, value
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler, ValidationInfo
+    from pydantic_core import CoreSchema
 
 # The copy engine of a GPU or NIC that names none.
 DEFAULT_ENGINE: Literal["model"] = "model"
@@ -58,15 +56,16 @@ FOLDER = "folder"
 AcsMode = Literal["redirect", "none"]
 
 
-class _Entry(Strict):
+@value
+class _Entry(Value):
     """What all PCIe entries have: a kind, given by the first key, whose value is the name."""
 
     kind: ClassVar[str]
     name: Name
-    address: Address | None = Field(
-        None,
-        description="Slot and function, `SS.F` in hexadecimal, on the bus the entry stands on "
+    address: Address | None = key(
+        "Slot and function, `SS.F` in hexadecimal, on the bus the entry stands on "
         "(below a switch: the address of its downstream port). Chosen by the testbed if left out.",
+        default=None,
     )
 
     @property
@@ -83,23 +82,25 @@ class _Entry(Strict):
         return ()
 
 
+@value
 class _OnPcie(_Entry):
     """An entry with a PCIe link of its own, upwards."""
 
-    bandwidth_bytes_per_s: Bandwidth | None = Field(
-        None,
-        alias="bandwidth",
-        description="What its PCIe link carries each way, if transfers of `model` engines are to "
+    bandwidth_bytes_per_s: Bandwidth | None = key(
+        "What its PCIe link carries each way, if transfers of `model` engines are to "
         "be slowed down to it; a way through the tree carries what its narrowest link does.",
+        to_text=format_rate,
+        name="bandwidth",
+        default=None,
     )
-    latency_ns: Latency | None = Field(
-        None,
-        alias="latency",
-        description="What its PCIe link adds to each transfer; a way adds up its links'.",
+    latency_ns: Latency | None = key(
+        "What its PCIe link adds to each transfer; a way adds up its links'.",
+        to_text=format_duration,
+        name="latency",
+        default=None,
     )
 
 
-FaultRules = Entries[FaultRule]
 _FAULTS = (
     "Faults on purpose, from the first command on: rules as `testbed inject` takes them, such as "
     "`drop write nth=3`. Only with engine `model`."
@@ -113,89 +114,88 @@ def _only_a_model_injects(faults: tuple[str, ...], info: ValidationInfo) -> tupl
     return faults
 
 
+ModelsFaults = Annotated[Entries[FaultRule], AlsoHolds(_only_a_model_injects)]
+
+
+@value
 class Gpu(_OnPcie):
     """A GPU: one slot with its video memory, a copy engine and a doorbell page."""
 
     kind = "gpu"
-    name: Name = Field(alias="gpu", description="The GPU's name.")
-    vram_bytes: BarSize = Field(alias="vram", description="Video memory: the size of its BAR.")
-    engine: Literal["model", "igb", "edu"] = Field(
-        DEFAULT_ENGINE,
-        description="The copy engine. `model`: the testbed's own, in Python. `igb`, `edu`: QEMU's, "
+    name: Name = key("The GPU's name.", name="gpu")
+    vram_bytes: BarSize = key("Video memory: the size of its BAR.", name="vram")
+    engine: Literal["model", "igb", "edu"] = key(
+        "The copy engine. `model`: the testbed's own, in Python. `igb`, `edu`: QEMU's, "
         "fast and slow, as independent witnesses.",
+        default=DEFAULT_ENGINE,
     )
-    doorbell: Flag = Field(
-        False, description="One page of registers that a peer rings by writing to it."
-    )
-    faults: FaultRules = Field((), description=_FAULTS)
-
-    _check_faults = field_validator("faults")(_only_a_model_injects)
+    doorbell: Flag = key("One page of registers that a peer rings by writing to it.", default=False)
+    faults: ModelsFaults = key(_FAULTS, default=())
 
 
+@value
 class Nic(_OnPcie):
     """A network card, seen as one more device that does DMA."""
 
     kind = "nic"
-    name: Name = Field(alias="nic", description="The NIC's name.")
-    engine: Literal["model", "igb", "edu"] = Field(
-        DEFAULT_ENGINE,
-        description="The device. `model`: the testbed's own, in Python, RDMA-like. `igb`, `edu`: "
+    name: Name = key("The NIC's name.", name="nic")
+    engine: Literal["model", "igb", "edu"] = key(
+        "The device. `model`: the testbed's own, in Python, RDMA-like. `igb`, `edu`: "
         "QEMU's, as independent witnesses.",
+        default=DEFAULT_ENGINE,
     )
-    faults: FaultRules = Field((), description=_FAULTS)
-
-    _check_faults = field_validator("faults")(_only_a_model_injects)
+    faults: ModelsFaults = key(_FAULTS, default=())
 
 
+@value
 class Nvme(_Entry):
     """An NVMe disk; it forgets its contents when the rack goes down."""
 
     kind = "nvme"
-    name: Name = Field(alias="nvme", description="The disk's name.")
-    size_bytes: DiskSize = Field(64 * MIB, alias="size", description="Capacity of namespace 1.")
-    cmb_bytes: BarSize | None = Field(
-        None,
-        alias="cmb",
-        description="Controller memory buffer: Linux makes it peer-to-peer memory (`p2pmem`).",
+    name: Name = key("The disk's name.", name="nvme")
+    size_bytes: DiskSize = key("Capacity of namespace 1.", name="size", default=64 * MIB)
+    cmb_bytes: BarSize | None = key(
+        "Controller memory buffer: Linux makes it peer-to-peer memory (`p2pmem`).",
+        name="cmb",
+        default=None,
     )
 
 
+@value
 class Passthrough(_Entry):
     """A real device of the host, handed to the guest with vfio-pci."""
 
     kind = "passthrough"
-    name: Name = Field(alias="passthrough", description="The device's name in the rack.")
-    host: HostAddress = Field(description="The device's address on the host (`lspci -D`).")
+    name: Name = key("The device's name in the rack.", name="passthrough")
+    host: HostAddress = key("The device's address on the host (`lspci -D`).")
 
 
+def _beside_the_topology(model: str, info: ValidationInfo) -> str:
+    folder = (info.context or {}).get(FOLDER)
+    return str(folder / model) if folder else model
+
+
+@value
 class OwnDevice(_OnPcie):
     """A device of your own: a Python class (docs/own-device.md), run only with `--trust`."""
 
     kind = "device"
-    name: Name = Field(alias="device", description="The device's name.")
-    model: DeviceClass = Field(
-        description="The class, as `FILE.py:CLASS`; the file is sought beside the topology's."
+    name: Name = key("The device's name.", name="device")
+    model: Annotated[DeviceClass, AlsoHolds(_beside_the_topology)] = key(
+        "The class, as `FILE.py:CLASS`; the file is sought beside the topology's."
     )
-    options: Mapping[str, Any] = Field(
-        default_factory=dict, description="Keyword arguments for the class."
-    )
-    bars_bytes: BarSize | None = Field(
-        None,
-        alias="bars",
-        description="Address space above 4 GiB for its 64-bit prefetchable BARs. With `--trust` "
+    options: Mapping[str, Any] = key("Keyword arguments for the class.", default_factory=dict)
+    bars_bytes: BarSize | None = key(
+        "Address space above 4 GiB for its 64-bit prefetchable BARs. With `--trust` "
         "the class is asked, and this need not be given.",
+        name="bars",
+        default=None,
     )
-    sha256: Sha256 | None = Field(
-        None, description="What the file must hold; records say here what it held."
+    sha256: Sha256 | None = key(
+        "What the file must hold; records say here what it held.", default=None
     )
 
-    faults: FaultRules = Field((), description=_FAULTS.partition(" Only")[0])
-
-    @field_validator("model")
-    @classmethod
-    def _beside_the_topology(cls, model: str, info: ValidationInfo) -> str:
-        folder = (info.context or {}).get(FOLDER)
-        return str(folder / model) if folder else model
+    faults: Entries[FaultRule] = key(_FAULTS.partition(" Only")[0], default=())
 
     @property
     def file(self) -> str:
@@ -203,28 +203,30 @@ class OwnDevice(_OnPcie):
         return self.model.rpartition(":")[0]
 
 
+@value
 class Bell(_Entry):
     """A card with which nodes interrupt one another: all of a rack are joined."""
 
     kind = "bell"
-    name: Name = Field(
-        alias="bell",
-        description="The card's name. The rack's bells are numbered from 0 as the file has them, "
+    name: Name = key(
+        "The card's name. The rack's bells are numbered from 0 as the file has them, "
         "and each has 2 MSI-X vectors; QEMU's `ivshmem-doorbell`.",
+        name="bell",
     )
 
 
+@value
 class Switch(_OnPcie):
     """A PCIe switch; each entry below gets a downstream port of its own."""
 
     kind = "switch"
-    name: Name = Field(alias="switch", description="The switch's name.")
-    acs: AcsMode = Field(
-        "none",
-        description="`redirect`: its downstream ports have ACS, and the kernel makes them send "
+    name: Name = key("The switch's name.", name="switch")
+    acs: AcsMode = key(
+        "`redirect`: its downstream ports have ACS, and the kernel makes them send "
         "peer traffic up to the IOMMU. `none`: peers reach one another inside the switch.",
+        default="none",
     )
-    below: Entries[BelowEntry] = Field((), description="What is plugged into it.")
+    below: Entries[BelowEntry] = key("What is plugged into it.", default=())
 
     @property
     def children(self) -> tuple[BelowEntry, ...]:
@@ -232,18 +234,17 @@ class Switch(_OnPcie):
         return self.below
 
 
+@value
 class RootPort(_OnPcie):
     """A root port: one link out of the root complex."""
 
     kind = "root_port"
-    name: Name = Field(alias="root_port", description="The port's name.")
-    acs: AcsMode = Field(
-        "redirect", description="`redirect`: the port has the ACS capability. `none`: it has not."
+    name: Name = key("The port's name.", name="root_port")
+    acs: AcsMode = key(
+        "`redirect`: the port has the ACS capability. `none`: it has not.", default="redirect"
     )
-    below: Entries[BelowEntry] = Field(
-        (),
-        description="What is plugged into it: at most one entry.",
-        json_schema_extra={"maxItems": 1},
+    below: Entries[BelowEntry] = key(
+        "What is plugged into it: at most one entry.", default=(), json_schema_extra={"maxItems": 1}
     )
 
     @property
@@ -271,33 +272,38 @@ def _tag_of(value: object) -> str | None:
     return None
 
 
-_Device = (
-    Annotated[Gpu, Tag("(gpu)")]
-    | Annotated[Nic, Tag("(nic)")]
-    | Annotated[Nvme, Tag("(nvme)")]
-    | Annotated[Passthrough, Tag("(passthrough)")]
-    | Annotated[OwnDevice, Tag("(device)")]
-    | Annotated[Bell, Tag("(bell)")]
-)
-RootEntry = Annotated[Annotated[RootPort, Tag("(root_port)")] | _Device, Discriminator(_tag_of)]
-BelowEntry = Annotated[Annotated[Switch, Tag("(switch)")] | _Device, Discriminator(_tag_of)]
-Switch.model_rebuild()
-RootPort.model_rebuild()
+@dataclass(frozen=True)
+class _ByKind:
+    """Which of several kinds an entry is, its keys tell."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        from pydantic_core import core_schema  # noqa: PLC0415
+
+        choices = {union_tag(each.kind): handler.generate_schema(each) for each in get_args(source)}
+        return core_schema.tagged_union_schema(choices, _tag_of)
+
+
+_Device = Gpu | Nic | Nvme | Passthrough | OwnDevice | Bell
+RootEntry = Annotated[RootPort | _Device, _ByKind()]
+BelowEntry = Annotated[Switch | _Device, _ByKind()]
 Entry = RootPort | Switch | Gpu | Nic | Nvme | Passthrough | OwnDevice | Bell
 
 
-class Node(Strict):
+@value
+class Node(Value):
     """One machine of the rack: one QEMU, one guest kernel."""
 
-    machine: Machine = Field(default_factory=Machine, description="Processor and memory.")
-    kernel: KernelName = Field(
-        "default", description="The guest's kernel: `default`, a name from `images/`, or a path."
+    machine: Machine = key("Processor and memory.", default_factory=Machine)
+    kernel: KernelName = key(
+        "The guest's kernel: `default`, a name from `images/`, or a path.", default="default"
     )
-    kernel_args: Entries[KernelWord] = Field(
-        (), description="Words added to the end of the kernel's command line."
+    kernel_args: Entries[KernelWord] = key(
+        "Words added to the end of the kernel's command line.", default=()
     )
-    iommu: Iommu = Field(default_factory=Iommu, description="The virtual IOMMU.")
-    pcie: Entries[RootEntry] = Field((), description="What stands on the root bus.")
+    iommu: Iommu = key("The virtual IOMMU.", default_factory=Iommu)
+    pcie: Entries[RootEntry] = key("What stands on the root bus.", default=())
 
     def entries(self) -> Iterator[Entry]:
         """Every entry, parents before children."""
@@ -308,43 +314,45 @@ class Node(Strict):
             stack.extend(reversed(entry.children))
 
 
-class Link(Strict):
+@value
+class Link(Value):
     """A private link between two GPUs, beside PCIe."""
 
-    kind: Literal["xgmi", "nvlink", "xelink", "ual"] = Field(description="The link's technology.")
-    between: tuple[GpuRef, ...] = Field(
-        description="The two ends, each `node/gpu`.",
-        json_schema_extra={"minItems": 2, "maxItems": 2},
+    kind: Literal["xgmi", "nvlink", "xelink", "ual"] = key("The link's technology.")
+    between: tuple[GpuRef, ...] = key(
+        "The two ends, each `node/gpu`.", json_schema_extra={"minItems": 2, "maxItems": 2}
     )
-    width: int = Field(16, strict=True, ge=1, le=64, description="Number of lanes.")
-    bandwidth_bytes_per_s: Bandwidth | None = Field(
-        None,
-        alias="bandwidth",
-        description="What all lanes together carry each way, if transfers are to be slowed down "
-        "to it.",
+    width: int = key("Number of lanes.", default=16, strict=True, ge=1, le=64)
+    bandwidth_bytes_per_s: Bandwidth | None = key(
+        "What all lanes together carry each way, if transfers are to be slowed down to it.",
+        to_text=format_rate,
+        name="bandwidth",
+        default=None,
     )
-    latency_ns: Latency | None = Field(
-        None, alias="latency", description="What it adds to each transfer."
+    latency_ns: Latency | None = key(
+        "What it adds to each transfer.", to_text=format_duration, name="latency", default=None
     )
 
 
-class Topology(Strict):
+@value
+class Topology(Value):
     """A rack: nodes, what stands in them, and private links between their GPUs."""
 
-    rack: Name = Field(description="The rack's name; `up --name` gives another.")
-    description: str = Field("", strict=True, description="One sentence for people.")
-    vars: Mapping[Name, VariableValue] = Field(
-        default_factory=dict,
-        description="Values for the template, each changed with `-s NAME=VALUE`. Plain YAML: read "
+    rack: Name = key("The rack's name; `up --name` gives another.")
+    description: str = key("One sentence for people.", default="", strict=True)
+    vars: Mapping[Name, VariableValue] = key(
+        "Values for the template, each changed with `-s NAME=VALUE`. Plain YAML: read "
         "before the template runs.",
+        default_factory=dict,
     )
-    nodes: Mapping[Name, Node] = Field(min_length=1, description="The machines, by name.")
-    links: Entries[Link] = Field((), description="Private links between GPUs.")
+    nodes: Mapping[Name, Node] = key("The machines, by name.", min_length=1)
+    links: Entries[Link] = key("Private links between GPUs.", default=())
 
 
 def to_data(topology: Topology) -> dict[str, Any]:
     """Plain data in the file's own shape, all defaults filled in; :func:`from_data` reads it."""
-    return topology.model_dump(mode="json", by_alias=True, exclude_none=True)
+    data: dict[str, Any] = plain(topology)
+    return data
 
 
 def from_data(data: Mapping[str, Any], *, folder: Path | None = None) -> Topology:
@@ -353,7 +361,10 @@ def from_data(data: Mapping[str, Any], *, folder: Path | None = None) -> Topolog
     Unlike the loader it runs no template and knows no line numbers: for stored records. Files that
     it names are sought in ``folder``, if one is given.
     """
-    return Topology.model_validate(data, context={FOLDER: folder})
+    from testbed.topology.reading import adapter  # noqa: PLC0415
+
+    topology: Topology = adapter(Topology).validate_python(data, context={FOLDER: folder})
+    return topology
 
 
 def _entries_of(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -376,6 +387,10 @@ def with_overrides(
 
     InputError if a value cannot be, for example a mode for a node that has no IOMMU.
     """
+    from pydantic import ValidationError  # noqa: PLC0415
+
+    from testbed.topology.validation import explain  # noqa: PLC0415
+
     data = to_data(topology)
     if rack is not None:
         data["rack"] = rack

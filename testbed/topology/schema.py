@@ -7,10 +7,9 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode, JsonSchemaValue
-from pydantic_core import CoreSchema
+from pydantic_core import CoreSchema, core_schema
 
 from testbed.topology.fields import EXPECTED_KEY, Size
 from testbed.topology.machine import Iommu, Machine
@@ -27,8 +26,9 @@ from testbed.topology.model import (
     Switch,
     Topology,
 )
+from testbed.topology.reading import adapter
 from testbed.topology.units import format_size
-from testbed.topology.validation import expected_of, keys_of
+from testbed.topology.validation import Model, expected_of, is_model, keys_of
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -48,12 +48,10 @@ _HEADINGS = {
 }
 
 
-def json_schema(
-    model: type[BaseModel] = Topology, title: str = "testbed topology"
-) -> dict[str, Any]:
+def json_schema(model: Model = Topology, title: str = "testbed topology") -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a file after its template has run; of a topology's, if no
     other model is given."""
-    document = model.model_json_schema(by_alias=True, schema_generator=_Generator)
+    document = adapter(model).json_schema(by_alias=True, schema_generator=_Generator)
     return {"$schema": DIALECT, "title": title, **document}
 
 
@@ -66,6 +64,10 @@ class _Generator(GenerateJsonSchema):
         document: JsonSchemaValue = _tidied(super().generate(schema, mode))
         document.pop("$schema", None)
         return document
+
+    def dataclass_schema(self, schema: core_schema.DataclassSchema) -> JsonSchemaValue:
+        document = super().dataclass_schema(schema)
+        return document | {"description": inspect.cleandoc(schema["cls"].__doc__ or "")}
 
 
 def _tidied(value: Any) -> Any:
@@ -95,7 +97,7 @@ def reference_markdown() -> str:
     )
 
 
-def section(model: type[BaseModel], heading: str) -> Iterator[str]:
+def section(model: Model, heading: str) -> Iterator[str]:
     """One model's part of a field reference, line by line."""
     yield f"### {heading}"
     yield ""
@@ -112,7 +114,7 @@ def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     default = field.get_default(call_default_factory=True)
-    if default is None or isinstance(default, BaseModel) or default in ("", (), {}):
+    if default is None or is_model(type(default)) or default in ("", (), {}):
         return ""
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"

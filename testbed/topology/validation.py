@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -13,8 +15,12 @@ from pydantic_core import ErrorDetails
 
 from testbed.topology.fields import RULE_ERROR, FaultWords, Quantity, Size, Text, Variable, shown
 from testbed.topology.problem import DataPath, Problem, listing, nearest
+from testbed.topology.values import Value
 
 Location = tuple[str | int, ...]
+
+# A class of pydantic's, or one of :mod:`testbed.topology.values`; mypy calls them unhashable.
+Model = Any
 
 # What pydantic puts at the end of a location to say that it means the key.
 _KEY_MARK = "[key]"
@@ -25,12 +31,13 @@ _EXPECTED = {
     "string_type": "text",
     "tuple_type": "a list",
     "dict_type": "a mapping, 'key: value'",
+    "dataclass_type": "a mapping, 'key: value'",
     "model_type": "a mapping, 'key: value'",
 }
 
 
 def explain(
-    error: ValidationError, root: type[BaseModel], *, whole: str = "the topology"
+    error: ValidationError, root: Model, *, whole: str = "the topology"
 ) -> tuple[Problem, ...]:
     """Each of pydantic's errors about ``root`` as a Problem, in pydantic's order.
 
@@ -39,7 +46,7 @@ def explain(
     return tuple(_explain(details, root, whole) for details in error.errors(include_url=False))
 
 
-def _explain(details: ErrorDetails, root: type[BaseModel], whole: str) -> Problem:
+def _explain(details: ErrorDetails, root: Model, whole: str) -> Problem:
     kind, location, value = details["type"], details["loc"], details["input"]
     context: dict[str, Any] = details.get("ctx", {})
     path = tuple(part for part in location if part != _KEY_MARK and not _is_union_tag(part))
@@ -52,16 +59,14 @@ def _explain(details: ErrorDetails, root: type[BaseModel], whole: str) -> Proble
         field = _field_at(root, location)
         owner = _owner(location, value, whole)
         return Problem(path[:-1], f"{owner} lacks '{path[-1]}'", expected_of(field, short=True))
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         keys = keys_of(_model_at(root, location[:-1]))
         message = f"unknown key '{path[-1]}'"
         return Problem(path, message, listing(keys), nearest(path[-1], keys), at_key=True)
     return _wrong_value(path, details, root, whole)
 
 
-def _wrong_value(
-    path: DataPath, details: ErrorDetails, root: type[BaseModel], whole: str
-) -> Problem:
+def _wrong_value(path: DataPath, details: ErrorDetails, root: Model, whole: str) -> Problem:
     value = details["input"]
     context: dict[str, Any] = details.get("ctx", {})
     if details["type"] == "literal_error":
@@ -124,18 +129,18 @@ def _is_union_tag(part: str | int) -> bool:
     return isinstance(part, str) and part.startswith("(")
 
 
-def _model_at(root: type[BaseModel], location: Location) -> type[BaseModel]:
+def _model_at(root: Model, location: Location) -> Model:
     return _descend(root, location)[0]
 
 
-def _field_at(root: type[BaseModel], location: Location) -> FieldInfo:
+def _field_at(root: Model, location: Location) -> FieldInfo:
     field = _descend(root, location)[1]
     if field is None:
         raise LookupError(f"no field at {location}")
     return field
 
 
-def _descend(root: type[BaseModel], location: Location) -> tuple[type[BaseModel], FieldInfo | None]:
+def _descend(root: Model, location: Location) -> tuple[Model, FieldInfo | None]:
     """The model that a location leads into, and the last field on the way."""
     model, field, is_mapping_key = root, None, False
     for part in location:
@@ -155,7 +160,7 @@ def _descend(root: type[BaseModel], location: Location) -> tuple[type[BaseModel]
 
 def _models_in(annotation: Any) -> list[Any]:
     """The models that an annotation is made of: ``tuple[A | B, ...]`` gives A and B."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and is_model(annotation):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
@@ -164,9 +169,23 @@ def _union_kinds(field: FieldInfo) -> list[str]:
     return [model.kind for model in _models_in(field.annotation)]
 
 
-def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """A model's fields by the keys that the file uses for them."""
-    return {field.alias or name: field for name, field in model.model_fields.items()}
+def is_model(kind: type) -> bool:
+    """Whether a class is one."""
+    return issubclass(kind, BaseModel | Value)
+
+
+@functools.cache
+def keys_of(model: Model) -> Mapping[str, FieldInfo]:
+    """The fields of a Model by the keys that the file uses for them."""
+    if issubclass(model, BaseModel):
+        found = model.model_fields
+    else:
+        hints = get_type_hints(model, include_extras=True)
+        found = {
+            field.name: FieldInfo.from_annotated_attribute(hints[field.name], field)
+            for field in dataclasses.fields(model)
+        }
+    return {field.alias or name: field for name, field in found.items()}
 
 
 def expected_of(field: FieldInfo, *, short: bool = False) -> str:

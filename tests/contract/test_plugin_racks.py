@@ -97,8 +97,10 @@ def test_a_variant_boots_in_the_background(tmp_path: Path) -> None:
     run = Run(
         tmp_path,
         """
+        from testbed.topology.model import with_overrides
+
         def rack_variants(topology):
-            return {"twin": topology.model_copy(update={"rack": "twin"})}
+            return {"twin": with_overrides(topology, rack="twin")}
 
         @pytest.mark.boots("twin")
         def test_twin(rack, variant):
@@ -117,9 +119,10 @@ def test_what_no_test_will_use_does_not_boot(tmp_path: Path) -> None:
         tmp_path,
         """
         from testbed.errors import CapabilityMissing
+        from testbed.topology.model import with_overrides
 
         def rack_variants(topology):
-            return {name: topology.model_copy(update={"rack": name}) for name in ("one", "two")}
+            return {name: with_overrides(topology, rack=name) for name in ("one", "two")}
 
         pytestmark = pytest.mark.boots(when=lambda plan: len(plan.nodes) > 7)
 
@@ -136,8 +139,10 @@ def test_who_was_taken_for_none_that_uses_a_rack_gets_it_all_the_same(tmp_path: 
     run = Run(
         tmp_path,
         """
+        from testbed.topology.model import with_overrides
+
         def rack_variants(topology):
-            return {name: topology.model_copy(update={"rack": name}) for name in ("one", "two")}
+            return {name: with_overrides(topology, rack=name) for name in ("one", "two")}
 
         @pytest.mark.boots(when=lambda plan: False)
         @pytest.mark.boots("one")

@@ -20,6 +20,7 @@ from testbed.machine.kernel_words import iommu_words
 from testbed.topology.machine import Iommu
 from testbed.topology.model import from_data
 from testbed.topology.placement import place
+from testbed.topology.reading import adapter
 
 CONTEXT = LaunchContext(
     qemu=("ld.so", "--library-path", "lib", "qemu"),
@@ -274,7 +275,7 @@ def test_other_iommus() -> None:
     ],
 )
 def test_the_kernel_is_told_what_the_topology_says(iommu: dict[str, Any], words: str) -> None:
-    assert " ".join(iommu_words(Iommu.model_validate(iommu))) == words
+    assert " ".join(iommu_words(adapter(Iommu).validate_python(iommu))) == words
 
 
 def test_the_users_words_come_last() -> None:

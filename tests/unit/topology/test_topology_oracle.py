@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def test_redirect_turned_off_opens_the_bus() -> None:
     assert redirecting_ports(plan, node) == {plan.function("rp0").bdf, plan.function("rp1").bdf} | {
         plan.function(f"sw0.port{i}").bdf for i in range(6)
     }
-    off = node.model_copy(update={"iommu": node.iommu.model_copy(update={"mode": "off"})})
+    off = replace(node, iommu=replace(node.iommu, mode="off"))
     assert redirecting_ports(plan, off) == frozenset()
 
 
