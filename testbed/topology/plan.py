@@ -8,7 +8,7 @@ nothing again. A function is named ``node/device.role``, for example ``host0/gpu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from testbed.topology.model import Topology
@@ -107,5 +107,5 @@ class RackPlan:
     def alone(self, name: str) -> RackPlan:
         """The rack that has nothing but this node, which stands as it does in this one."""
         nodes = {name: self.topology.nodes[name]}
-        topology = self.topology.model_copy(update={"nodes": nodes, "links": ()})
+        topology = replace(self.topology, nodes=nodes, links=())
         return RackPlan(topology, {name: self.nodes[name]})
