@@ -2,22 +2,20 @@
 """What a finished set-up led to, as a value, and its memory.
 
 Working it out again reads the manifest, the package sets' locks and every file of ours that is in
-the image: a tenth of a second, most of it for the libraries that read them. So it is remembered,
-under a hash of all that it depends on: ``CACHE/remembered/installation-KEY.json``. Products never
-change, so that what was remembered holds as long as all of it is there.
+the image: a tenth of a second, most of it for the libraries that read them. So it is remembered
+under a hash of all that it depends on. Products never change, so that what was remembered holds as
+long as all of it is there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from testbed.host import paths, product
-from testbed.host.agent import PACKAGE, AgentBundle, agent_hash
+from testbed.host import paths, remembered
+from testbed.host.agent import PACKAGE, AgentBundle
 from testbed.host.digest import digest
 from testbed.host.image import GuestImage, GuestPython
 from testbed.host.kernel import KernelImage
@@ -26,7 +24,8 @@ from testbed.host.toolroot import Qemu
 
 DEFAULT_KERNEL = "default"
 FORMAT = 1
-_MOST = 16  # entries that are kept
+_KIND = "installation"
+_MOST = 16  # are kept
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def recall(kernels: Sequence[str], cache: Path) -> Installation | None:
 
     :param kernels: names; nothing is remembered of a path, for what is there may have changed.
     """
-    stored = product.read_json(_file(kernels, cache))
+    stored = remembered.recall(_KIND, _key(kernels, cache), cache)
     if not isinstance(stored, dict):
         return None
     try:
@@ -71,32 +70,21 @@ def remember(installation: Installation, cache: Path) -> None:
 
     :param installation: made of packages only.
     """
-    file = _file(tuple(installation.kernels), cache)
-    with contextlib.suppress(OSError):
-        product.write_json(file, _to_data(asdict(installation)))
-        kept = sorted(
-            file.parent.glob("installation-*.json"), key=lambda path: path.stat().st_mtime_ns
-        )
-        for old in kept[:-_MOST]:
-            old.unlink(missing_ok=True)
+    key = _key(tuple(installation.kernels), cache)
+    remembered.remember(_KIND, key, cache, _to_data(asdict(installation)), most=_MOST)
 
 
-def _file(kernels: Sequence[str], cache: Path) -> Path:
-    key = digest(FORMAT, sorted(set(kernels)), *_inputs(cache))
-    return cache / "remembered" / f"installation-{key}.json"
+def _key(kernels: Sequence[str], cache: Path) -> str:
+    return digest(FORMAT, sorted(set(kernels)), *_inputs(cache))
 
 
 def _inputs(cache: Path) -> Iterator[Any]:
     """All that decides what a set-up leads to: our files, our code, and where entries point."""
-    images = paths.data_dir("images")
-    yield str(cache), str(images)
-    for path in sorted(images.rglob("*")):
-        if path.is_file():
-            yield path.name, path.stat().st_mode, path.read_bytes()
-    yield agent_hash(paths.data_dir(PACKAGE))
+    yield str(cache)
+    for name in ("images", PACKAGE):
+        yield remembered.state_of(paths.data_dir(name), below=True)
     for folder in (Path(__file__).parent, cache / "current"):
-        with contextlib.suppress(OSError), os.scandir(folder) as entries:
-            yield sorted((e.name, e.stat().st_size, e.stat().st_mtime_ns) for e in entries)
+        yield remembered.state_of(folder)
 
 
 def _files(found: Installation) -> Iterator[Path]:

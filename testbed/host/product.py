@@ -113,11 +113,14 @@ def remove_tree(folder: Path) -> None:
     shutil.rmtree(folder, onerror=unlock_and_retry)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` so that a reader sees the old text or the new one, never half of it."""
+def write_json(path: Path, value: Any, *, in_order: bool = True) -> None:
+    """Write ``value`` so that a reader sees the old text or the new one, never half of it.
+
+    :param in_order: of its keys; else as the value has them.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=in_order) + "\n", encoding="utf-8")
     partial.replace(path)
 
 

@@ -83,12 +83,17 @@ def _permit_init(shipped: Path, _cache: Path) -> None:
     (shipped / "images/init").chmod(0o755)
 
 
+def _add_to_agent(shipped: Path, _cache: Path) -> None:
+    (shipped / "guest_agent/hw").mkdir()
+    (shipped / "guest_agent/hw/new.py").touch()
+
+
 def _edit_manifest(shipped: Path, _cache: Path) -> None:
     (shipped / "images/manifest.yaml").write_text("version: 2")
 
 
 def _edit_agent(shipped: Path, _cache: Path) -> None:
-    (shipped / "guest_agent/agent.py").write_text("2")
+    (shipped / "guest_agent/agent.py").write_text("22")
 
 
 def _point_elsewhere(_shipped: Path, cache: Path) -> None:
@@ -119,6 +124,7 @@ def _garble(_shipped: Path, cache: Path) -> None:
         _permit_init,
         _edit_manifest,
         _edit_agent,
+        _add_to_agent,
         _point_elsewhere,
         _lose_image,
         _lose_kernel,
@@ -139,7 +145,7 @@ def test_only_so_many_are_kept(
 ) -> None:
     monkeypatch.setattr(installation, "_MOST", 2)
     for number in range(4):
-        (shipped / "images/init").write_text(str(number))
+        (shipped / "images/init").write_text("#" * number)
         remember(made, cache)
     assert len(list((cache / "remembered").iterdir())) == 2
     assert recall(("default",), cache) == made

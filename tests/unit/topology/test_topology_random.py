@@ -13,7 +13,7 @@ import pytest
 
 from testbed.machine import argv
 from testbed.machine.command import LaunchContext
-from testbed.topology import drawing, load
+from testbed.topology import drawing, load, values
 from testbed.topology.model import Node, from_data, to_data
 from testbed.topology.oracle import CHIPSET_BDFS, iommu_groups
 from testbed.topology.placement import place
@@ -29,6 +29,7 @@ def test_places_renders_and_survives_storage(seed: int) -> None:
     text = json.dumps(random_topology(seed))
     topology = load.load_text(text, "random", {})
     assert from_data(json.loads(json.dumps(to_data(topology)))) == topology
+    assert repr(values.taken_back(json.loads(json.dumps(values.kept(topology))))) == repr(topology)
     plan = place(topology)
     assert drawing.tree(plan)
     for name, node_plan in plan.nodes.items():
