@@ -124,7 +124,13 @@ def judged(end: child.ChildEnd, run_dir: Path) -> tuple[Verdict, str, RunRecord 
 
     :returns: with one line that says why, "" for a PASS; and the record.
     """
-    run = _record(run_dir)
+    path = run_dir / FILE_NAME
+    try:
+        run = load_record(path) if path.exists() else None
+    except InputError as error:
+        # Most likely our own files have changed since this process began.
+        said = one_line(str(error))
+        return Verdict.ERROR, f"the run ended with {end.status}, and left {said}", None
     if run is not None and run.exit_code == ExitCode.INTERRUPTED:
         return Verdict.ERROR, "the run was interrupted by someone else", run
     if run is not None and run.outcomes and end.status == run.exit_code:
@@ -136,14 +142,14 @@ def judged(end: child.ChildEnd, run_dir: Path) -> tuple[Verdict, str, RunRecord 
     said = end.last_words or "it said nothing"
     if end.status in (ExitCode.SKIP, ExitCode.BAD_INPUT):
         return Verdict.SKIP, said, None
-    if end.status < 0:
-        return Verdict.ERROR, f"the run died of signal {-end.status}: {said}", None
-    return Verdict.ERROR, f"the run ended with {end.status} and no record: {said}", None
+    return Verdict.ERROR, f"the run {_ending(end.status, run)}: {said}", None
 
 
-def _record(run_dir: Path) -> RunRecord | None:
-    path = run_dir / FILE_NAME
-    try:
-        return load_record(path) if path.exists() else None
-    except InputError:
-        return None
+def _ending(status: int, run: RunRecord | None) -> str:
+    if status < 0:
+        return f"died of signal {-status}"
+    if run is None:
+        return f"ended with {status} and no record"
+    if not run.outcomes:
+        return f"ended with {status} and a record without any test"
+    return f"ended with {status}, though its record says {run.exit_code}"
