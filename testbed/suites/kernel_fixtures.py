@@ -21,7 +21,7 @@ from testbed.instruments.mutations import Mutation
 from testbed.instruments.reasons import why_not_shown
 from testbed.instruments.storage import DiskPair, Disks, Provided, disk_pairs
 from testbed.rack import RackNode as RealNode
-from testbed.topology.model import Node
+from testbed.topology.model import Node, with_overrides
 from testbed.topology.oracle import FIRST_ZEN_FAMILY, Route
 from testbed.topology.placement import place
 from testbed.topology.plan import RackPlan
@@ -39,7 +39,7 @@ _LACKS = {
 class Needs:
     """What a requirement is about.
 
-    ``routes``    which pairs show it; the first that the rack has.
+    ``routes``    which pairs show it; the first that the rack has, its IOMMU as in the variant.
     ``amd``       True: only behind the host bridge of an AMD processor that Linux trusts; False:
         only behind one that it does not trust; None: either.
     ``variant``   the rack's variant to use, "" for the rack itself, whose IOMMU must translate.
@@ -70,9 +70,15 @@ class Machine:
 Arrange = Callable[[Needs], Machine]
 
 
-def with_disks(*routes: Route) -> Callable[[RackPlan], bool]:
-    """Whether a rack has a pair of disks with one of these routes."""
-    return lambda plan: any(pair.route in routes for pair in disk_pairs(plan))
+def with_disks(*routes: Route, iommu_mode: str = "") -> Callable[[RackPlan], bool]:
+    """Whether a rack has a pair of disks with one of these routes, with its IOMMU in this mode."""
+
+    def fits(plan: RackPlan) -> bool:
+        if iommu_mode:
+            plan = place(with_overrides(plan.topology, iommu_mode=iommu_mode))
+        return any(pair.route in routes for pair in disk_pairs(plan))
+
+    return fits
 
 
 @pytest.fixture
@@ -83,8 +89,7 @@ def arrange(rack: LiveRack, variant: Variant, mutation: Mutation) -> Iterator[Ar
 
     def make(needs: Needs) -> Machine:
         live = variant(needs.variant) if needs.variant else rack
-        # Which pairs there are is a matter of the rack as the user wrote it.
-        pair = _pair(rack, needs, mutation)
+        pair = _pair(live, needs, mutation)
         if not needs.variant and (why := why_not_shown(rack.topology.nodes[pair.node].iommu)):
             raise CapabilityMissing(why)
         node = live.nodes[pair.node]

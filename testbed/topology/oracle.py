@@ -122,9 +122,10 @@ def redirecting_ports(plan: NodePlan, node: Node) -> frozenset[str]:
     """The addresses of the ports that redirect once the kernel is up.
 
     Linux turns redirection on in every port that has ACS, if an IOMMU is in use (``pci_enable_acs``
-    after ``pci_request_acs``). What a running guest says of its ports counts for more than this.
+    after ``pci_request_acs``). AMD's need only be there: ``detect_ivrs`` asks for it before anyone
+    looks at ``amd_iommu=off``. What a running guest says of its ports counts for more than this.
     """
-    if node.iommu.mode == "off":
+    if node.iommu.mode == "off" and node.iommu.kind != "amd":
         return frozenset()
     return frozenset(f.bdf for f in plan.functions if f.acs)
 
