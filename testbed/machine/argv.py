@@ -264,11 +264,9 @@ def _passthrough(function: Function, _: Node) -> list[str]:
 def _bell(function: Function, _: Node) -> list[str]:
     """Interrupts from other nodes; the rack's server (:mod:`testbed.machine.bells`) is there."""
     wire = f"{function.qemu_id}-wire"
-    # QEMU restores the state of masters only, which is all that this property decides.
-    more = {"chardev": wire, "vectors": BELL_VECTORS, "master": "on"}
     return [
         *("-chardev", f"socket,id={wire},path={bell_socket(function.qemu_id)}"),
-        *_device("ivshmem-doorbell", _place(function) | more),
+        *_device("ivshmem-doorbell", _place(function) | {"chardev": wire, "vectors": BELL_VECTORS}),
     ]
 
 

@@ -3,9 +3,9 @@
 
 QEMU writes the state of its devices by the command that Xen's tools use (QEMU migration/savevm.c,
 ``qmp_xen_save_devices_state``): unlike a migration it leaves the memory to us, and asks no device
-whether it may. What has no state to be written (models, NVMe, memory behind a BAR) is in the saved
-machine as in any other, used by no driver; restored, it is as after a reset, and the guest gives it
-back its settings (``guest_agent/resume.py``).
+whether it may. What has no state to be written (models, NVMe) is in the saved machine as in any
+other, used by no driver; restored, it is as after a reset, and the guest gives it back its settings
+(``guest_agent/resume.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from testbed.errors import CapabilityMissing, LinkLost, QmpError
 from testbed.machine.command import MACHINE_STATE, MemoryFd
+from testbed.machine.state_stream import without
 from testbed.topology.model import Node
 from testbed.topology.plan import Function, NodePlan, Role
 
@@ -34,6 +35,9 @@ RESTORE_WORDS = (
 # While devices are found, QEMU makes and drops 100 MiB of memory maps; the allocator (where it is
 # tcmalloc) would keep 60 of them.
 RESTORE_ENVIRONMENT = {"TCMALLOC_AGGRESSIVE_DECOMMIT": "true"}
+# Only the first at the bells' server may load what each of them writes (QEMU hw/misc/ivshmem-pci.c,
+# ``ivshmem_pre_load``).
+REFUSED = "/ivshmem-doorbell"
 LOAD_TIMEOUT_S = 20.0
 PAUSE_S = 0.01
 
@@ -78,6 +82,14 @@ def save(qmp: Qmp, state: Path) -> None:
     """
     qmp.execute("stop")
     qmp.execute("xen-save-devices-state", {"filename": str(state), "live": False})
+    try:
+        state.write_bytes(without(state.read_bytes(), REFUSED))
+    except ValueError as error:
+        raise QmpError(
+            f"{qmp.node}: the machine's state: {error}",
+            error_class="GenericError",
+            description=str(error),
+        ) from error
 
 
 def load(qmp: Qmp, *, timeout_s: float = LOAD_TIMEOUT_S) -> None:

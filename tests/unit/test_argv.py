@@ -171,7 +171,6 @@ def test_a_bell_connects_to_the_rack_s_server() -> None:
         "addr": "07.0",
         "chardev": "b0-wire",
         "vectors": 2,
-        "master": "on",
     }
     assert "socket,id=b0-wire,path=b0.bell" in argv.argv
 
