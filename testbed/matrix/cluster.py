@@ -14,181 +14,37 @@ What can go wrong, and what is done about it:
 from __future__ import annotations
 
 import contextlib
-import logging
 import queue
-import shutil
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from testbed import __version__
-from testbed.errors import CapabilityMissing, HostError, InputError
+from testbed.errors import HostError
 from testbed.matrix.cells import Cell
+from testbed.matrix.connection import CALL_S, CONNECT_S, MOST_DEATHS, Connect
 from testbed.matrix.display import Display
-from testbed.matrix.needs import Need, Room
+from testbed.matrix.needs import Worker, missing, needed
 from testbed.matrix.records import CellRecord
 from testbed.matrix.run_cell import skipped
 from testbed.matrix.store import Store
 from testbed.matrix.worker import TOPIC, Answer, unpack, work
 from testbed.results.verdicts import Verdict
-from testbed.topology.units import GIB
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from distributed import Future
 
-LOCAL = "local"
-LOG = "cluster.log"
-WORKERS_FOLDER = "workers"
-EXTRA_HINT = "pip install 'testbed[cluster]'"
-MOST_DEATHS = 3
-CONNECT_S = 20.0
-CALL_S = 15.0
 WORKER_WAIT_S = 60.0
 # Beyond a cell's own deadline: the set-up of a new machine, and the way of its logs.
 GRACE_S = 900.0
 _TICK_S = 0.5
 _LOOK_S = 2.0
-_MEMORY, _CORES, _KVM = "memory", "cores", "kvm"
 
 
 class ClusterLost(HostError):
     """The cluster is gone, with cells not run; what had ended is kept."""
-
-
-Connect = Callable[[float], "Client"]
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One worker as the scheduler sees it."""
-
-    address: str
-    threads: int
-    resources: Mapping[str, float]
-
-
-def parse(word: str) -> str | int:
-    """A scheduler's address, or how many local workers; 0: as many as there is room for.
-
-    :raises InputError: neither.
-    """
-    if word == LOCAL:
-        return 0
-    if word.startswith(f"{LOCAL}:"):
-        number = word.removeprefix(f"{LOCAL}:")
-        if number.isdecimal() and 0 < int(number) <= 1024:
-            return int(number)
-        raise InputError(f"--cluster {word}: '{number}' is no number of workers (1 to 1024)")
-    scheme, separator, rest = word.partition("://")
-    if not separator or not rest or scheme not in ("tcp", "tls", "ws", "wss", "ucx"):
-        raise InputError(
-            f"--cluster {word}: no cluster",
-            hint=f"tcp://HOST:PORT (or tls://) of a Dask scheduler, {LOCAL}, or {LOCAL}:N",
-        )
-    return word
-
-
-def needed(need: Need, known: Mapping[str, float]) -> dict[str, float]:
-    """A cell's need in Dask's words; only what some worker of the cluster declares."""
-    wanted: dict[str, float] = {_MEMORY: need.memory_bytes, _CORES: need.cores, _KVM: need.kvm}
-    return {name: amount for name, amount in wanted.items() if amount and name in known}
-
-
-def missing(need: Need, workers: Sequence[Worker]) -> str:
-    """Why no worker can ever run it, or "". Pure."""
-    most: dict[str, float] = {}
-    for worker in workers:
-        for name, amount in worker.resources.items():
-            most[name] = max(amount, most.get(name, 0))
-    if need.kvm and not most.get(_KVM):
-        return "no worker declares the resource 'kvm'"
-    wanted = needed(need, most)
-    if any(
-        all(worker.resources.get(name, 0) >= amount for name, amount in wanted.items())
-        for worker in workers
-    ):
-        return ""
-    short = [name for name, amount in wanted.items() if most[name] < amount]
-    if short == [_MEMORY]:
-        largest = most[_MEMORY] / GIB
-        return f"{need.memory_bytes / GIB:.1f} GiB of memory; the largest worker has {largest:.1f}"
-    words = ", ".join(f"{amount:g} of '{name}'" for name, amount in wanted.items())
-    return f"no worker has {words}"
-
-
-@contextlib.contextmanager
-def open_cluster(word: str, room: Room, folder: Path) -> Iterator[Connect]:
-    """A function that connects within so many seconds: to the scheduler at ``word``, or to one of
-    our own.
-
-    :raises CapabilityMissing: Dask is not installed. :raises InputError: no such cluster.
-    """
-    where = parse(word)
-    try:
-        import dask  # noqa: PLC0415  an optional extra
-        import distributed  # noqa: PLC0415
-    except ImportError as error:
-        raise CapabilityMissing(f"--cluster needs Dask ({error})", hint=EXTRA_HINT) from None
-    _log_to(folder / LOG)
-    if isinstance(where, str):
-        yield lambda wait_s: distributed.Client(where, timeout=wait_s, set_as_default=False)
-        return
-    number = where or room.slots
-    scratch = folder / WORKERS_FOLDER
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
-    has_kvm = {_KVM: 1.0} if _kvm() else {}
-    resources = {_MEMORY: float(room.memory_bytes // number), **has_kvm}
-    settings = {
-        "distributed.scheduler.allowed-failures": MOST_DEATHS - 1,
-        "distributed.comm.timeouts.connect": f"{CONNECT_S:g}s",
-        # No web pages: they would show anybody on this machine what runs.
-        "distributed.scheduler.http.routes": [],
-        "distributed.worker.http.routes": [],
-    }
-    with dask.config.set(settings):
-        # Only those who have this cluster's own certificate may give it work.
-        security = distributed.Security.temporary()
-        local = distributed.LocalCluster(
-            n_workers=number,
-            threads_per_worker=1,
-            processes=True,
-            resources=resources,
-            memory_limit=0,
-            security=security,
-            dashboard_address="127.0.0.1:0",
-            worker_dashboard_address="127.0.0.1:0",
-            local_directory=str(scratch),
-            host="127.0.0.1",
-            silence_logs=logging.CRITICAL,
-        )
-        _log_to(folder / LOG)  # the line above has silenced our own side too
-        try:
-            yield lambda wait_s: distributed.Client(
-                local, security=security, timeout=wait_s, set_as_default=False
-            )
-        finally:
-            with contextlib.suppress(Exception):
-                local.close(timeout=CALL_S)
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _kvm() -> bool:
-    from testbed.matrix.run_cell import has_kvm  # noqa: PLC0415
-
-    return has_kvm()
-
-
-def _log_to(path: Path) -> None:
-    """What Dask says goes to a file: it says a lot where a worker dies, and it is not ours."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    for name in ("distributed", "asyncio", "tornado"):
-        logger = logging.getLogger(name)
-        logger.handlers[:] = [handler]
-        logger.propagate = False
 
 
 @dataclass

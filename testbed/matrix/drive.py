@@ -12,7 +12,8 @@ from testbed.errors import Interrupted
 from testbed.host.facts import host_facts
 from testbed.matrix import junit, page
 from testbed.matrix.cells import Cell
-from testbed.matrix.cluster import ClusterLost, ClusterRun, open_cluster
+from testbed.matrix.cluster import ClusterLost, ClusterRun
+from testbed.matrix.connection import open_cluster
 from testbed.matrix.display import Display, shown
 from testbed.matrix.load import Plan
 from testbed.matrix.needs import Room

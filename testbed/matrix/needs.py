@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from testbed.topology.model import Gpu, Topology
@@ -14,6 +15,8 @@ from testbed.topology.units import GIB, MIB
 OVERHEAD_BYTES = 400 * MIB
 # For the rest of the system; what is still free when a guest turns out larger than was thought.
 RESERVE_BYTES = GIB
+# The resources of Dask's workers, as they declare them.
+MEMORY, CORES, KVM = "memory", "cores", "kvm"
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,40 @@ def need_of(topology: Topology, *, kvm: bool = False) -> Need:
 def sum_of(needs: list[Need]) -> Need:
     """All of them at once."""
     return Need(sum(n.memory_bytes for n in needs), sum(n.cores for n in needs))
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker as the scheduler sees it."""
+
+    address: str
+    threads: int
+    resources: Mapping[str, float]
+
+
+def needed(need: Need, known: Mapping[str, float]) -> dict[str, float]:
+    """A cell's need in Dask's words; only what some worker of the cluster declares."""
+    wanted: dict[str, float] = {MEMORY: need.memory_bytes, CORES: need.cores, KVM: need.kvm}
+    return {name: amount for name, amount in wanted.items() if amount and name in known}
+
+
+def missing(need: Need, workers: Sequence[Worker]) -> str:
+    """Why no worker can ever run it, or "". Pure."""
+    most: dict[str, float] = {}
+    for worker in workers:
+        for name, amount in worker.resources.items():
+            most[name] = max(amount, most.get(name, 0))
+    if need.kvm and not most.get(KVM):
+        return "no worker declares the resource 'kvm'"
+    wanted = needed(need, most)
+    if any(
+        all(worker.resources.get(name, 0) >= amount for name, amount in wanted.items())
+        for worker in workers
+    ):
+        return ""
+    short = [name for name, amount in wanted.items() if most[name] < amount]
+    if short == [MEMORY]:
+        largest = most[MEMORY] / GIB
+        return f"{need.memory_bytes / GIB:.1f} GiB of memory; the largest worker has {largest:.1f}"
+    words = ", ".join(f"{amount:g} of '{name}'" for name, amount in wanted.items())
+    return f"no worker has {words}"

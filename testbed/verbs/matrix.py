@@ -81,8 +81,7 @@ def matrix(
     from rich.console import Console
 
     from testbed.history.store import remember
-    from testbed.matrix import cluster as clusters
-    from testbed.matrix import junit, load, records, store, table
+    from testbed.matrix import connection, junit, load, records, store, table
     from testbed.matrix.drive import How, drive
     from testbed.matrix.needs import room_here
 
@@ -94,7 +93,7 @@ def matrix(
             hint="--cluster local:N",
         )
     if cluster:
-        clusters.parse(cluster)
+        connection.parse(cluster)
     plan = load.load(load.find(file), parse_settings(settings), trust=trust)
     if only_list:
         for cell in plan.cells:

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from testbed.errors import ExitCode, HostError
-from testbed.matrix.cluster import Worker, missing, needed
 from testbed.matrix.display import shown
-from testbed.matrix.needs import Need, Room
+from testbed.matrix.needs import Need, Room, Worker, missing, needed
 from testbed.matrix.pool import Pool
 from testbed.matrix.records import CellRecord, exit_code
 from testbed.matrix.table import word
