@@ -211,12 +211,12 @@ def _figures(
     runs: int,
     names: Sequence[str],
 ) -> dict[str, Any]:
-    from testbed.benchmarks import figures
+    from testbed.benchmarks import figures, promised
     from testbed.benchmarks.commands import Commands
     from testbed.verbs.install import options
 
     with options() as setup, Commands() as commands:
-        bed = figures.Bed(commands, topology, installation, accelerator, setup, runs, say)
+        bed = promised.Bed(commands, topology, installation, accelerator, setup, runs, say)
         return figures.report(names, bed)
 
 
