@@ -16,6 +16,7 @@ SUITES = {
     "p2p-kernel": ("p2p_kernel.py", "p2p_oracle.py", "p2p_kernel_life.py"),
     "p2p-negotiation": (
         "p2p_negotiation.py",
+        "p2p_negotiation_use.py",
         "p2p_negotiation_life.py",
         "p2p_negotiation_sharing.py",
         "p2p_negotiation_bad.py",

@@ -20,7 +20,8 @@ from testbed.instruments.model_devices import copy, place
 from testbed.instruments.observer import Observer, Refuted
 from testbed.results.evidence import Counter
 from testbed.results.judging import PAGE_BYTES, Judgement
-from testbed.suites.p2p_fabric_ground import TARGET, Way, has_fabric, judge_refusal, refusal
+from testbed.suites.fabric_ways import TARGET, Way
+from testbed.suites.p2p_fabric_ground import has_fabric, judge_refusal, refusal
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]
 pytestmark = pytest.mark.boots(when=has_fabric)

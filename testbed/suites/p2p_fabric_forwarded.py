@@ -19,15 +19,8 @@ from testbed.harness.racks import LiveRack
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer, Refuted
 from testbed.results.judging import PAGE_BYTES
-from testbed.suites.p2p_fabric_ground import (
-    TARGET,
-    Address,
-    Way,
-    has_fabric,
-    judge_refusal,
-    refusal,
-    the_fabric,
-)
+from testbed.suites.fabric_ways import TARGET, Address, Way
+from testbed.suites.p2p_fabric_ground import has_fabric, judge_refusal, refusal, the_fabric
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]
 pytestmark = pytest.mark.boots(when=has_fabric)

@@ -20,16 +20,10 @@ from testbed.instruments.observer import Observer, Refuted
 from testbed.machine.bells import bells_of
 from testbed.results.evidence import Note
 from testbed.results.judging import PAGE_BYTES, Judgement
+from testbed.suites.fabric_ways import TARGET, Way
 from testbed.suites.p2p_fabric_bells import open_bells, ring_all
 from testbed.suites.p2p_fabric_forwarded import Host
-from testbed.suites.p2p_fabric_ground import (
-    TARGET,
-    Fabric,
-    Way,
-    has_fabric,
-    judge_refusal,
-    the_fabric,
-)
+from testbed.suites.p2p_fabric_ground import Fabric, has_fabric, judge_refusal, the_fabric
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]
 pytestmark = pytest.mark.boots(when=has_fabric)

@@ -25,7 +25,8 @@ from testbed.instruments.reasons import reasons_of
 from testbed.rack import Rack, RackNode
 from testbed.results.evidence import Access, Counter
 from testbed.results.judging import PAGE_BYTES, judge_fault
-from testbed.suites.p2p_fabric_ground import TARGET, Way, has_fabric
+from testbed.suites.fabric_ways import TARGET, Way
+from testbed.suites.p2p_fabric_ground import has_fabric
 from testbed.topology.plan import Function, Role
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]

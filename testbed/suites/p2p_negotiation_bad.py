@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suite ``p2p-negotiation``, fourth part: importers that do wrong (LIFE-12).
+"""Suite ``p2p-negotiation``, last part: importers that do wrong (LIFE-12).
 
 Each gets an error of its own that names it, and the importer beside it goes on. Who never unmaps is
 LIFE-05.

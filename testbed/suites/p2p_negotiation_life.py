@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suite ``p2p-negotiation``, second part: what becomes of a buffer that is in use (LIFE).
+"""Suite ``p2p-negotiation``, third part: what becomes of a buffer that is in use (LIFE).
 
 Pinned, moved behind fences, revoked, taken away from an importer that does not let go: each ends in
 bytes that a device moved, or in an access that its IOMMU or its link refused.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Suite ``p2p-negotiation``, third part: pages that devices mirror (HMM), importers with page
+"""Suite ``p2p-negotiation``, fourth part: pages that devices mirror (HMM), importers with page
 faults and the graph of operations (FLT), and which paths there are (TOPO-14).
 """
 

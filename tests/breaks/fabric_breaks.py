@@ -21,7 +21,8 @@ from testbed.suites import p2p_fabric as modes
 from testbed.suites import p2p_fabric_bells as bells
 from testbed.suites import p2p_fabric_forwarded as forwarded
 from testbed.suites import p2p_fabric_loss as loss
-from testbed.suites.p2p_fabric_ground import Way, the_fabric
+from testbed.suites.fabric_ways import Way
+from testbed.suites.p2p_fabric_ground import the_fabric
 from tests.breaks.guards import guard_id, requirements_of
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]

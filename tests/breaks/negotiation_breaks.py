@@ -20,6 +20,7 @@ from testbed.suites import p2p_negotiation as choice
 from testbed.suites import p2p_negotiation_bad as bad
 from testbed.suites import p2p_negotiation_life as life
 from testbed.suites import p2p_negotiation_sharing as sharing
+from testbed.suites import p2p_negotiation_use as use
 
 pytest_plugins = ["testbed.suites.negotiation_fixtures"]
 
@@ -37,13 +38,13 @@ GUARDS: list[tuple[Mutation, Test, dict[str, Any]]] = [
         {},
     ),
     (Mutation.NEGO_FIRST_OFFER, choice.test_every_candidate_has_the_reason_why_it_lost, {}),
-    (Mutation.NEGO_NEW_ADDRESS, choice.test_one_interconnect_and_one_address_until_it_moves, {}),
+    (Mutation.NEGO_NEW_ADDRESS, use.test_one_interconnect_and_one_address_until_it_moves, {}),
     (Mutation.NEGO_SWALLOW_ERRNO, choice.test_what_each_errno_means, {}),
-    (Mutation.NEGO_ONE_KIND, choice.test_a_link_and_pcie_on_one_buffer_at_once, {}),
-    (Mutation.NEGO_ANY_LINK, choice.test_a_link_and_pcie_on_one_buffer_at_once, {}),
-    (Mutation.NEGO_STRAND_IMPORTER, choice.test_a_move_leaves_no_active_importer_behind, {}),
-    (Mutation.NEGO_NO_FALL_BACK, choice.test_from_the_link_to_pcie_to_system_memory, {}),
-    (Mutation.NEGO_NO_FALL_BACK, choice.test_what_cannot_be_mapped_becomes_a_scatter_list, {}),
+    (Mutation.NEGO_ONE_KIND, use.test_a_link_and_pcie_on_one_buffer_at_once, {}),
+    (Mutation.NEGO_ANY_LINK, use.test_a_link_and_pcie_on_one_buffer_at_once, {}),
+    (Mutation.NEGO_STRAND_IMPORTER, use.test_a_move_leaves_no_active_importer_behind, {}),
+    (Mutation.NEGO_NO_FALL_BACK, use.test_from_the_link_to_pcie_to_system_memory, {}),
+    (Mutation.NEGO_NO_FALL_BACK, use.test_what_cannot_be_mapped_becomes_a_scatter_list, {}),
     (Mutation.NEGO_UNASKED_HOST, choice.test_a_virtual_interconnect_needs_the_host_s_word, {}),
     (
         Mutation.NEGO_ANY_SCATTER_LIST,
