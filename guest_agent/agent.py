@@ -187,6 +187,14 @@ class Agent(KernelMethods):
 
         return {"devices": pci.tree(only=only)}
 
+    @registry.method("pci.bars")
+    def _pci_bars(self) -> dict[str, Any]:
+        """As ``pci.tree``, of each function no more than ``bdf`` and ``bars``: no function is asked
+        for anything."""
+        from guest_agent.observe import pci
+
+        return {"devices": pci.places()}
+
     @registry.method("kmsg.mark")
     def _kmsg_mark(self) -> dict[str, int]:
         return {"sequence": self._log.mark()}

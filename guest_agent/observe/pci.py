@@ -256,3 +256,13 @@ def tree(root: str = sysfs.ROOT, only: list[str] | None = None) -> list[dict[str
     """Every function of the machine, or those of ``only`` that it has, in order of address."""
     found = sysfs.names(f"{root}/bus/pci/devices")
     return [device(bdf, root) for bdf in found if only is None or bdf in only]
+
+
+def places(root: str = sysfs.ROOT) -> list[dict[str, Any]]:
+    """``{bdf, bars}`` of every function that has any, as the kernel keeps them."""
+    folder = f"{root}/bus/pci/devices"
+    return [
+        {"bdf": bdf, "bars": found}
+        for bdf in sysfs.names(folder)
+        if (found := bars(sysfs.read(f"{folder}/{bdf}/resource")))
+    ]

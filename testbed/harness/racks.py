@@ -11,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from testbed.errors import CapabilityMissing, TestbedError
+from testbed.harness.spares import Machine, Spares, Value, has_room
 from testbed.instruments.device_records import records
 from testbed.instruments.interface import Rack, RackNode, RackSource
 from testbed.machine.command import CONSOLE_LOG
@@ -26,7 +27,6 @@ from testbed.topology.model import Topology
 from testbed.topology.plan import RackPlan
 
 T = TypeVar("T")
-_Value = tuple[object, Callable[[Any], None], str]  # kept: what, how it is closed, who holds it
 
 MAIN = "rack"  # the label of the rack under test
 MAX_DEATHS = 4
@@ -42,17 +42,8 @@ class _Maker:
     close: Callable[[Any], None]
     holds: str
 
-    def value(self, rack: Rack) -> _Value:
+    def value(self, rack: Rack) -> Value:
         return self.make(rack), self.close, self.holds
-
-
-@dataclass
-class _Machine:
-    """One on its way; ``made``: what its first test would make first of all."""
-
-    kind: object
-    rack: Future[Rack] = field(default_factory=Future)
-    made: dict[object, _Value] = field(default_factory=dict)
 
 
 class LiveRack:
@@ -70,18 +61,21 @@ class LiveRack:
         self._starts = 0
         self._deaths = 0
         self._future: Future[Rack] | None = None
-        self._spare: _Machine | None = None  # for the next test that wants a fresh machine
+        self._spares = Spares(
+            self._begin,
+            lambda machine: self._end_aside(machine.rack, unused=True),
+            lambda racks: has_room(topology, racks),
+        )
         self._makers: dict[object, tuple[_Maker, ...]] = {}  # of what tests of a kind make at first
         self._recorded: list[_Maker] = []
         self._kind: object = None  # of the test that runs on a fresh machine, None of any other
         self._ends: list[threading.Thread] = []  # of machines that were in use
         self._why_gone = ""
-        self._kept: dict[object, _Value] = {}
+        self._kept: dict[object, Value] = {}
         self.waited_s = 0.0  # in all, for machines to boot
         self.touched = False  # by the test that runs
         self.used = False  # by any test
-        self.wants_spare = False  # the next test shall find another machine ready
-        self.next_kind: object = None  # of that test
+        self._upcoming: Sequence[object] | None = None  # until machines have begun for them
         self.last_versions: Mapping[str, Any] = {}
         self.devices: list[DeviceRecord] = []  # of its machines that have ended
 
@@ -89,26 +83,26 @@ class LiveRack:
         """Begin to boot in the background, if that has not been done."""
         if self._future is not None:
             return
-        machine, self._spare = self._spare, None
-        if machine is not None and machine.kind not in (None, self._kind):
-            self._end_aside(machine.rack)  # made for a test that did not use it
-            machine = None
-        machine = machine or self._begin()
+        machine = self._spares.take(self._kind) or self._begin()
         self._future, self._kept = machine.rack, machine.made
 
-    def set_up(self, kind: object) -> None:
-        """A test of that kind begins to be set up; None: one that does not want a fresh machine."""
-        self._kind, self._recorded = kind, []
+    def set_up(self, kind: object, upcoming: Sequence[object] = ()) -> None:
+        """A test of that kind begins to be set up; None: one that does not want a fresh machine.
+
+        :param upcoming: the kinds of the next tests that want one: when this test has its machine,
+            others get ready for them.
+        """
+        self._kind, self._recorded, self._upcoming = kind, [], upcoming
 
     def was_set_up(self) -> None:
         """It was: what it has made so far, others of its kind make too."""
         if self._kind is not None:
             self._makers.setdefault(self._kind, tuple(self._recorded))
 
-    def _begin(self, kind: object = None) -> _Machine:
+    def _begin(self, kind: object = None) -> Machine:
         self._starts += 1
         makers = self._makers.get(kind, ())
-        machine = _Machine(kind if makers else None)
+        machine = Machine(kind if makers else None)
         future = machine.rack
         label = self._label if self._starts == 1 else f"{self._label}-{self._starts}"
 
@@ -152,8 +146,9 @@ class LiveRack:
         finally:
             self.waited_s += time.monotonic() - before
         self.last_versions = rack.versions
-        if self.wants_spare and self._spare is None and self._source.restartable:
-            self._spare = self._begin(self.next_kind)
+        if self._upcoming is not None and self._source.restartable:
+            upcoming, self._upcoming = self._upcoming, None
+            self._spares.prepare(upcoming)
         return rack
 
     def lost(self, test: str) -> None:
@@ -181,8 +176,11 @@ class LiveRack:
         if future is not None:
             self._end_aside(future)
 
-    def _end_aside(self, future: Future[Rack]) -> None:
-        thread = threading.Thread(target=self._end_of, args=(future, True), daemon=True)
+    def _end_aside(self, future: Future[Rack], *, unused: bool = False) -> None:
+        words = {"unused": unused}
+        thread = threading.Thread(
+            target=self._end_of, args=(future, True), kwargs=words, daemon=True
+        )
         thread.start()
         self._ends.append(thread)
 
@@ -259,21 +257,21 @@ class LiveRack:
         """End the machine for good; without ``wait`` one that still boots is left to its keeper."""
         self._kept.clear()
         self._why_gone = self._why_gone or "the session is over"
-        self._end(wait=wait)
-        machine, self._spare = self._spare, None
-        spare = machine.rack if machine else None
-        if spare is not None and (wait or spare.done()) and spare.exception() is None:
-            spare.result().close()
-        for thread in self._ends:
-            thread.join(END_TIMEOUT_S if wait else 0)
+        with contextlib.ExitStack() as ends:  # all of them, whatever one of them raises
+            for thread in self._ends:
+                ends.callback(thread.join, END_TIMEOUT_S if wait else 0)
+            for machine in self._spares.take_all():
+                ends.callback(self._end_of, machine.rack, wait, unused=True)
+            self._end(wait=wait)
 
     def _end(self, *, wait: bool = True) -> None:
         future, self._future = self._future, None
         self._end_of(future, wait)
 
-    def _end_of(self, future: Future[Rack] | None, wait: bool) -> None:
+    def _end_of(self, future: Future[Rack] | None, wait: bool, *, unused: bool = False) -> None:
         if future is not None and (wait or future.done()) and future.exception() is None:
-            self.devices += records(future.result(), self._label)
+            if not unused:
+                self.devices += records(future.result(), self._label)
             future.result().close()
 
     @property

@@ -18,6 +18,7 @@ import pytest
 from testbed.errors import CapabilityMissing, LostError, ModuleStays
 from testbed.harness import early
 from testbed.harness.racks import RackPool
+from testbed.harness.spares import most_at_once
 from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer
@@ -97,6 +98,7 @@ class ConformanceSession:
         self.interrupted = False
         self._planned = False
         self._waited_s = 0.0
+        self._spares: int | None = None  # at once; asked when it is needed
         self._on_plan = on_plan
         self._on_outcome = on_outcome
         self._on_parts = on_parts
@@ -165,13 +167,21 @@ class ConformanceSession:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
         """Fresh machines for a test that wants them; others get ready while this one runs."""
-        main = self.pool.main
         if self._wants_pristine(item):
             for rack in self.pool.all():
                 rack.refresh()
-        main.set_up(self._kind(item))
-        main.wants_spare = nextitem is not None and self._wants_pristine(nextitem)
-        main.next_kind = self._kind(nextitem) if nextitem else None
+        self.pool.main.set_up(self._kind(item), self._upcoming(nextitem))
+
+    def _upcoming(self, nextitem: pytest.Item | None) -> list[object]:
+        """The kinds of the tests whose machines shall get ready while one runs."""
+        if nextitem is None:
+            return []
+        if self._spares is None:
+            self._spares = most_at_once(self.pool.source.topology)
+        items = nextitem.session.items
+        begin = items.index(nextitem)
+        following = items[begin : begin + self._spares]
+        return [self._kind(item) for item in following if self._wants_pristine(item)]
 
     def _kind(self, item: pytest.Item) -> object:
         """The same for pristine tests that are set up in the same way."""

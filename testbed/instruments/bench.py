@@ -130,10 +130,10 @@ class Bench:
     ) -> Bench:
         """Hand the devices to VFIO, in one container.
 
-        :param tree: the agent's ``pci.tree``, if it is at hand.
+        :param tree: the agent's ``pci.tree`` or ``pci.bars``, if it is at hand.
         """
         if tree is None:
-            tree = node.agent.call("pci.tree")["devices"]
+            tree = node.agent.call("pci.bars")["devices"]
         opened = node.agent.call("vfio.open", devices=_unique(functions))
         bars = [
             (bar["address"], bar["size_bytes"])
@@ -157,7 +157,7 @@ class Bench:
     @classmethod
     def open_raw(cls, node: RackNode, functions: Iterable[Function]) -> Bench:
         """The devices as they are, through their sysfs resources: no VFIO, no mappings."""
-        tree = node.agent.call("pci.tree")["devices"]
+        tree = node.agent.call("pci.bars")["devices"]
         opened = node.agent.call("raw.open", devices=_unique(functions))
         return cls(
             node,

@@ -221,6 +221,8 @@ class FakeNode:
             ]
         }
 
+    do_pci_bars = do_pci_tree
+
     def do_iommu_groups(self) -> list[dict[str, Any]]:
         groups = oracle.iommu_groups(self.plan, self.topology.nodes[self.name])
         return [

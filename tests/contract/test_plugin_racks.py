@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,98 @@ def test_who_was_taken_for_none_that_uses_a_rack_gets_it_all_the_same(tmp_path: 
     )
     assert run.verdicts == [PASS, PASS]
     assert sorted(rack.name for rack in run.source.racks) == ["quad-gpu", "two"]
+
+
+class TestPristine:
+    """Several machines get ready while a test runs, and none is used twice or left over."""
+
+    BODY = """
+        seen = []
+
+        def fresh(rack, *, is_fresh=True):
+            assert (rack.run_dir not in seen) == is_fresh
+            seen.append(rack.run_dir)
+        """
+
+    @pytest.fixture(autouse=True)
+    def _two_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("testbed.harness.session.most_at_once", lambda _: 2)
+        monkeypatch.setattr("testbed.harness.racks.has_room", lambda *_: True)
+
+    @staticmethod
+    def run(tmp_path: Path, body: str, *, every: bool = True) -> Run:
+        # What each machine but the first is, whichever of two is first.
+        dies = [{"dies_on": "iommu.groups"}] * 9
+        body = textwrap.dedent(TestPristine.BODY) + textwrap.dedent(body)
+        return Run(tmp_path, body, {}, *dies, pristine=every)
+
+    def test_each_test_has_its_own(self, tmp_path: Path) -> None:
+        run = self.run(tmp_path, "".join(f"def test_{n}(rack): fresh(rack)\n" for n in range(5)))
+        assert run.verdicts == [PASS] * 5
+        assert [rack.closed for rack in run.source.racks] == [True] * 5
+
+    def test_only_who_wants_one(self, tmp_path: Path) -> None:
+        run = self.run(
+            tmp_path,
+            """
+            def test_one(rack): fresh(rack)
+            def test_two(rack): fresh(rack, is_fresh=False)
+            @pytest.mark.pristine
+            def test_three(rack): fresh(rack)
+            def test_four(rack): fresh(rack, is_fresh=False)
+            def test_five(rack): fresh(rack, is_fresh=False)
+            def test_six(rack): fresh(rack, is_fresh=False)
+            @pytest.mark.pristine
+            def test_seven(rack): fresh(rack)
+            """,
+            every=False,
+        )
+        assert run.verdicts == [PASS] * 7
+        assert [rack.closed for rack in run.source.racks] == [True] * 3
+
+    def test_those_of_tests_that_did_not_run_serve_others_or_end(self, tmp_path: Path) -> None:
+        run = self.run(
+            tmp_path,
+            """
+            def test_one(rack): fresh(rack)
+            @pytest.mark.gated_by("MINE-01")
+            def test_two(rack): fresh(rack)
+            def test_three(): pass
+            def test_four(rack): fresh(rack)
+            """,
+        )
+        assert run.verdicts == [PASS, SKIP, PASS, PASS]
+        assert [rack.closed for rack in run.source.racks] == [True] * 3
+
+    def test_a_death_costs_one(self, tmp_path: Path) -> None:
+        run = self.run(
+            tmp_path,
+            """
+            def test_one(rack): fresh(rack)
+            def test_two(rack):
+                fresh(rack)
+                call(rack, "iommu.groups")
+            def test_three(rack): fresh(rack)
+            """,
+        )
+        assert run.verdicts == [PASS, LOST, PASS]
+        assert [rack.closed for rack in run.source.racks] == [True] * 3
+
+    def test_an_interrupt_ends_all(self, tmp_path: Path) -> None:
+        run = self.run(
+            tmp_path,
+            """
+            def test_one(rack):
+                fresh(rack)
+                for machine in rack._spares._machines:
+                    machine.rack.result()  # those that still boot are left to their keepers
+                raise KeyboardInterrupt
+            def test_two(rack): fresh(rack)
+            def test_three(rack): fresh(rack)
+            """,
+        )
+        assert run.verdicts == []
+        assert [rack.closed for rack in run.source.racks] == [True] * 3
 
 
 def test_a_rack_that_will_not_end_is_an_error(

@@ -3,10 +3,20 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 from pathlib import Path
 
+import pytest
+
+from testbed.errors import HostError
+from testbed.harness import racks
 from testbed.harness.racks import LiveRack
 from tests.contract.fake_rack import FakeSource, quad_gpu
+
+
+@pytest.fixture(autouse=True)
+def _room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(racks, "has_room", lambda *_: True)
 
 
 def test_who_holds_devices_gives_way_to_who_wants_them_next(tmp_path: Path) -> None:
@@ -34,12 +44,12 @@ def test_a_fresh_machine_is_ready_when_the_next_test_wants_one(tmp_path: Path) -
     source = FakeSource(quad_gpu(), tmp_path)
     rack = LiveRack(source, source.topology, "rack")
     rack.refresh()  # nothing has been used
-    rack.wants_spare = True
+    rack.set_up(None, [None])
     first = rack.get()
     assert rack.get() is first
     rack.once("kept", lambda _: "of the first")
     rack.refresh()
-    rack.wants_spare = False
+    rack.set_up(None)
     second = rack.get()
     assert second is not first
     assert rack.once("kept", lambda _: "of the second") == "of the second"
@@ -51,12 +61,64 @@ def test_a_fresh_machine_is_ready_when_the_next_test_wants_one(tmp_path: Path) -
 
 
 def test_a_spare_that_nobody_needed_ends_too(tmp_path: Path) -> None:
-    source = FakeSource(quad_gpu(), tmp_path)
+    source = FakeSource(quad_gpu(engine="model"), tmp_path)
     rack = LiveRack(source, source.topology, "rack")
-    rack.wants_spare = True
+    rack.set_up(None, [None, None])
     rack.get()
     rack.close()
-    assert [made.closed for made in source.racks] == [True, True]
+    assert [made.closed for made in source.racks] == [True, True, True]
+    assert [device.device for device in rack.devices] == ["gpu0", "gpu1", "nic0"]  # once
+
+
+def test_all_end_whatever_one_of_them_says(tmp_path: Path) -> None:
+    source = FakeSource(quad_gpu(), tmp_path)
+    rack = LiveRack(source, source.topology, "rack")
+    rack.set_up("a", "aa")
+    used = rack.get()
+    spares = [machine.rack.result() for machine in rack._spares._machines]
+
+    def refuse() -> None:
+        raise OSError("no")
+
+    for each in (used, spares[0]):
+        each.close = refuse  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="no"):
+        rack.close()
+    assert [made.closed for made in source.racks].count(True) == 1
+
+
+def test_a_spare_that_did_not_start_is_the_error_of_the_test_that_waits_for_it(
+    tmp_path: Path,
+) -> None:
+    source = FakeSource(quad_gpu(), tmp_path, {}, {"fails": HostError("no memory")})
+    rack = LiveRack(source, source.topology, "rack")
+    rack.set_up("a", "a")
+    assert rack.get()
+    (spare,) = rack._spares._machines
+    concurrent.futures.wait([spare.rack])
+    assert rack.once("bench", lambda machine: machine) is source.racks[0]  # not its error
+    rack.refresh()
+    rack.set_up("a")
+    with pytest.raises(HostError, match="no memory"):
+        rack.get()
+    rack.close()
+    assert source.racks[0].closed
+
+
+def test_a_machine_that_dies_takes_no_spare_with_it(tmp_path: Path) -> None:
+    source = FakeSource(quad_gpu(), tmp_path)
+    rack = LiveRack(source, source.topology, "rack")
+    rack.set_up("a", "aa")
+    rack.get()
+    first, second = (machine.rack.result() for machine in rack._spares._machines)
+    rack.lost("a test")
+    rack.set_up("a", "a")
+    assert rack.get() is first
+    rack.refresh()
+    rack.set_up("a")
+    assert rack.get() is second
+    rack.close()
+    assert [made.closed for made in source.racks] == [True] * 3
 
 
 class Ahead:
@@ -74,16 +136,23 @@ class Ahead:
 
         return self.rack.once(name, make, ahead=ahead)
 
-    def test(self, kind: str, next_kind: str, *names: str, ahead: bool = True) -> object:
-        """Set one up that makes these; answers its machine."""
+    def test(self, kinds: str, *names: str, ahead: bool = True) -> object:
+        """Set one up that makes these; answers its machine.
+
+        :param kinds: a letter for its own and each of those for which machines get ready.
+        """
+        kind, next_kinds = kinds[0], kinds[1:]
         self.rack.refresh()
-        self.rack.set_up(kind)
-        self.rack.wants_spare, self.rack.next_kind = True, next_kind
+        self.rack.set_up(kind, next_kinds)
         machine = self.rack.get()
         assert all(self.make(name, ahead=ahead) is machine for name in names)
         self.rack.was_set_up()
         self.make("in the test itself")
         return machine
+
+    def getting_ready(self) -> list[object]:
+        """The machines of tests to come, as soon as they are ready."""
+        return [machine.rack.result() for machine in self.rack._spares._machines]
 
     def made_for(self, machine: object) -> list[str]:
         return [name for name, each in self.made if each is machine]
@@ -91,13 +160,11 @@ class Ahead:
 
 def test_what_tests_of_a_kind_make_is_there_before_the_next(tmp_path: Path) -> None:
     on = Ahead(tmp_path)
-    on.test("a", "a", "bench", "board")
-    on.test("a", "a", "bench", "board")  # begun before it was known
-    machine = on.rack._spare
-    assert machine is not None
-    third = machine.rack.result()
+    on.test("aa", "bench", "board")
+    on.test("aa", "bench", "board")  # begun before it was known
+    (third,) = on.getting_ready()
     assert on.made_for(third) == ["bench", "board"]
-    assert on.test("a", "b", "bench", "board") is third
+    assert on.test("ab", "bench", "board") is third
     assert on.made_for(third) == ["bench", "board", "in the test itself"]
     on.rack.close()
     assert all(made.closed for made in on.source.racks)
@@ -105,12 +172,11 @@ def test_what_tests_of_a_kind_make_is_there_before_the_next(tmp_path: Path) -> N
 
 def test_a_machine_made_ready_for_another_kind_is_not_used(tmp_path: Path) -> None:
     on = Ahead(tmp_path)
-    on.test("a", "a", "bench")
-    on.test("a", "a", "bench")
-    spare = on.rack._spare
-    assert spare is not None
-    other = on.test("b", "b", "board")  # what stands between did not come to its set-up
-    assert other is not spare.rack.result()
+    on.test("aa", "bench")
+    on.test("aa", "bench")
+    (spare,) = on.getting_ready()
+    other = on.test("bb", "board")  # what stands between did not come to its set-up
+    assert other is not spare
     assert on.made_for(other) == ["board", "in the test itself"]
     on.rack.close()
     assert all(made.closed for made in on.source.racks)
@@ -118,11 +184,10 @@ def test_a_machine_made_ready_for_another_kind_is_not_used(tmp_path: Path) -> No
 
 def test_only_what_says_so_is_made_ahead(tmp_path: Path) -> None:
     on = Ahead(tmp_path)
-    on.test("a", "a", "bench", ahead=False)
-    on.test("a", "a", "bench", ahead=False)
-    spare = on.rack._spare
-    assert spare is not None
-    assert on.made_for(spare.rack.result()) == []
+    on.test("aa", "bench", ahead=False)
+    on.test("aa", "bench", ahead=False)
+    (spare,) = on.getting_ready()
+    assert on.made_for(spare) == []
     on.rack.close()
 
 
@@ -135,19 +200,16 @@ def test_what_cannot_be_made_ahead_is_the_tests_to_meet(tmp_path: Path) -> None:
             raise OSError("no")
         return machine
 
-    for _ in range(2):
-        on.rack.refresh()
-        on.rack.set_up("a")
-        on.rack.wants_spare, on.rack.next_kind = False, "a"
-        on.rack.get()
-        on.rack.once("bench", make, ahead=True)
-        on.rack.was_set_up()
+    on.rack.refresh()
+    on.rack.set_up("a")
+    on.rack.once("bench", make, ahead=True)
+    on.rack.was_set_up()
     fails.append(1)
-    on.rack.wants_spare = True
+    on.rack.refresh()
+    on.rack.set_up("a", "a")
     on.rack.get()
-    spare = on.rack._spare
-    assert spare is not None
-    assert spare.rack.result() is on.source.racks[-1]
+    (spare,) = on.getting_ready()
+    assert spare is on.source.racks[-1]
     assert on.source.racks[-2].closed  # the one that it was tried on
-    assert spare.made == {}
+    assert on.rack._spares._machines[0].made == {}
     on.rack.close()

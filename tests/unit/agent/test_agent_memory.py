@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -127,3 +129,25 @@ def test_a_table_that_could_not_be_checked_is_refused() -> None:
         @registry.method("a.c")
         def _a_c(*, what: object) -> None:
             """Never called."""
+
+
+LOADED = """
+import sys
+sys.path.append(sys.argv[1])
+from guest_agent import resume
+resume.load_agent()
+before = set(sys.modules)
+from guest_agent.hw import memory
+buffers = memory.Buffers()
+buffers.alloc("a", 1 << 16)
+memory.fill(buffers.get("a"), 0, 1 << 16, seed=1)
+memory.checksum(buffers.get("a"), 0, 1 << 16)
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_a_machine_that_is_saved_has_loaded_what_tests_call() -> None:
+    root = str(Path(memory.__file__).parents[2])
+    words = [sys.executable, "-I", "-S", "-c", LOADED, root]
+    said = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout.split() == []

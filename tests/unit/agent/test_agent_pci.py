@@ -175,3 +175,12 @@ def test_the_mode_is_what_the_groups_have(
     found = iommu.summary(str(sysfs.root))
     assert (found["present"], found["kind"], found["mode"]) == (True, kind, mode)
     assert found["units"] == [{"name": unit, "cap": 0xD2008C40660462, "ecap": 0}]
+
+
+def test_places_are_known_without_asking_a_function(sysfs: FakeSysfs) -> None:
+    sysfs.function("0000:00:04.0", config_space(vendor=0x1B36, device=0xC, bridge=(0, 1, 5)))
+    sysfs.function("0000:01:00.0", config_space(), resource=RESOURCE)
+    (there,) = (each for each in pci.tree(str(sysfs.root)) if each["bars"])
+    for config in sysfs.root.glob("bus/pci/devices/*/config"):
+        config.unlink()
+    assert pci.places(str(sysfs.root)) == [{"bdf": "0000:01:00.0", "bars": there["bars"]}]

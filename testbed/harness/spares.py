@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Machines that get ready for tests to come, while another test runs.
+
+A machine is begun for a test of some kind, in the order of the tests. What it is given before that
+test begins is what tests of that kind make first of all; so it serves tests of its kind alone, and
+one that was given nothing serves any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from testbed.instruments.interface import Rack
+from testbed.matrix.needs import need_of, room_here
+from testbed.topology.model import Topology
+
+Value = tuple[object, Callable[[Any], None], str]  # kept: what, how it is closed, who holds it
+
+
+@dataclass
+class Machine:
+    """One on its way; ``made``: what its first test would make first of all."""
+
+    kind: object
+    rack: Future[Rack] = field(default_factory=Future)
+    made: dict[object, Value] = field(default_factory=dict)
+
+    def serves(self, kind: object) -> bool:
+        """Whether a test of that kind finds on it nothing but what it would have made."""
+        return self.kind in (None, kind)
+
+
+class Spares:
+    """See the module.
+
+    :param begin: starts one for a test of some kind, in the background.
+    :param end: ends one that nobody will use, in the background.
+    :param holds: whether this host has room for so many at once; asked of more than one.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[object], Machine],
+        end: Callable[[Machine], None],
+        holds: Callable[[int], bool] = lambda _: True,
+    ) -> None:
+        self._begin = begin
+        self._end = end
+        self._holds = holds
+        self._machines: list[Machine] = []  # the one that began first is first
+
+    def take(self, kind: object) -> Machine | None:
+        """One for a test of that kind, which is not a spare any more."""
+        for machine in self._machines:
+            if machine.serves(kind):
+                self._machines.remove(machine)
+                return machine
+        return None
+
+    def prepare(self, kinds: Sequence[object]) -> None:
+        """Have one for each of the next tests, which are of these kinds, and no other."""
+        unused, kept = self._machines, []
+        missing = []
+        for kind in kinds:
+            found = next((each for each in unused if each.serves(kind)), None)
+            if found is None:
+                missing.append(kind)
+            else:
+                unused.remove(found)
+                kept.append(found)
+        self._machines = kept
+        for machine in unused:
+            self._end(machine)
+        for kind in missing:
+            if self._machines and not self._holds(len(self._machines) + 1):
+                return
+            self._machines.append(self._begin(kind))
+
+    def take_all(self) -> list[Machine]:
+        """All, none of which is a spare any more."""
+        machines, self._machines = self._machines, []
+        return machines
+
+
+def most_at_once(topology: Topology) -> int:
+    """How many machines of a rack's kind may get ready at once: as this host has processors."""
+    return max(1, room_here(None).cores // max(1, need_of(topology).cores))
+
+
+def has_room(topology: Topology, racks: int) -> bool:
+    """Whether this host has the memory for so many further racks, if they turn out large."""
+    return racks * need_of(topology).memory_bytes <= room_here(None).memory_bytes
