@@ -19,9 +19,12 @@ import os
 import signal
 import socket
 import sys
-from typing import Any, NoReturn
 
 from testbed.machine.children import above, become_child, close_fds, descriptors_in_place
+
+TYPE_CHECKING = False  # typing's, without the rest of it
+if TYPE_CHECKING:
+    from typing import Any, NoReturn
 
 MAX_MESSAGE_BYTES = 1 << 16
 MAX_FDS = 253  # SCM_MAX_FD, include/net/scm.h

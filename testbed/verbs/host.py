@@ -110,7 +110,7 @@ def completion(shell: str) -> None:
     """
     from click.shell_completion import get_completion_class
 
-    from testbed.cli import cli
+    from testbed.verbs.group import cli
 
     maker = get_completion_class(shell)
     if maker is not None:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from testbed.benchmarks.faults import check, device_times, histogram, spread, text
-from testbed.cli import cli
 from testbed.errors import InputError
+from testbed.verbs.group import cli
 
 TIMES = st.lists(st.floats(0, 1e7), min_size=1, max_size=50)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.cli import VERBS
+from testbed.verbs.group import VERBS
 from testbed.verbs.reference import cli_markdown
 
 ROOT = Path(__file__).resolve().parents[2]

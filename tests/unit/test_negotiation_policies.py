@@ -17,7 +17,6 @@ from guest_agent.p2p.errors import NoPathError
 from guest_agent.p2p.negotiation import negotiate
 from guest_agent.p2p.topology import topology_from
 from guest_agent.p2p_device.room import offers_of as parsed
-from testbed.cli import cli
 from testbed.errors import InputError
 from testbed.instruments import negotiation_rules as rules
 from testbed.topology import load, policies
@@ -25,6 +24,7 @@ from testbed.topology.interconnects import links_of, offers_of, tables
 from testbed.topology.peers import peers
 from testbed.topology.placement import place
 from testbed.topology.plan import Role
+from testbed.verbs.group import cli
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from guest_agent.p2p.odp import OnDemand
-from testbed.cli import cli
 from testbed.errors import InputError
 from testbed.results import trace as traces
 from testbed.results import trace_perfetto, trace_text
 from testbed.results.trace import FILE_NAME, Event, Room
+from testbed.verbs.group import cli
 from tests.unit.p2p.machines import SYSTEM, Machine, gpu_offers
 
 # --- the Trace Event Format, as strictly as its document says it (JSON object form)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from testbed.cli import cli
+from testbed.verbs.group import cli
 
 
 @pytest.fixture(autouse=True)

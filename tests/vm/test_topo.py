@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from testbed.cli import cli
 from testbed.deploy import StartOptions
 from testbed.errors import ExitCode
 from testbed.guest import modules, switch_router
@@ -20,6 +19,7 @@ from testbed.rack import Rack, RackNode
 from testbed.topology import load
 from testbed.topology import matrix as matrices
 from testbed.topology.oracle import P2pDecision, p2p_decision
+from testbed.verbs.group import cli
 from tests.vm.conftest import Start
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(240)]
