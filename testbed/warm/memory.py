@@ -9,12 +9,13 @@ host's memory for all machines, and a page that it writes is a copy of its own f
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import weakref
 from collections.abc import Iterator, Sequence
 from mmap import mmap
 from pathlib import Path
+
+import xxhash
 
 BLOCK_BYTES = 1 << 16
 
@@ -52,13 +53,15 @@ def _write(fd: int, block: memoryview, position: int) -> None:
 
 
 def checksum(fd: int, runs: Runs, size_bytes: int) -> str:
-    """SHA-256 of the runs, one after the other; "" if it is not that long or not zero elsewhere.
+    """A hash of the runs, one after the other; "" if it is not that long or not zero elsewhere.
+
+    XXH3 of 128 bits: against damage, not malice, and in a seventh of SHA-256's time.
 
     :raises OSError: it cannot be read.
     """
     if os.fstat(fd).st_size != size_bytes:
         return ""
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     end = 0
     for start, length in (*runs, (size_bytes, 0)):
         if any(any(piece) for piece in _data(fd, end, start)):
@@ -69,16 +72,18 @@ def checksum(fd: int, runs: Runs, size_bytes: int) -> str:
     return digest.hexdigest()
 
 
-def _pieces(fd: int, start: int, end: int) -> Iterator[bytes]:
+def _pieces(fd: int, start: int, end: int) -> Iterator[memoryview]:
+    """Each is there until the next one is asked for."""
+    room = memoryview(bytearray(min(4 * BLOCK_BYTES, end - start)))
     while start < end:
-        piece = os.pread(fd, min(16 * BLOCK_BYTES, end - start), start)
-        if not piece:
+        length = os.preadv(fd, [room[: end - start]], start)
+        if not length:
             raise OSError(errno.EIO, "it ended while it was read")
-        yield piece
-        start += len(piece)
+        yield room[:length]
+        start += length
 
 
-def _data(fd: int, start: int, end: int) -> Iterator[bytes]:
+def _data(fd: int, start: int, end: int) -> Iterator[memoryview]:
     """What of a range is no hole: nothing of one, unless the filesystem has none."""
     while start < end:
         try:

@@ -26,7 +26,7 @@ from testbed.topology.units import GIB
 from testbed.warm import memory
 from testbed.warm.memory import OpenMemory, Runs
 
-FORMAT = 4
+FORMAT = 5
 MEMORY, STATE, INDEX = "memory", "state", "snapshot.json"
 DEFAULT_BUDGET_BYTES = 8 * GIB
 _LOCK = ".lock"
@@ -48,7 +48,7 @@ class Snapshot:
     state: bytes = field(repr=False)
     size_bytes: int
     runs: Runs
-    memory_sha256: str
+    memory_xxh3: str
     state_sha256: str
     modules: tuple[str, ...] = ()
 
@@ -65,7 +65,7 @@ class Snapshot:
         if hashlib.sha256(self.state).hexdigest() != self.state_sha256:
             return f"{self.folder / STATE} is not as it was written"
         found = memory.checksum(self.memory.fd, self.runs, self.size_bytes)
-        if found != self.memory_sha256:
+        if found != self.memory_xxh3:
             return f"{self.folder / MEMORY} is not as it was written"
         return ""
 
@@ -114,7 +114,7 @@ class Store:
             state,
             int(body["size_bytes"]),
             runs,
-            body["memory_sha256"],
+            body["memory_xxh3"],
             body["state_sha256"],
             tuple(body["modules"]),
         )
@@ -161,7 +161,7 @@ class Store:
             "modules": list(modules),
             "size_bytes": size_bytes,
             "runs": [list(run) for run in runs],
-            "memory_sha256": memory.checksum(opened.fd, runs, size_bytes),
+            "memory_xxh3": memory.checksum(opened.fd, runs, size_bytes),
             "state_sha256": hashlib.sha256((partial / STATE).read_bytes()).hexdigest(),
         }
         product.write_json(partial / INDEX, body | {"self": _digest(body)})

@@ -56,7 +56,7 @@ restore._save = save
 while not (here / "go").exists():
     time.sleep(0.01)
 found = restore.ready({{"host0": wanted}}, here, 10.0, say=print)["host0"].snapshot
-print(found.damage() or f"whole: {{found.memory_sha256}}")
+print(found.damage() or f"whole: {{found.memory_xxh3}}")
 """
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from testbed import deploy
 from testbed.harness.sources import TopologySource
-from testbed.machine import saving
 from testbed.rack import Rack
 from testbed.results.verdicts import Verdict
 from testbed.topology import load
@@ -53,8 +52,7 @@ def options(
 
 
 def seen(rack: Rack) -> dict[str, object]:
-    """What the guest sees of the rack: addresses, groups, and the BARs of devices (ports may lack
-    theirs, for want of room, in a cold boot)."""
+    """What the guest sees of the rack: all of configuration space, addresses, groups, BARs."""
     devices = rack.node().agent.call("pci.tree")["devices"]
     groups: dict[object, set[str]] = {}
     for device in devices:
@@ -62,9 +60,13 @@ def seen(rack: Rack) -> dict[str, object]:
     sizes = {
         device["bdf"]: [(bar["index"], bar["size_bytes"]) for bar in device["bars"]]
         for device in devices
-        if device["bdf"] in {function.bdf for function in saving.reset(rack.node().plan)}
     }
-    return {"groups": {frozenset(group) for group in groups.values()}, "bars": sizes}
+    drivers = {device["bdf"]: device["driver"] for device in devices}
+    dump = (
+        "cd /sys/bus/pci/devices; for d in *; do echo $d $(od -An -v -tx4 -w4096 $d/config); done"
+    )
+    spaces = rack.node().link.run(dump, timeout_s=60).stdout.decode().splitlines()
+    return {"groups": groups, "bars": sizes, "drivers": drivers, "spaces": spaces}
 
 
 def fresh(rack: Rack) -> tuple[str, ...]:
