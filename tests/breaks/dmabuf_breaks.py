@@ -22,7 +22,7 @@ from testbed.suites import p2p_dmabuf_moves as moves
 from testbed.suites import p2p_dmabuf_vfio as vfio
 from testbed.suites.dmabuf_fixtures import ArrangeBuffers
 from testbed.topology.model import Topology
-from tests.breaks.guards import guard_id, requirements_of
+from tests.breaks.guards import parameters
 
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
 
@@ -77,19 +77,7 @@ def rack_variants(topology: Topology) -> dict[str, Topology]:
     return maps.rack_variants(topology)
 
 
-@pytest.mark.parametrize(
-    ("broken", "test", "more"),
-    [
-        pytest.param(
-            broken,
-            test,
-            more,
-            marks=pytest.mark.requirement(*sorted(requirements_of(test))),
-            id=guard_id(broken, test, more),
-        )
-        for broken, test, more in GUARDS
-    ],
-)
+@pytest.mark.parametrize(("broken", "test", "more"), parameters(GUARDS))
 def test_a_break_fails(
     arrange_buffers: ArrangeBuffers,
     observe: Observer,

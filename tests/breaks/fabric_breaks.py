@@ -23,7 +23,7 @@ from testbed.suites import p2p_fabric_forwarded as forwarded
 from testbed.suites import p2p_fabric_loss as loss
 from testbed.suites.fabric_ways import Way
 from testbed.suites.p2p_fabric_ground import the_fabric
-from tests.breaks.guards import guard_id, requirements_of
+from tests.breaks.guards import parameters
 
 pytest_plugins = ["testbed.suites.p2p_fabric_ground"]
 
@@ -69,19 +69,7 @@ FAILING: dict[Mutation, set[str]] = {
 BY_HAND = {Mutation.FABRIC_KEEP_WINDOW: {"FAB-03"}, Mutation.FABRIC_KEEP_MAPPED: {"FAB-10"}}
 
 
-@pytest.mark.parametrize(
-    ("mutation_", "test", "more"),
-    [
-        pytest.param(
-            mutation,
-            test,
-            more,
-            marks=pytest.mark.requirement(*sorted(requirements_of(test))),
-            id=guard_id(mutation, test, more),
-        )
-        for mutation, test, more in GUARDS
-    ],
-)
+@pytest.mark.parametrize(("mutation_", "test", "more"), parameters(GUARDS))
 def test_a_broken_fabric_fails(
     rack: LiveRack, observe: Observer, mutation_: Mutation, test: Test, more: dict[str, Any]
 ) -> None:

@@ -21,6 +21,7 @@ from testbed.suites import p2p_negotiation_bad as bad
 from testbed.suites import p2p_negotiation_life as life
 from testbed.suites import p2p_negotiation_sharing as sharing
 from testbed.suites import p2p_negotiation_use as use
+from tests.breaks.guards import parameters
 
 pytest_plugins = ["testbed.suites.negotiation_fixtures"]
 
@@ -85,25 +86,7 @@ GUARDS: list[tuple[Mutation, Test, dict[str, Any]]] = [
 ]
 
 
-def requirements_of(test: Test) -> set[str]:
-    """The rows that a test of the suite is marked with."""
-    marks: list[pytest.Mark] = test.pytestmark  # type: ignore[attr-defined]
-    return {each for mark in marks if mark.name == "requirement" for each in mark.args}
-
-
-@pytest.mark.parametrize(
-    ("mutation_", "test", "more"),
-    [
-        pytest.param(
-            mutation,
-            test,
-            more,
-            marks=pytest.mark.requirement(*sorted(requirements_of(test))),
-            id=f"{mutation}-{'-'.join([test.__name__.removeprefix('test_'), *more.values()])}",
-        )
-        for mutation, test, more in GUARDS
-    ],
-)
+@pytest.mark.parametrize(("mutation_", "test", "more"), parameters(GUARDS))
 def test_a_broken_core_fails(
     board: NegotiationBoard,
     observe: Observer,

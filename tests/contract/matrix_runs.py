@@ -149,3 +149,12 @@ def pids(process: subprocess.Popen[Any]) -> Sequence[int]:
                 found += children
                 todo += children
     return found
+
+
+def alive(pid: int) -> bool:
+    """There is such a process, and it has not ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"

@@ -111,7 +111,7 @@ def test_interrupted_the_cluster_ends_too(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=runs.DEADLINE_S)
         assert process.returncode == 130, errors
-        runs.await_that("all of it ends", lambda: not any(map(_alive, children)), 20)
+        runs.await_that("all of it ends", lambda: not any(map(runs.alive, children)), 20)
     assert "3 of 3 not run" in errors
 
 
@@ -139,7 +139,7 @@ def test_killed_the_cluster_ends_too(tmp_path: Path) -> None:
         runs.await_that("cells run", lambda: runs.waiting(tmp_path) == 2)
         children = runs.pids(process)
         os.kill(process.pid, signal.SIGKILL)
-        runs.await_that("all of it ends", lambda: not any(map(_alive, children)), 30)
+        runs.await_that("all of it ends", lambda: not any(map(runs.alive, children)), 30)
 
 
 def test_a_scheduler_that_comes_back_loses_nothing_that_ended(tmp_path: Path) -> None:
@@ -213,11 +213,3 @@ def test_what_no_worker_has_is_a_skip(tmp_path: Path) -> None:
         code, table, _ = runs.run(tmp_path, other, "--cluster", address)
         assert code == 125
         assert "the largest worker has 0.9" in table
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"

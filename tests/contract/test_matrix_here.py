@@ -59,7 +59,7 @@ def test_what_ended_before_a_kill_is_not_run_again(tmp_path: Path) -> None:
         children = runs.pids(process)
         assert children
         os.kill(process.pid, signal.SIGKILL)
-        runs.await_that("its children end too", lambda: not any(map(_alive, children)))
+        runs.await_that("its children end too", lambda: not any(map(runs.alive, children)))
     first = (out / "cells" / "1-minimal-test_quick.py" / "cell.json").read_bytes()
     (tmp_path / "go").touch()
     code, _, errors = runs.run(tmp_path, file, "--resume", out)
@@ -106,7 +106,7 @@ def test_interrupted_it_ends_all_and_says_so(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=runs.DEADLINE_S)
         assert process.returncode == 130
-        assert not any(map(_alive, children))
+        assert not any(map(runs.alive, children))
     assert "INTERRUPTED" in errors
     assert "3 of 3 not run" in errors
     assert f"--resume {out}" in errors
@@ -132,11 +132,3 @@ def test_two_cannot_work_in_one_folder(tmp_path: Path) -> None:
         code, _, errors = runs.run(tmp_path, file, "--resume", out)
     assert code == 2
     assert "another testbed works on" in errors
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"

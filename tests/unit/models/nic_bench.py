@@ -17,6 +17,7 @@ from testbed.models.registers import (
     WorkRequest,
 )
 from testbed.models.testing import FakeQemu
+from tests.unit.models.turns import turn_until
 
 RAM = 0x4000_0000
 PAGE = 4096
@@ -108,13 +109,7 @@ class Two:
         self.b = Bench(NicModel("nic1", address=2, socket=sockets[2], peers=sockets))
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        for _ in range(4000):
-            if condition():
-                return
-            for bench in (self.a, self.b):
-                if not bench.qemu.closed:
-                    bench.qemu.turn()
-        raise AssertionError("it never came to be")
+        turn_until(condition, self.a, self.b)
 
     def run(self, request: WorkRequest) -> None:
         value = self.a.post(request)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from testbed.models import registers as hw
@@ -20,23 +18,21 @@ from testbed.models.registers import (
     Common,
     Gpu,
     InterruptCause,
-    MmuControl,
     Opcode,
 )
 from testbed.models.tables import Access
 from testbed.models.testing import FakeQemu
 from testbed.models.wire import Irq
 from testbed.models.witness import Path
-from tests.unit.models.gpu_bench import FREE, MIB, RAM, RAM_BYTES, RING_ENTRIES, Bench, copy
-
-REPLAYABLE = MmuControl.ENABLE | MmuControl.REPLAYABLE
-VIRTUAL = 0x7F00_0020_0000
-
-
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    with Bench() as bench:
-        yield bench
+from tests.unit.models.gpu_bench import (
+    FREE,
+    MIB,
+    RAM,
+    RAM_BYTES,
+    RING_ENTRIES,
+    Bench,
+    copy,
+)
 
 
 class TestRegisters:

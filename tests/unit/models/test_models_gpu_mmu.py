@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from testbed.models import registers as hw
@@ -20,16 +18,17 @@ from testbed.models.registers import (
     Replay,
 )
 from testbed.models.witness import Event
-from tests.unit.models.gpu_bench import FAULTS, FREE, MIB, RAM, Bench, copy
+from tests.unit.models.gpu_bench import (
+    FAULTS,
+    FREE,
+    MIB,
+    RAM,
+    Bench,
+    copy,
+)
 
 REPLAYABLE = MmuControl.ENABLE | MmuControl.REPLAYABLE
 VIRTUAL = 0x7F00_0020_0000
-
-
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    with Bench() as bench:
-        yield bench
 
 
 def test_small_and_large_pages_of_every_kind(bench: Bench) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,12 +17,6 @@ from testbed.models.registers import Aperture, Command, Common, Opcode
 from testbed.models.routing import Route
 from testbed.models.witness import Event, Path
 from tests.unit.models.gpu_bench import FREE, MIB, RAM, Bench
-
-
-@pytest.fixture
-def bench() -> Iterator[Bench]:
-    with Bench() as bench:
-        yield bench
 
 
 def store(value: int, place: int = FREE) -> Command:

@@ -28,6 +28,7 @@ from testbed.models.registers import (
 from testbed.models.witness import Event
 from testbed.models.witness import Path as Way
 from tests.unit.models.gpu_bench import MIB, ROOT, Bench
+from tests.unit.models.turns import turn_until
 
 LINK0 = hw.LINK_BASE
 
@@ -45,13 +46,7 @@ class Pair:
         return self.a.read(LINK0 + Link.STATE), self.b.read(LINK0 + Link.STATE)
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        for _ in range(2000):
-            if condition():
-                return
-            for bench in (self.a, self.b):
-                if not bench.qemu.closed:
-                    bench.qemu.turn()
-        raise AssertionError("it never came to be")
+        turn_until(condition, self.a, self.b)
 
     def export(self, bench: Bench, mode: int, base: int, size: int) -> None:
         bench.write(LINK0 + Link.EXPORT_MODE, mode)
