@@ -20,8 +20,6 @@ import stat
 import time
 from pathlib import Path
 
-import platformdirs
-
 from testbed.errors import HostError
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -30,13 +28,19 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 def cache_dir() -> Path:
     """The folder of downloads and products; not created here."""
     chosen = os.environ.get("TESTBED_CACHE_DIR")
-    return Path(chosen) if chosen else platformdirs.user_cache_path("testbed")
+    return Path(chosen) if chosen else _home("XDG_CACHE_HOME", ".cache") / "testbed"
 
 
 def state_dir() -> Path:
     """The folder of what is worth keeping (runs, probe results); not created here."""
     chosen = os.environ.get("TESTBED_STATE_DIR")
-    return Path(chosen) if chosen else platformdirs.user_state_path("testbed")
+    return Path(chosen) if chosen else _home("XDG_STATE_HOME", ".local/state") / "testbed"
+
+
+def _home(variable: str, default: str) -> Path:
+    """A folder of the XDG Base Directory Specification; its default is below the user's own."""
+    chosen = os.environ.get(variable, "").strip()
+    return Path(chosen) if chosen else Path.home() / default
 
 
 def runtime_dir() -> Path:

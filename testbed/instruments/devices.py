@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from testbed.errors import Diagnostic, HostError, InputError
-from testbed.topology.fault_rules import NS_PER_S, name_of, parse_rules, rule_data
+from testbed.topology.fault_rules import name_of, parse_rules, rule_data
 from testbed.topology.plan import MODEL_KINDS, NodePlan
 from testbed.topology.problem import listing, nearest
-from testbed.topology.units import SizeError, parse_duration, parse_rate
+from testbed.topology.units import NS_PER_S, SizeError, parse_duration, parse_rate
 
 KILL_TIMEOUT_S: Final = 5.0
 LINK_CHANGES: Final = ("down", "up", "narrow", "slow", "restore")

@@ -20,7 +20,7 @@ CHUNK_BYTES = 1 << 18
 _PANIC = re.compile(r"Kernel panic - not syncing: ?(.*)")
 # arch/x86/kernel/dumpstack.c, arch/x86/mm/fault.c, lib/bug.c, kernel/watchdog.c, mm/kasan/report.c
 _OOPS = re.compile(r"\b(?:BUG: |Oops: |kernel BUG at |general protection fault|stack segment: ).*")
-_NOT_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-_]|[^\t\x20-\x7e\u00a0-\U0010ffff]")
+_NOT_TEXT = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[@-_]|[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 
 def plain_text(data: bytes) -> str:

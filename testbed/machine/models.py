@@ -25,9 +25,9 @@ from testbed.machine.command import (
 )
 from testbed.machine.processes import HelperCommand
 from testbed.machine.sockets import ask
-from testbed.topology.fault_rules import NS_PER_S, parse_rules, rule_data
 from testbed.topology.model import Gpu, Nic, OwnDevice
 from testbed.topology.plan import MODEL_KINDS, NodePlan, RackPlan, Role
+from testbed.topology.units import NS_PER_S
 from testbed.topology.ways import Way, ways_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,6 +136,8 @@ def _on_purpose(plan: RackPlan, node: NodePlan, device: str) -> dict[str, Any]:
     entry = next(e for e in spec.entries() if e.name == device)
     found: dict[str, Any] = {}
     if isinstance(entry, Gpu | Nic | OwnDevice) and entry.faults:
+        from testbed.topology.fault_rules import parse_rules, rule_data  # noqa: PLC0415  seldom
+
         rules = parse_rules(entry.faults, by="topology")
         found["faults"] = [rule_data(rule) for rule in rules]
     ways = ways_of(spec, device)

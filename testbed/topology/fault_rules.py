@@ -23,13 +23,13 @@ from testbed.models.witness import Path
 from testbed.topology.problem import listing, nearest
 from testbed.topology.units import (
     DURATION_EXPECTED,
+    NS_PER_S,
     SIZE_EXPECTED,
     SizeError,
     parse_duration,
     parse_size,
 )
 
-NS_PER_S = 1_000_000_000
 ACTIONS = tuple(action.value for action in Action)
 DIRECTIONS = {"read": False, "write": True}
 RULE_EXPECTED = (

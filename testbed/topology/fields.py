@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-from testbed.topology.fault_rules import ACTIONS, RULE_EXPECTED, RuleError, parse_rule
 from testbed.topology.units import (
     DURATION_EXPECTED,
     MAX_BYTES_PER_S,
@@ -148,14 +147,20 @@ class Quantity:
         return {"type": "string", EXPECTED_KEY: self.expected}
 
 
-@dataclass(frozen=True)
 class FaultWords:
     """A fault rule in words; kept as words."""
 
-    expected: ClassVar[str] = RULE_EXPECTED
+    @property
+    def expected(self) -> str:
+        """In words, for messages and the reference."""
+        from testbed.topology.fault_rules import RULE_EXPECTED  # noqa: PLC0415  seldom
+
+        return RULE_EXPECTED
 
     def validate(self, value: object) -> str:
         """The words, one space between them."""
+        from testbed.topology.fault_rules import RuleError, parse_rule  # noqa: PLC0415  likewise
+
         if not isinstance(value, str):
             raise rule_error(f"{shown(value)} is no fault rule", expected=self.expected)
         try:
@@ -171,6 +176,8 @@ class FaultWords:
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> JsonSchemaValue:
+        from testbed.topology.fault_rules import ACTIONS  # noqa: PLC0415  likewise
+
         return {
             "type": "string",
             "pattern": f"^ *({'|'.join(ACTIONS)})( |$)",
@@ -178,7 +185,6 @@ class FaultWords:
         }
 
 
-@dataclass(frozen=True)
 class Variable:
     """A value for the template: a scalar, or a list of scalars."""
 
@@ -251,7 +257,6 @@ class AlsoHolds:
         return core_schema.with_info_after_validator_function(self.check, handler(source))
 
 
-@dataclass(frozen=True)
 class Listed:
     """A list; a key with nothing after it is an empty one, as a template may leave it."""
 
@@ -266,7 +271,6 @@ class Listed:
         return core_schema.no_info_before_validator_function(filled, handler(source))
 
 
-@dataclass(frozen=True)
 class TrueOrFalse:
     """Nothing that merely looks like it."""
 

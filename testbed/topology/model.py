@@ -9,7 +9,6 @@ Sources: PCI Express Base Specification 6.0 (what may stand below what); QEMU ``
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
@@ -272,7 +271,6 @@ def _tag_of(value: object) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
 class _ByKind:
     """Which of several kinds an entry is, its keys tell."""
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -26,9 +25,11 @@ class Problem:
     at_key: bool = False
 
 
-def nearest(word: object, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """The known word that was probably meant, or ""."""
-    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    import difflib  # noqa: PLC0415  only for what is wrong
+
+    close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=cutoff)
     return close[0] if close else ""
 
 

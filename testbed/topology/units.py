@@ -8,10 +8,10 @@ as makers state them; ``GiB/s`` is binary.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
-from fractions import Fraction
+
+from testbed.topology.problem import nearest
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -27,6 +27,8 @@ RATE_EXPECTED = "a bandwidth such as 25GB/s, 800MB/s or 200Gbit/s"
 MAX_BYTES_PER_S = 10**15
 DURATION_EXPECTED = "a time such as 300ns, 2us, 5ms or 1s"
 
+NS_PER_S = 1_000_000_000
+
 _FACTORS = {"K": KIB, "M": MIB, "G": GIB, "T": TIB}
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{ending}": factor for letter, factor in _FACTORS.items() for ending in ("", "iB", "B")
@@ -34,13 +36,13 @@ _UNITS = {"": 1, "B": 1} | {
 _UNITS_BY_LOWER = {unit.lower(): unit for unit in _UNITS}
 
 
-_RATE_UNITS = {
-    f"{prefix}{unit}/s": Fraction(factor, 8 if unit == "bit" else 1)
+_RATE_UNITS = {  # in bits a second
+    f"{prefix}{unit}/s": factor * bits
     for prefix, factor in (
         *(("", 1), ("K", 10**3), ("M", 10**6), ("G", 10**9), ("T", 10**12)),
         *(("Ki", KIB), ("Mi", MIB), ("Gi", GIB), ("Ti", TIB)),
     )
-    for unit in ("B", "bit")
+    for unit, bits in (("B", 8), ("bit", 1))
 }
 _DURATION_UNITS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9}
 
@@ -61,9 +63,9 @@ def parse_size(text: str) -> int:
     number, unit = match.groups()
     name = _UNITS_BY_LOWER.get(unit.lower())
     if name is None:
-        close = difflib.get_close_matches(unit.lower(), _UNITS_BY_LOWER, n=1, cutoff=0.5)
-        nearest = f"{number}{_UNITS_BY_LOWER[close[0]]}" if close else ""
-        raise SizeError(f"'{text}' has an unknown unit '{unit}'", nearest=nearest)
+        close = nearest(unit.lower(), _UNITS_BY_LOWER, cutoff=0.5)
+        meant = f"{number}{_UNITS_BY_LOWER[close]}" if close else ""
+        raise SizeError(f"'{text}' has an unknown unit '{unit}'", nearest=meant)
     size_bytes = int(number[:20]) * _UNITS[name]
     if len(number) > 20 or size_bytes > MAX_SIZE_BYTES:
         raise SizeError(f"'{text}' is too large")
@@ -80,7 +82,7 @@ def format_size(size_bytes: int) -> str:
 
 def parse_rate(text: str) -> int:
     """``25GB/s`` to bytes a second (at least 1); SizeError as :func:`parse_size`."""
-    bytes_per_s = int(_quantity(text, "bandwidth", _RATE_UNITS))
+    bytes_per_s = _quantity(text, "bandwidth", _RATE_UNITS) // 8
     if bytes_per_s < 1:
         raise SizeError(f"'{text}' is less than a byte a second")
     if bytes_per_s > MAX_BYTES_PER_S:
@@ -90,18 +92,18 @@ def parse_rate(text: str) -> int:
 
 def format_rate(bytes_per_s: int) -> str:
     """The shortest exact text: ``25000000000`` to ``25GB/s``."""
-    units = [unit for unit in _RATE_UNITS if unit.endswith("B/s")]
+    factors = {unit: bits // 8 for unit, bits in _RATE_UNITS.items() if unit.endswith("B/s")}
     texts = [
-        f"{bytes_per_s // int(_RATE_UNITS[unit])}{unit}"
-        for unit in units
-        if bytes_per_s % int(_RATE_UNITS[unit]) == 0
+        f"{bytes_per_s // factor}{unit}"
+        for unit, factor in factors.items()
+        if bytes_per_s % factor == 0
     ]
     return min(texts, key=len)
 
 
 def parse_duration(text: str) -> int:
     """``2us`` to nanoseconds; SizeError as :func:`parse_size`."""
-    return int(_quantity(text, "time", _DURATION_UNITS))
+    return _quantity(text, "time", _DURATION_UNITS)
 
 
 def format_duration(time_ns: int) -> str:
@@ -110,20 +112,22 @@ def format_duration(time_ns: int) -> str:
     return f"{time_ns // _DURATION_UNITS[unit]}{unit}"
 
 
-def _quantity(text: str, what: str, units: Mapping[str, Fraction | int]) -> Fraction:
-    match = re.match(r"^\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z/]*)\s*$", text)
+def _quantity(text: str, what: str, units: Mapping[str, int]) -> int:
+    """Rounded down."""
+    match = re.match(r"^\s*([0-9]{1,18})(?:\.([0-9]{1,9}))?\s*([A-Za-z/]*)\s*$", text)
     if match is None:
         raise SizeError(f"'{text}' is no {what}")
-    number, unit = match.groups()
+    whole, part, unit = match.groups(default="")
     factor = units.get(unit)
     if factor is None:
         lower = {known.lower(): known for known in units}
         begun = [each for each in lower if unit and each.startswith(unit.lower())]
-        close = begun or difflib.get_close_matches(unit.lower(), lower, n=1, cutoff=0.5)
-        found = lower[close[0]] if close else ""
+        close = begun[0] if begun else nearest(unit.lower(), lower, cutoff=0.5)
+        number = f"{whole}.{part}" if part else whole
         problem = f"has an unknown unit '{unit}'" if unit else "has no unit"
-        raise SizeError(f"'{text}' {problem}", nearest=f"{number}{found}" if found else "")
-    return Fraction(number) * factor
+        raise SizeError(f"'{text}' {problem}", nearest=f"{number}{lower[close]}" if close else "")
+    scale: int = 10 ** len(part)
+    return int(whole + part) * factor // scale
 
 
 def is_power_of_two(number: int) -> bool:
