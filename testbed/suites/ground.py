@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from testbed.instruments.bench import Bench, Engine
 from testbed.instruments.cases import Pair
-from testbed.instruments.mapper import Mapper
+from testbed.instruments.mapper import CHUNK_BYTES, Mapper
 from testbed.instruments.memory import Memory
 from testbed.results.evidence import Access
 from testbed.results.judging import Judgement, judge_fault
@@ -50,8 +50,12 @@ class Ground:
         return self.bench.mapper
 
     def map_local(self) -> int:
-        """Map the local bytes for the engine; returns their IOVA."""
-        return self.mapper.map(self.local, LOCAL_OFFSET, LOCAL_BYTES, own=True).iova
+        """Map the local bytes for the engine, and of video memory what is then one entry of the
+        IOMMU's instead of sixteen; returns their IOVA.
+        """
+        is_large = self.local.is_bar and self.local.size_bytes >= CHUNK_BYTES
+        size = CHUNK_BYTES if is_large else LOCAL_BYTES
+        return self.mapper.map(self.local, LOCAL_OFFSET, size, own=True).iova
 
     def fill_local(self, seed: int, size_bytes: int) -> bytes:
         """Put a pattern into the local bytes."""
@@ -76,15 +80,23 @@ class Ground:
         )
 
     def deliver_to_local(
-        self, source_iova: int, target_iova: int, expected: bytes, *, path: str | None = "iommu"
+        self,
+        source_iova: int,
+        target_iova: int,
+        expected: bytes,
+        *,
+        at: int = 0,
+        path: str | None = "iommu",
     ) -> Judgement:
-        """Copy, and judge what the requester's own memory then holds."""
+        """Copy, and judge what the requester's own memory then holds, ``at`` bytes from where it
+        is mapped.
+        """
         return self.bench.deliver(
             self.engine,
             source_iova,
-            target_iova,
+            target_iova + at,
             into=self.local,
-            offset=LOCAL_OFFSET,
+            offset=LOCAL_OFFSET + at,
             expected=expected,
             path=path,
         )

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 Variant = Callable[[str], LiveRack]
 
+_CHOICES = pytest.StashKey[dict[str, list[Any]]]()
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Pairs, doorbells and nodes are those of the rack."""
@@ -36,14 +38,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if session is None:
         return
     source = session.pool.source
-    pairs = cases.pairs(source.plan)
-    choices: dict[str, list[Any]] = {
-        "pair": list({pair.node: pair for pair in reversed(pairs)}.values()),
-        "each_pair": list(pairs),
-        "switched_pair": [pair for pair in pairs if pair.route is not Route.ROOT],
-        "doorbell": list(cases.doorbells(source.plan, source.topology)),
-        "node_name": list(source.plan.nodes),
-    }
+    choices = metafunc.config.stash.setdefault(_CHOICES, {})
+    if not choices:  # the same for each test
+        pairs = cases.pairs(source.plan)
+        choices |= {
+            "pair": list({pair.node: pair for pair in reversed(pairs)}.values()),
+            "each_pair": list(pairs),
+            "switched_pair": [pair for pair in pairs if pair.route is not Route.ROOT],
+            "doorbell": list(cases.doorbells(source.plan, source.topology)),
+            "node_name": list(source.plan.nodes),
+        }
     several = len(source.plan.nodes) > 1
     for name in set(choices) & set(metafunc.fixturenames):
         values = choices[name]

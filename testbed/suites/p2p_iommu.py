@@ -269,33 +269,41 @@ def test_scatter_list(each_ground: Ground, observe: Observer) -> None:
     """Pieces scattered in the BAR, contiguous for the device: byte-exact both ways."""
     ground = each_ground
     peer, page = ground.peer, PAGE_BYTES
-    # 2 MiB pieces at both ends, single pages between them; in a small BAR pieces of 64 KiB.
+    # Pieces of 2 MiB, then single pages; in a small BAR pieces of 64 KiB. Large ones behind single
+    # pages would not be aligned for the device: 512 entries instead of one, each told to each
+    # device, and most of what the whole suite costs the models.
     chunk = CHUNK_BYTES if peer.size_bytes >= 4 * CHUNK_BYTES else 64 << 10
     chunks = [
-        Chunk(2 * chunk, chunk),
+        Chunk(3 * chunk, chunk),
+        Chunk(chunk, chunk),
         Chunk(7 * page, page),
         Chunk(3 * page, page),
         Chunk(5 * page, page),
-        Chunk(chunk, chunk),
     ]
     mappings = ground.mapper.map_scattered(peer, chunks)
     observe.add(*(mapping.evidence for mapping in mappings))
     local = ground.map_local()
-    # What is copied spans the end of the first piece, all single pages and the start of the last.
+    # What is copied spans each border: between the two large ones, and from there to the last page.
     edge = 2 * page if ground.engine.bulk_bytes > page else 512
     pieces = [
         Chunk(chunks[0].offset + chunk - edge, edge),
-        *chunks[1:4],
-        Chunk(chunks[4].offset, edge),
+        Chunk(chunks[1].offset, edge),
+        Chunk(chunks[1].offset + chunk - edge, edge),
+        *chunks[2:],
     ]
     size = sum(piece.size_bytes for piece in pieces)
-    start = mappings[0].iova + chunk - edge
+    # (at the device, beside the local bytes, so many)
+    runs = [
+        (mappings[1].iova - edge, 0, 2 * edge),
+        (mappings[2].iova - edge, 2 * edge, size - 2 * edge),
+    ]
 
     mine = ground.fill_local(MINE, size)
     for piece in pieces:
         peer.fill(piece.offset, piece.size_bytes, THEIRS)
     with ground.bench.watch() as watch:
-        ground.engine.copy(local, start, size)
+        for iova, done, length in runs:
+            ground.engine.copy(local + done, iova, length)
     observe.require(judge_no_fault(watch.window))
     done = 0
     for piece in pieces:
@@ -306,7 +314,9 @@ def test_scatter_list(each_ground: Ground, observe: Observer) -> None:
         peer.fill(piece.offset, piece.size_bytes, FRESH + number)
         for number, piece in enumerate(pieces)
     )
-    observe.require(ground.deliver_to_local(start, local, gathered))
+    for iova, done, length in runs:
+        expected = gathered[done : done + length]
+        observe.require(ground.deliver_to_local(iova, local, expected, at=done))
     observe.conclude(f"{size} bytes over {len(chunks)} pieces, scattered and gathered")
 
 
