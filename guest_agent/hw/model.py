@@ -28,7 +28,8 @@ _FENCE_AT = 0
 _VALUE_AT = 64
 _DUMP_AT = 128
 _COMMAND_BYTES = hw.COMMAND_BYTES
-_SPINS = 50
+_SPINS = 256
+_STATUS_EVERY = 16  # a register costs a trap and the model's time, the fence in memory does not
 _POLL_S = 0.0005
 LATE = "no answer in time"
 _GONE = 0xFFFFFFFF  # what a read of a register that is not there answers
@@ -198,10 +199,12 @@ class Ring(Engine):
         self._write(hw.DOORBELL_TAIL, self._tail)
         looks = 0
         while self._reached() != self._fence:
-            if self._status() & hw.STATUS_HALTED or watch.expired():
-                return False
             looks += 1
-            if looks > _SPINS:
+            is_late = looks > _SPINS
+            is_due = is_late or looks % _STATUS_EVERY == 0
+            if is_due and (self._status() & hw.STATUS_HALTED or watch.expired()):
+                return False
+            if is_late:
                 time.sleep(_POLL_S)
         return True
 
