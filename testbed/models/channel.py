@@ -7,7 +7,12 @@ anything that is no message. It knows nothing of what the messages mean. Its bou
 * a message is at most :data:`wire.MAX_MESSAGE_BYTES` long and brings at most
   :data:`wire.MAX_MESSAGE_FDS` descriptors, all of which are closed unless the receiver takes them;
 * who does not read its replies is not read from any more (:data:`MAX_UNSENT_BYTES`);
-* at most :data:`MESSAGES_A_TURN` messages are handled before other channels have their turn.
+* at most :data:`MESSAGES_A_TURN` messages are handled at a time, twice that before other channels
+  have their turn.
+
+It receives as much as there is, up to a page, at once. A read ends with the piece of the stream
+that brought descriptors (unix(7); net/unix/af_unix.c), so they belong to the message of which the
+last byte of that read is part, if who sent it sent no two messages by one call. QEMU does not.
 """
 
 from __future__ import annotations
@@ -17,8 +22,10 @@ import asyncio
 import contextlib
 import os
 import socket
+import sys
 import traceback
 from collections import deque
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import Final, Protocol
 
@@ -31,7 +38,10 @@ MAX_DRAINED: Final = 4096
 
 _ANCILLARY_BYTES = socket.CMSG_SPACE(wire.MAX_MESSAGE_FDS * array.array("i").itemsize)
 _HEADER_BYTES = wire.HEADER.size_bytes
-_SMALL_BYTES = 4096  # buffers up to this size are kept between messages
+_INBOX_BYTES = 4096
+# As plain numbers: an operation on one of socket's flags takes longer than the read itself.
+_CLOSE_ON_EXEC = int(socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED = int(socket.MSG_CTRUNC)
 
 
 class Receiver(Protocol):
@@ -51,19 +61,28 @@ class Channel:
     """One connected socket; owns it, and reads as soon as it exists (in a running loop)."""
 
     def __init__(
-        self, connection: socket.socket, receiver: Receiver, progress: Progress | None = None
+        self,
+        connection: socket.socket,
+        receiver: Receiver,
+        progress: Progress | None = None,
+        received: bytes = b"",
     ) -> None:
-        """``progress`` is told of every message under way."""
+        """``progress`` has the inbox, and is told how far it was handled. ``received``: what
+        someone else has received before.
+        """
         connection.setblocking(False)
         self._progress = progress
         self._socket = connection
         self._receiver = receiver
         self._loop = asyncio.get_running_loop()
-        self._header = bytearray(_HEADER_BYTES)
-        self._small = bytearray(_SMALL_BYTES)
-        self._body: memoryview | None = None  # of the message under way
-        self._have = 0  # bytes of its header, or of its body
-        self._fds: list[int] = []
+        self._inbox = progress.inbox if progress else memoryview(bytearray(_INBOX_BYTES))
+        self._inbox[: len(received)] = received
+        self._start, self._end = 0, len(received)  # what of it was not handled
+        self._body: memoryview | None = None  # of a message that is longer than the inbox
+        self._have = 0  # bytes of that
+        self._called = False  # to handle more
+        self._fds: list[tuple[int, list[int]]] = []  # with the place of the read's last byte
+        self._note()
         self._unsent: deque[tuple[memoryview, tuple[int, ...]]] = deque()
         self._unsent_bytes = 0
         self._reading = False
@@ -120,7 +139,7 @@ class Channel:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RD)
             for _ in range(MAX_DRAINED):
-                if not self._socket.recv(_SMALL_BYTES):
+                if not self._socket.recv(_INBOX_BYTES):
                     break
 
     def _pause(self) -> None:
@@ -132,10 +151,12 @@ class Channel:
         if self._open and not self._reading:
             self._loop.add_reader(self._socket, self._readable)
             self._reading = True
+            self._handle_the_rest()
 
     def _close_fds(self) -> None:
-        for fd in self._fds:
-            os.close(fd)
+        for _, fds in self._fds:
+            for fd in fds:
+                os.close(fd)
         self._fds.clear()
 
     def _send_now(self, data: memoryview, fds: tuple[int, ...]) -> int:
@@ -166,10 +187,22 @@ class Channel:
         self._resume()
 
     def _readable(self) -> None:
+        self._guarded(self._receive)
+
+    def _handle_the_rest(self) -> None:
+        """Soon, if there is any: nothing need come for what is in the inbox."""
+        if self._start < self._end and not self._called:
+            self._called = True
+            self._loop.call_soon(self._handle_more)
+
+    def _handle_more(self) -> None:
+        self._called = False
+        self._guarded(self._handle)
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Whatever goes wrong with a message ends this channel, and nothing else."""
         try:
-            for _ in range(MESSAGES_A_TURN):
-                if not (self._reading and self._receive_one()):
-                    return
+            action()
         except (BlockingIOError, InterruptedError):
             return
         except wire.Malformed as error:
@@ -181,59 +214,109 @@ class Channel:
             where = f"{PurePath(frame.filename).name}:{frame.lineno}"
             self.close(f"internal error: {type(error).__name__}: {error} at {where}")
 
-    def _receive_one(self) -> bool:
-        """Receive what there is of one message and handle it if it is whole; False at the end of
-        the stream or if the receiver ended the channel; BlockingIOError if there is no more.
-        """
-        while self._body is None:
-            if not self._receive_header():
-                return False
-        while self._have < len(self._body):
-            # Without room for ancillary data the kernel drops descriptors that come here.
-            count = self._socket.recv_into(self._body[self._have :])
-            if not count:
-                self.close("the other side is gone (within a message)")
-                return False
-            self._have += count
-            if self._progress is not None:
-                self._progress.left(len(self._body) - self._have)
-        body, self._body, self._have = self._body, None, 0
-        fds, self._fds = self._fds, []
-        try:
-            self._receiver.message(wire.HEADER.decode(self._header), body, fds)
-        finally:
-            for fd in fds:
-                os.close(fd)
-        if self._progress is not None:
-            self._progress.done()
-        return self._open
-
-    def _receive_header(self) -> bool:
-        wanted = _HEADER_BYTES - self._have
-        data, ancillary, flags, _ = self._socket.recvmsg(
-            wanted, _ANCILLARY_BYTES, socket.MSG_CMSG_CLOEXEC
+    def _receive(self) -> None:
+        """Receive once, and handle what is whole then. If there is more, the loop calls again."""
+        if self._body is not None:
+            self._receive_body(self._body)
+            return
+        if self._start:  # behind it there may be no room for the rest of a message
+            self._inbox[: self._end - self._start] = bytes(self._inbox[self._start : self._end])
+            self._fds = [(at - self._start, fds) for at, fds in self._fds]
+            self._start, self._end = 0, self._end - self._start
+            self._note()
+        count, ancillary, flags, _ = self._socket.recvmsg_into(
+            [self._inbox[self._end :]], _ANCILLARY_BYTES, _CLOSE_ON_EXEC
         )
+        if ancillary:
+            self._keep_descriptors(ancillary, self._end + count - 1)
+        if flags & _TRUNCATED:
+            raise wire.Malformed("too many descriptors")
+        if not count:
+            self._other_side_ended(within=self._end > 0)
+            return
+        self._end += count
+        self._note()
+        self._handle()
+
+    def _handle(self) -> None:
+        """Handle the messages in the inbox that are whole, but only so many at a time."""
+        for _ in range(MESSAGES_A_TURN):
+            if not self._reading or self._body is not None:
+                return
+            have = self._end - self._start
+            if have < _HEADER_BYTES:
+                break
+            header = wire.header_at(self._inbox, self._start)
+            size = header.size
+            if not _HEADER_BYTES <= size <= wire.MAX_MESSAGE_BYTES:
+                raise wire.Malformed(f"a message of {size} bytes")
+            if have < size:
+                if size > len(self._inbox):
+                    self._begin_body(size - _HEADER_BYTES)
+                break
+            stop = self._start + size
+            self._deliver(header, self._inbox[self._start + _HEADER_BYTES : stop], stop)
+            self._answered(stop)
+        else:
+            self._handle_the_rest()
+            return
+        if self._fds and sum(len(fds) for _, fds in self._fds) > wire.MAX_MESSAGE_FDS:
+            raise wire.Malformed("too many descriptors")
+
+    def _answered(self, stop: int) -> None:
+        """What was received up to ``stop`` is done with."""
+        self._start = stop
+        if stop == self._end:
+            self._start = self._end = 0
+        self._note()
+
+    def _note(self, left: int = 0) -> None:
+        if self._progress is not None:
+            self._progress.note(self._start, self._end, left)
+
+    def _deliver(self, header: wire.Header, body: memoryview, stop: int) -> None:
+        """Hand over one message, which ends before ``stop``, with its descriptors."""
+        taken: list[int] = []
+        while self._fds and self._fds[0][0] < stop:
+            taken += self._fds.pop(0)[1]
+        try:
+            if len(taken) > wire.MAX_MESSAGE_FDS:
+                raise wire.Malformed("too many descriptors")
+            self._receiver.message(header, body, taken)
+        finally:
+            for fd in taken:
+                os.close(fd)
+
+    def _begin_body(self, room: int) -> None:
+        """The message in the inbox is too long for it: what follows its header goes elsewhere."""
+        part = self._inbox[self._start + _HEADER_BYTES : self._end]
+        self._body = memoryview(bytearray(room))
+        self._body[: len(part)] = part
+        self._have = len(part)
+        self._end = self._start + _HEADER_BYTES
+        self._receive_body(self._body)
+
+    def _receive_body(self, body: memoryview) -> None:
+        while self._have < len(body):
+            self._note(len(body) - self._have)
+            # Without room for ancillary data the kernel drops descriptors that come here.
+            count = self._socket.recv_into(body[self._have :])
+            if not count:
+                self._other_side_ended(within=True)
+                return
+            self._have += count
+        self._body = None
+        header = wire.header_at(self._inbox, self._start)
+        # All descriptors that are there are its own: nothing was received behind it.
+        self._deliver(header, body, sys.maxsize)
+        self._answered(self._end)
+
+    def _keep_descriptors(self, ancillary: list[tuple[int, int, bytes]], at: int) -> None:
+        numbers = array.array("i")
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                numbers = array.array("i")
                 numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
-                self._fds.extend(numbers)
-        if flags & socket.MSG_CTRUNC or len(self._fds) > wire.MAX_MESSAGE_FDS:
-            raise wire.Malformed("too many descriptors")
-        if not data:
-            within = " (within a message)" if self._have else ""
-            self.close(f"the other side is gone{within}")
-            return False
-        self._header[self._have : self._have + len(data)] = data
-        self._have += len(data)
-        if self._have == _HEADER_BYTES:
-            header = wire.HEADER.decode(self._header)
-            if not _HEADER_BYTES <= header.size <= wire.MAX_MESSAGE_BYTES:
-                raise wire.Malformed(f"a message of {header.size} bytes")
-            room = header.size - _HEADER_BYTES
-            if self._progress is not None:
-                self._progress.begin(header, room)
-            whole = self._small if room <= _SMALL_BYTES else bytearray(room)
-            self._body = memoryview(whole)[:room]
-            self._have = 0
-        return True
+        self._fds.append((at, list(numbers)))
+
+    def _other_side_ended(self, *, within: bool) -> None:
+        self.close("the other side is gone" + (" (within a message)" if within else ""))

@@ -63,8 +63,11 @@ class Session:
         *,
         removed: bool = False,
         progress: Progress | None = None,
+        received: bytes = b"",
     ) -> None:
-        """``removed``: it begins after VERSION, with a device that is gone already."""
+        """``removed``: it begins after VERSION, with a device that is gone already. ``received``:
+        what was received before and not answered.
+        """
         self._device = device
         self._memories = memories
         self._on_end = on_end
@@ -90,7 +93,7 @@ class Session:
         }
         if not removed:
             device.plug(self)
-        self._channel = Channel(connection, self, progress)
+        self._channel = Channel(connection, self, progress, received)
 
     def remove(self) -> None:
         """Be as a card that was pulled out: reads are all ones, all else goes nowhere.
@@ -111,7 +114,7 @@ class Session:
 
     def message(self, header: wire.Header, payload: memoryview, fds: list[int]) -> None:
         """See :class:`testbed.models.channel.Receiver`."""
-        if header.is_reply:
+        if header.flags & wire.TYPE_MASK == wire.REPLY:
             self._take_reply(header, payload)
             return
         if not self._negotiated:
@@ -234,8 +237,8 @@ class Session:
                 request.size,
                 memory,
                 request.offset if memory else 0,
-                readable=bool(request.flags & wire.DmaFlag.READ),
-                writable=bool(request.flags & wire.DmaFlag.WRITE),
+                readable=bool(request.flags & wire.DMA_READABLE),
+                writable=bool(request.flags & wire.DMA_WRITABLE),
             )
         except MappingRefused as error:
             raise Refused(error.number) from error
@@ -245,9 +248,9 @@ class Session:
     def _dma_unmap(self, payload: memoryview, _fds: list[int]) -> Reply:
         request = wire.DMA_UNMAP.decode(payload)
         table = self._device.bus.table
-        if request.flags & ~int(wire.UnmapFlag.ALL):
+        if request.flags & ~wire.UNMAP_ALL:
             raise Refused(errno.EINVAL)
-        if request.flags & wire.UnmapFlag.ALL:
+        if request.flags & wire.UNMAP_ALL:
             if request.address or request.size:
                 raise Refused(errno.EINVAL)
             table.clear()

@@ -239,9 +239,14 @@ class Supervisor:
         _say({"lost": child.name, "status": child.status})
         self._hub.lose(child.name, child.status)
         if child.held is not None:
-            child.progress.settle(child.held)
+            received = child.progress.settle(child.held)
             session = Session(
-                child.held, PulledOut(child.name), MemoryCache(), self._session_ended, removed=True
+                child.held,
+                PulledOut(child.name),
+                MemoryCache(),
+                self._session_ended,
+                removed=True,
+                received=received,
             )
             self._sessions.add(session)
             child.held = None

@@ -114,7 +114,10 @@ TYPE_MASK: Final = int(HeaderFlag.TYPE)
 REPLY: Final = int(HeaderFlag.REPLY)
 NO_REPLY: Final = int(HeaderFlag.NO_REPLY)
 ERROR_REPLY: Final = int(HeaderFlag.REPLY | HeaderFlag.ERROR)
+DMA_READABLE: Final = int(DmaFlag.READ)
+DMA_WRITABLE: Final = int(DmaFlag.WRITE)
 DMA_FLAGS: Final = int(DmaFlag.READ | DmaFlag.WRITE)
+UNMAP_ALL: Final = int(UnmapFlag.ALL)
 IRQ_SET_FLAGS: Final = int(IrqSetFlag.DATA | IrqSetFlag.ACTION)
 
 
@@ -272,6 +275,7 @@ REGION_ACCESS: Final = Layout("<QII", RegionAccess._make)
 DMA_ACCESS: Final = Layout("<QQ", DmaAccess._make)
 FEATURE: Final = Layout("<II", Feature._make)
 
+_HEADER = Struct("<HHIII")
 _VERSION = Struct("<HH")
 _SPARSE_HEADER = Struct("<HHIII")
 _SPARSE_AREA = Struct("<QQ")
@@ -349,12 +353,16 @@ def encode_version(major: int, minor: int, capabilities: Capabilities) -> bytes:
     return _VERSION.pack(major, minor) + text.encode() + b"\0"
 
 
+def header_at(received: memoryview, offset: int) -> Header:
+    """The header that begins there, with at least its own bytes behind."""
+    return Header._make(_HEADER.unpack_from(received, offset))
+
+
 def encode_header(
     message_id: int, command: int, payload_bytes: int, flags: int = 0, error: int = 0
 ) -> bytes:
     """The 16 bytes before a payload of ``payload_bytes``."""
-    size = HEADER.size_bytes + payload_bytes
-    return HEADER.encode(Header(message_id, command, size, flags, error))
+    return _HEADER.pack(message_id, command, _HEADER.size + payload_bytes, flags, error)
 
 
 def encode_sparse_areas(areas: Iterable[tuple[int, int]]) -> bytes:
