@@ -33,8 +33,6 @@ from testbed.host.places import write_places
 from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation, parse_mutation
 from testbed.instruments.negotiation_rules import parse_policy
-from testbed.payload.collection import Payload
-from testbed.payload.multiboot import MachinePrograms
 from testbed.results import junit, record
 from testbed.results.ktap import KtapStream
 from testbed.results.options import ALL_ENGINES, RunOptions, write_options
@@ -44,6 +42,8 @@ from testbed.topology.model import to_data
 
 if TYPE_CHECKING:
     from testbed.harness.report_items import ReportOptions
+    from testbed.payload.collection import Payload
+    from testbed.payload.multiboot import MachinePrograms
 
 PYTEST_LOG = "pytest.log"
 _PYTEST_INI = "pytest.ini"

@@ -59,18 +59,25 @@ def default_file() -> Path:
     return paths.state_dir() / FILE_NAME
 
 
-def remember(run_dir: Path, say: Callable[[str], None], file: Path | None = None) -> None:
+def remember(
+    run_dir: Path,
+    say: Callable[[str], None],
+    file: Path | None = None,
+    *,
+    record: RunRecord | None = None,
+) -> None:
     """Keep what a run said; ``say`` is told if that cannot be done, and nothing is raised.
 
     :param run_dir: a folder with a record, or, as of several reports, folders that have one each.
+    :param record: the one of the folder, if it is at hand.
     """
     own = run_dir / records.FILE_NAME
     with contextlib.suppress(OSError):
         found = [own] if own.is_file() else sorted(run_dir.glob(f"*/{records.FILE_NAME}"))
         for path in found:
             try:
-                record = records.load_record(path)
-                add(file or default_file(), record, path.parent, say)
+                found_record = record if path == own and record else records.load_record(path)
+                add(file or default_file(), found_record, path.parent, say)
             except (HostError, InputError, sqlite3.Error, OSError) as error:
                 say(f"this run is not in the history: {error}")
 

@@ -13,8 +13,9 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 from testbed.errors import CapabilityMissing, InputError, SetupError
 from testbed.host import product, toolchain
@@ -52,26 +53,34 @@ class KernelTree:
     identity: str
     words: tuple[str, ...]
 
-    @cached_property
+    @property
     def config(self) -> Mapping[str, str]:
         """The kernel's options that are set: ``PCI_P2PDMA`` → ``y``."""
-        return read_config(self.folder / ".config")
+        return _options(self.folder / ".config", self.identity)
 
-    @cached_property
+    @property
     def symbols(self) -> frozenset[str]:
         """What kernel and modules export."""
-        text = (self.folder / "Module.symvers").read_text(encoding="utf-8", errors="replace")
-        return frozenset(line.split("\t", 2)[1] for line in text.splitlines() if "\t" in line)
+        return _exported(self.folder / "Module.symvers", self.identity)
 
 
 def read_config(file: Path) -> dict[str, str]:
     """The options that a ``.config`` sets, without ``CONFIG_`` and quotes."""
-    found = {}
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        matched = re.match(r"CONFIG_(\w+)=(.*)$", line)
-        if matched:
-            found[matched[1]] = matched[2].strip('"')
-    return found
+    text = file.read_text(encoding="utf-8", errors="replace")
+    found = re.findall(r"^CONFIG_(\w+)=(.*)$", text, re.MULTILINE)
+    return {name: value.strip('"') for name, value in found}
+
+
+# Files of ten and thirty thousand lines: each rack of a run asks what they say.
+@lru_cache(maxsize=4)
+def _options(file: Path, _identity: str) -> Mapping[str, str]:
+    return MappingProxyType(read_config(file))
+
+
+@lru_cache(maxsize=4)
+def _exported(file: Path, _identity: str) -> frozenset[str]:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return frozenset(re.findall(r"^[^\t\n]*\t([^\t\n]*)", text, re.MULTILINE))
 
 
 def packaged(

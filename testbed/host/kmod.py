@@ -22,6 +22,7 @@ from testbed.errors import CapabilityMissing, Interrupted, ModuleBuildError, Set
 from testbed.host import child, kmod_sources, product
 from testbed.host.digest import digest
 from testbed.host.kbuild import KernelTree
+from testbed.host.manifest import YAML_LOADER
 from testbed.host.packages import SetupOptions
 from testbed.host.toolchain import Toolchain, check_path
 
@@ -106,7 +107,8 @@ def build(
 def _needs(sources: list[Path]) -> Needs:
     file = next(path for path in sources if path.name == "module.yaml")
     try:
-        return Needs.model_validate(yaml.safe_load(file.read_text()) or {})
+        data = yaml.load(file.read_text(), Loader=YAML_LOADER)  # noqa: S506  a safe one
+        return Needs.model_validate(data or {})
     except (ValidationError, yaml.YAMLError) as error:
         raise SetupError(f"{file}: {error}") from error
 

@@ -59,6 +59,8 @@ class Console:
     def poll(self) -> None:
         """Take in what was written since the last time; a missing file is an empty one."""
         try:
+            if self.path.stat().st_size == self._position:
+                return  # asked fifty times a second while a machine boots
             with self.path.open("rb") as log:
                 if self._position > self.path.stat().st_size:  # truncated: a new start
                     self._position, self._partial = 0, b""

@@ -41,9 +41,6 @@ class PayloadWords:
         :raises InputError: they were not built, there is no such device, or nobody asked for them.
         """
         from testbed.harness.shipped import KSELFTEST, KVM_UNIT_TESTS
-        from testbed.payload.collection import DEFAULT_COLLECTION, Payload, find_collection
-        from testbed.payload.multiboot import find_programs
-        from testbed.suites.kselftest import cases
 
         if KSELFTEST in suites and KVM_UNIT_TESTS in suites:
             raise InputError(f"{KSELFTEST} and {KVM_UNIT_TESTS}: one of them in a run")
@@ -55,6 +52,8 @@ class PayloadWords:
         if KVM_UNIT_TESTS in suites:
             if self.tree is None:
                 raise InputError("whose kvm-unit-tests?", hint="--tree DIR of the checkout")
+            from testbed.payload.multiboot import find_programs
+
             return find_programs(self.tree, self.programs, self.timeout_s)
         if self.tree or self.programs:
             raise InputError(
@@ -65,6 +64,10 @@ class PayloadWords:
             if self.timeout_s:
                 raise InputError("--program-timeout belongs to kselftest and kvm-unit-tests")
             return None
+        # Not before: this imports pytest, and a rack's start would wait for that.
+        from testbed.payload.collection import DEFAULT_COLLECTION, Payload, find_collection
+        from testbed.suites.kselftest import cases
+
         tree = Path(kernel) if kernel and Path(kernel).is_dir() else None
         collection = find_collection(self.collection or DEFAULT_COLLECTION, tree)
         payload = Payload(collection, self.devices, self.timeout_s)

@@ -214,7 +214,7 @@ def run(
         with source:
             result = runner.run_suites(choice, source, run_dir, stream=stream)
     if not no_history:
-        remember(run_dir, say)
+        remember(run_dir, say, record=result.record)
     if form == "json":
         click.echo((run_dir / record.FILE_NAME).read_text())
     return result.code
