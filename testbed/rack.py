@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from testbed.errors import (
     CapabilityMissing,
@@ -114,6 +115,7 @@ class RackNode:
         self._link: GuestLink | None = None
         self._agent: AgentClient | None = None
         self._qmp: Qmp | None = None
+        self._observations: BinaryIO | None = None
 
     def _watch(self, command: NodeCommand) -> Watch:
         return Watch(
@@ -272,8 +274,12 @@ class RackNode:
         return self.watch.blame(error)
 
     def _record(self, call: Mapping[str, Any]) -> None:
-        with (self.log_dir / OBSERVATIONS_LOG).open("a") as log:
-            log.write(json.dumps(call, separators=(",", ":")) + "\n")
+        line = json.dumps(call, separators=(",", ":")) + "\n"
+        if self._observations is None:  # stays open: a suite makes hundreds of calls
+            self._observations = (self.log_dir / OBSERVATIONS_LOG).open("ab")
+            weakref.finalize(self, self._observations.close)
+        self._observations.write(line.encode())
+        self._observations.flush()
 
     def power_off(self, deadlines: StopDeadlines) -> str:
         """Agent, ACPI, QMP, kill: the first that works, within its deadline; returns which."""
