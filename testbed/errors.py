@@ -29,8 +29,8 @@ FAIL (exit 1) is a verdict, not an exception: see :mod:`testbed.results.verdicts
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 
 class ExitCode(IntEnum):
@@ -45,8 +45,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
-@dataclass(frozen=True, order=True)
-class Diagnostic:
+class Diagnostic(NamedTuple):
     """One thing that is wrong with an input, and where.
 
     ``line`` and ``column`` count from 1; 0 means that the place is not known.

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 # The config writes that change a tree, and the ejection by ACPI, which needs none; both are logged
 # before they take effect, by a thread that holds QEMU's lock until they have (hw/pci/pci_host.c,
@@ -58,8 +58,7 @@ class Port(StrEnum):
     DOWNSTREAM = "downstream"
 
 
-@dataclass(frozen=True)
-class Acs:
+class Acs(NamedTuple):
     """A port's ACS control register (linux/pci_regs.h, PCI_ACS_CTRL), and its egress vector."""
 
     request_redirect: bool
@@ -77,8 +76,7 @@ class Acs:
         return cls(redirect, completion, forwarding, egress, egress_vector)
 
 
-@dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """Bus addresses from ``start`` to ``end`` (exclusive)."""
 
     start: int
@@ -103,8 +101,7 @@ class Bar:
     range: Range
 
 
-@dataclass(frozen=True)
-class Bridge:
+class Bridge(NamedTuple):
     """A function's other side: what it forwards downwards.
 
     ``windows`` is empty while its memory space is disabled. ``number`` is its port's, to which the
@@ -119,8 +116,7 @@ class Bridge:
     acs: Acs | None = None  # it has no such capability
 
 
-@dataclass(frozen=True)
-class TreeFunction:
+class TreeFunction(NamedTuple):
     """One function: QEMU's name for it, its address, the address of the bridge above, or ""."""
 
     qemu_id: str

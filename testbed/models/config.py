@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 from struct import Struct, pack, pack_into
-from typing import Final
+from typing import Final, NamedTuple
 
 from testbed.models.memory import SharedMemory
 from testbed.models.wire import PAGE_BYTES
@@ -47,8 +47,7 @@ class Extended(IntEnum):
     VENDOR = 0x000B
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """What the function says it is; ``class_code`` is the 24 bits of class, subclass, interface."""
 
     vendor: int
@@ -100,8 +99,7 @@ class Bar:
         return self.memory.view[offset:end] if within or not self.areas else None
 
 
-@dataclass(frozen=True)
-class MsixLayout:
+class MsixLayout(NamedTuple):
     """Where the MSI-X table and its pending bits stand; offsets are multiples of 8."""
 
     vectors: int

@@ -16,9 +16,8 @@ import asyncio
 import sys
 import traceback
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
 from pathlib import PurePath
-from typing import ClassVar, Final, Protocol, TypeVar
+from typing import ClassVar, Final, NamedTuple, Protocol, TypeVar
 
 from testbed.models import wire
 from testbed.models.access import AccessError, Cause, Mover, Space, Window
@@ -117,8 +116,7 @@ class BusSpace(Space):
         self._answered[True] = address + len(data)
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """An exception in a model's own code: where, and what."""
 
     where: str

@@ -29,8 +29,8 @@ A bridge's bus-master bit is not looked at, because QEMU does not look at it on 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from testbed.machine.pci_tree import Acs, Bridge, PciTree, Port, Range, TreeFunction
 
@@ -43,8 +43,7 @@ class Outcome(StrEnum):
     UPSTREAM = "upstream"  # at the root complex and its IOMMU
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     """Addresses, and what happens to a request for them; all others go upstream.
 
     ``function`` (QEMU's identifier), ``bar`` and ``offset`` in it say which BAR stands there.
@@ -59,7 +58,7 @@ class Claim:
 
     def part(self, rest: Range) -> Claim:
         """The same for a part of it."""
-        return replace(self, range=rest, offset=self.offset + rest.start - self.range.start)
+        return self._replace(range=rest, offset=self.offset + rest.start - self.range.start)
 
 
 def decide(tree: PciTree, requester: str) -> tuple[Claim, ...]:
@@ -115,7 +114,7 @@ def _forwarded(claim: Claim, port: TreeFunction, entry: Bridge) -> Claim:
     stays = entry.acs is not None and not entry.acs.upstream_forwarding
     if claim.outcome is Outcome.UPSTREAM and inside and stays:
         why = f"{claim.why}, not forwarded by {port.name}"
-        return replace(claim, outcome=Outcome.REFUSED, why=why)
+        return claim._replace(outcome=Outcome.REFUSED, why=why)
     return claim
 
 

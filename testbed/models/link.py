@@ -20,9 +20,9 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path as FilePath
-from typing import Final
+from typing import Final, NamedTuple
 
 from testbed.errors import InputError
 from testbed.models.access import AccessError, Cause, Space, Window
@@ -38,8 +38,7 @@ RETRY_LAST_S: Final = 1.0
 RUN_BYTES: Final = 8 << 20
 
 
-@dataclass(frozen=True)
-class ExportWindow:
+class ExportWindow(NamedTuple):
     """What one end lets the other reach: link addresses 0 to ``size_bytes``."""
 
     mode: Export = Export.CLOSED
@@ -47,8 +46,7 @@ class ExportWindow:
     size_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class LinkEnd:
+class LinkEnd(NamedTuple):
     """One end, as the rack describes it.
 
     ``socket``  where the two ends meet. ``listens``: this end makes it, the other connects.

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from testbed.errors import InputError
 from testbed.models.access import AccessError, Cause, Space, Window
@@ -46,8 +46,7 @@ class Route:
             raise InputError(f"the route at {self.address:#x} does not fit its memory")
 
 
-@dataclass(frozen=True, slots=True)
-class Routed:
+class Routed(NamedTuple):
     """Where an access goes, for its first ``size_bytes``: into a peer's memory (a view), to a
     ``space`` that answers for it, or upstream (neither). ``astray``: upstream for want of a way
     down.

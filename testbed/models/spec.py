@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 from testbed.errors import InputError
 from testbed.models.inject import Rule
@@ -41,16 +41,14 @@ BUILT_IN: Final = ("gpu", "nic")
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class MachineSpec:
+class MachineSpec(NamedTuple):
     """The QEMU that the models are plugged into: a QMP socket of ours, and the log it writes."""
 
     monitor: Path
     log: Path
 
 
-@dataclass(frozen=True)
-class MemorySpec:
+class MemorySpec(NamedTuple):
     """One memory file: ``fd`` (an inherited one) or ``path``; and the BAR that shows it, if any."""
 
     name: str
@@ -93,8 +91,7 @@ class DeviceSpec:
         return self.kind not in BUILT_IN
 
 
-@dataclass(frozen=True)
-class ServeSpec:
+class ServeSpec(NamedTuple):
     """All of it."""
 
     control: Path

@@ -15,9 +15,8 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from testbed.machine.monitor import Monitor, MonitorLost, MonitorRefused
 from testbed.machine.pci_tree import CHANGE_EVENTS, PciTree, TreeUnreadable, read_tree
@@ -31,8 +30,7 @@ class NoTree(Exception):
     """The machine's tree cannot be read; the text says why."""
 
 
-@dataclass(frozen=True)
-class Survey:
+class Survey(NamedTuple):
     """A tree, and the length of the log before it was read; -1 if nobody logs changes."""
 
     tree: PciTree

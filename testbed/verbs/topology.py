@@ -47,7 +47,7 @@ def validate(files: tuple[str, ...], settings: tuple[str, ...], form: str) -> in
             {
                 "file": str(file),
                 "valid": not message,
-                "diagnostics": [dataclasses.asdict(d) for d in diagnostics],
+                "diagnostics": [d._asdict() for d in diagnostics],
             }
         )
         if form == "text":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from testbed.errors import Diagnostic, InputError
@@ -77,7 +77,7 @@ def convert_bytes(form: str, name: str, content: bytes, options: Options) -> Imp
         topology = load.load_text(text, f"{name}, imported", {})
     except InputError as error:
         # Without settings it was placed already: they are at fault, and not the file's line.
-        wrong = [replace(d, file="-s", line=0, column=0) for d in error.diagnostics]
+        wrong = [d._replace(file="-s", line=0, column=0) for d in error.diagnostics]
         raise InputError(diagnostics=sorted(set(wrong))) from None
     origins = {given[device.origin]: device.origin for device in draft.devices()}
     return Imported(text, topology, notes, origins)

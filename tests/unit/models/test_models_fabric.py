@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -216,7 +215,7 @@ class TestWhatChanges:
     def test_memory_decoding_off(self) -> None:
         tree = one_switch(None, None)
         at = tree.functions.index(next(f for f in tree.functions if f.qemu_id == "gpu1-vram"))
-        tree.functions[at] = replace(tree.functions[at], bars=())
+        tree.functions[at] = tree.functions[at]._replace(bars=())
         assert between(tree, "gpu0", "gpu1") == (Outcome.REFUSED, "no BAR below sw.1")
 
     def test_a_bridge_that_forwards_no_memory(self) -> None:
@@ -224,7 +223,7 @@ class TestWhatChanges:
         at = tree.functions.index(next(f for f in tree.functions if f.qemu_id == "sw.1"))
         bridge = tree.functions[at].bridge
         assert bridge is not None
-        tree.functions[at] = replace(tree.functions[at], bridge=replace(bridge, windows=()))
+        tree.functions[at] = tree.functions[at]._replace(bridge=bridge._replace(windows=()))
         assert between(tree, "gpu0", "gpu1") == (Outcome.REFUSED, "no BAR below sw")
 
     def test_a_peer_that_was_unplugged(self) -> None:
@@ -240,7 +239,7 @@ class TestWhatChanges:
         at = tree.functions.index(next(f for f in tree.functions if f.qemu_id == "gpu1-vram"))
         window = Range(96 * MIB, 128 * MIB)
         bar = Bar(2, Range(window.start - MIB, window.start + MIB))
-        tree.functions[at] = replace(tree.functions[at], bars=(bar,))
+        tree.functions[at] = tree.functions[at]._replace(bars=(bar,))
         claim = claim_at(tree.done(), "gpu0", window.start)
         assert claim is not None
         assert (claim.function, claim.offset) == ("gpu1-vram", MIB)
@@ -254,7 +253,7 @@ def test_of_bars_that_overlap_the_first_is_reached_and_the_rest_of_the_other() -
     at = tree.functions.index(next(f for f in tree.functions if f.qemu_id == "gpu1-engine"))
     end = tree.memory["gpu1"].end
     bar = Bar(0, Range(end - 0x2000, end + 0x2000))
-    tree.functions[at] = replace(tree.functions[at], bars=(bar,))
+    tree.functions[at] = tree.functions[at]._replace(bars=(bar,))
     assert between(tree, "gpu0", "gpu1")[0] is Outcome.PEER
     claim = claim_at(tree.done(), "gpu0", end)
     assert claim is not None
