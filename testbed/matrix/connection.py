@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 LOCAL = "local"
 LOG = "cluster.log"
 WORKERS_FOLDER = "workers"
-EXTRA_HINT = "pip install 'testbed[cluster]'"
+EXTRA_HINT = f"{sys.executable} -m pip install 'testbed[cluster]'"
 MOST_DEATHS = 3  # of workers, until their cell is to blame
 CONNECT_S = 20.0
 CALL_S = 15.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ RUN_FOLDER = "run"  # of a cell's attempt
 LOCK = "lock"
 LAST = "last"
 RUNS = "matrices"
+_NAME = re.compile(r"""^[{\s]*["']?matrix["']?\s*:\s*["']?([\w-]+)""", re.MULTILINE)
 
 
 class Store:
@@ -123,19 +125,35 @@ def new_run(name: str) -> Path:
     return runs_dir() / f"{name}-{secrets.token_hex(2)}"
 
 
-def find_run(word: str) -> Path:
-    """A run's folder: a path, the name of one in the state folder, or `last`.
+def find_run(word: str, matrix: str) -> Path:
+    """A run's folder: a path, the name of one in the state folder, or `last`, the newest of this
+    matrix.
 
     :raises InputError: there is none.
     """
     if Path(word).is_dir():
         return Path(word).resolve()
     known = sorted(p.name for p in runs_dir().glob("*") if (p / CELLS).is_dir())
-    if word == LAST and known:
-        return runs_dir() / known[-1]
+    if word == LAST:
+        for name in reversed(known):
+            if _matrix_of(runs_dir() / name) == matrix:
+                return runs_dir() / name
+        raise InputError(
+            f"no run of the matrix '{matrix}' in {runs_dir()}", hint="--resume FOLDER, or without"
+        )
     if word in known:
         return runs_dir() / word
     expected = f"a folder, {LAST}, or a run in {runs_dir()}"
     raise InputError(
         diagnostics=[Diagnostic(word, 0, 0, "no such run", expected, nearest(word, [*known, LAST]))]
     )
+
+
+def _matrix_of(folder: Path) -> str:
+    """The matrix whose run it is, as the first key of its file says; "" if it has none yet."""
+    try:
+        text = (folder / COPY).read_text(errors="replace")
+    except OSError:
+        return ""
+    found = _NAME.search(text)
+    return found[1] if found else ""

@@ -43,7 +43,8 @@ from testbed.verbs.common import format_option, parse_settings, say, settings_op
 @click.option(
     "--resume",
     metavar="RUN",
-    help="Go on with an earlier run: its folder, its name, or `last`. What ended there is kept.",
+    help="Go on with an earlier run: its folder, its name, or `last`, the newest of this matrix. "
+    "What ended there is kept.",
 )
 @click.option(
     "--only-failed",
@@ -100,7 +101,7 @@ def matrix(
             click.echo(f"{cell.name}  SKIP: {cell.skip}" if cell.skip else cell.name)
         return 0
     if only_failed or resume:
-        folder = store.find_run(resume or store.LAST)
+        folder = store.find_run(resume or store.LAST, plan.matrix.matrix)
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         folder = output or store.new_run(f"{stamp}-{plan.matrix.matrix}")

@@ -88,6 +88,11 @@ def test_only_what_failed_runs_again(tmp_path: Path) -> None:
     out = tmp_path / "state" / "matrices" / "one"
     assert runs.run(tmp_path, file, "--output", out)[0] == 1
     switch.touch()
+    (tmp_path / "other").mkdir()
+    text = text.replace("matrix: m", "matrix: other")
+    other = runs.write(tmp_path / "other", text, quick=runs.QUICK, again=again)
+    code, _, errors = runs.run(tmp_path, other, "--only-failed")
+    assert (code, "no run of the matrix 'other'" in errors) == (2, True), errors
     code, _, errors = runs.run(tmp_path, file, "--resume", "last")
     assert code == 1, "a FAIL is never tried again by itself"
     code, _, errors = runs.run(tmp_path, file, "--only-failed")
