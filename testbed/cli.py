@@ -29,6 +29,8 @@ GARBAGE_AFTER = 200_000  # objects; Python's own figure is 700
 _STARTING = ("up", "run")
 _NOT_STARTING = frozenset(("-h", "--help", "--rack", "--list", "-j", "--jobs"))
 
+_OURS = ("testbed", "guest_agent")
+
 
 def _interrupt(_signal: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
@@ -104,6 +106,12 @@ def _answer(error: BaseException, debug: bool) -> int:
             if error.hint:
                 click.echo(f"hint: {error.hint}", err=True)
             code = error.exit_code
+        case ModuleNotFoundError(name=str(name)) if not name.startswith(_OURS):
+            click.echo(
+                f"testbed: the Python package of '{name}' is missing\n"
+                "hint: `./bootstrap --version`, or `pip install -e .`, installs what is needed",
+                err=True,
+            )
         case _:
             click.echo(
                 f"testbed: ERROR, the testbed's own fault: {type(error).__name__}: {error}\n"

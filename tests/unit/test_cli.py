@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from testbed import cli
 from testbed.verbs.group import VERBS
 from testbed.verbs.reference import cli_markdown
 
@@ -87,6 +88,20 @@ def test_an_option_can_come_from_the_environment() -> None:
     names = {f["device"] for f in answer["nodes"]["host0"]["functions"]}
     assert "gpu1" in names
     assert "gpu2" not in names
+
+
+@pytest.mark.parametrize(
+    ("module", "ours"), [("xxhash", False), ("testbed.no_such_room", True), ("guest_agent.x", True)]
+)
+def test_a_package_that_is_missing_is_named(
+    module: str, ours: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = ModuleNotFoundError(f"No module named '{module}'", name=module)
+    assert cli._answer(missing, debug=False) == 128
+    said = capsys.readouterr().err
+    assert ("the testbed's own fault" in said) is ours
+    assert ("`./bootstrap --version`" in said) is not ours
+    assert module in said
 
 
 @pytest.mark.parametrize("buffering", [[], ["-u"]], ids=["at-the-end", "in-the-verb"])
