@@ -9,7 +9,7 @@ server's, for whoever wants a shell; none runs until then.
 
 ``… listen saved [FUNCTION…]`` is the end of a boot that is to be saved (:mod:`guest_agent.resume`):
 it loads all of the agent first, and makes the first agent, which waits: to it the first connection
-of the restored machine says in a line who that is.
+of the restored machine says who that is.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _first_agent(agents: _socket.socket, shells: _socket.socket, agent_hash: str
         if not resume.answer(wire):
 
             def before_serving() -> None:
-                resume.settle()
+                resume.settle(0)  # the wire's number then
                 os.write(says, b"\n")
                 os.close(says)
 

@@ -4,9 +4,10 @@
 A part of :mod:`guest_agent.listener`. In the restored machine its devices are as after a reset: so
 no driver has one when it is saved, and their settings are kept, and given back after.
 All of the agent is loaded, and the first agent of the restored machine waits for its connection.
-Everything that a rack has of its own (keys, name, entropy, time) arrives as one line, so that a
-saved machine holds none of it. That agent says hello as soon as its devices are in place; drivers
-get theirs, and shells their keys, before its first call.
+Everything that a rack has of its own (keys, name, entropy, time) arrives there, so that a saved
+machine holds none of it: in two messages, each after its length in SIZE_DIGITS decimal digits. The
+agent says hello after the first, as soon as its devices are in place; drivers get theirs, and
+shells their keys, before its first call.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from guest_agent.hw.config_state import Kept
 
+SIZE_DIGITS = 6  # testbed/warm/restore.py writes them
 WAITING = "testbed: waiting"  # testbed/warm/restore.py looks for both
 UNFIT = "testbed: unfit"
 # include/uapi/linux/random.h
@@ -47,7 +49,7 @@ PAUSE_S = 0.01
 
 _kept: list[Kept] = []  # by function that is as after a reset in the restored machine
 _drivers: list[tuple[str, str]] = []  # functions that had one
-_own: list[bytes] = []  # what :func:`settle` needs of the line
+_name: list[bytes] = []
 
 
 def write(path: str, data: bytes) -> None:
@@ -112,27 +114,29 @@ def load_modules() -> None:
     log.close()
 
 
-def read_line(fd: int) -> bytes:
-    """All up to a line's end. :raises EOFError: there is none."""
+def read_message(fd: int) -> list[bytes]:
+    """The words of the next message, and nothing after it. :raises EOFError: there is none."""
+    return _read(fd, int(_read(fd, SIZE_DIGITS))).split(b" ")
+
+
+def _read(fd: int, size_bytes: int) -> bytes:
     data = b""
-    while not data.endswith(b"\n"):
-        part = os.read(fd, 1 << 16)
+    while len(data) < size_bytes:
+        part = os.read(fd, size_bytes - len(data))
         if not part:
             raise EOFError("the host went away before it said who this is")
         data += part
     return data
 
 
-def become(line: bytes) -> str:
+def become(words: list[bytes]) -> str:
     """Take on what the host says, entropy first; which device did not come back, or "".
 
-    :param line: entropy, the time in seconds, the name, the host's private key, and the public key
-        of who may log in, which alone may have spaces; the first and the fourth in base64.
-    :raises ValueError: it is no such line. :raises OSError: the kernel refused something.
+    :param words: entropy in base64, the time in seconds, the name.
+    :raises ValueError: it is no such message. :raises OSError: the kernel refused something.
     """
-    entropy, time_s, *own = line.rstrip(b"\n").split(b" ", 4)
-    name, host_key, client_key = own
-    _own[:] = name, binascii.a2b_base64(host_key), client_key
+    entropy, time_s, name = words
+    _name[:] = [name]
     seed = binascii.a2b_base64(entropy)
     with open("/dev/urandom", "wb", buffering=0) as pool:
         fcntl.ioctl(pool, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
@@ -167,16 +171,22 @@ def be_ordinary() -> None:
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
-def settle() -> None:
-    """All that need not be before the hello; returns when disks are there, as after a boot."""
+def settle(wire: int) -> None:
+    """All that need not be before the hello; returns when disks are there, as after a boot.
+
+    The second message is the host's private key, in base64, and the public key of who may log in.
+
+    :raises EOFError: the host went away.
+    """
     be_ordinary()
     let_go()
     reseed()
-    name, host_key, client_key = _own
+    (name,) = _name
     write("/proc/sys/kernel/hostname", name)
     write("/etc/hostname", name + b"\n")
-    write(HOST_KEY, host_key)
-    write(AUTHORIZED, client_key + b"\n")
+    host_key, *client_key = read_message(wire)
+    write(HOST_KEY, binascii.a2b_base64(host_key))
+    write(AUTHORIZED, b" ".join(client_key) + b"\n")
     for function, driver in _drivers:
         with contextlib.suppress(OSError):  # as in a boot, where its driver does not want it
             write(f"{PCI}/drivers/{driver}/bind", function.encode())
@@ -224,7 +234,7 @@ def wait() -> None:
 def answer(wire: int) -> str:
     """Read who this is from ``wire`` and become it; why that cannot be, said there too, or ""."""
     try:
-        problem = become(read_line(wire))
+        problem = become(read_message(wire))
     except (OSError, ValueError, EOFError) as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:

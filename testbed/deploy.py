@@ -29,7 +29,7 @@ from testbed.machine import ahead, argv, models, own_devices, registry, spawn
 from testbed.machine.ahead import AnotherRack
 from testbed.machine.bells import bells_command
 from testbed.machine.client import Keeper
-from testbed.machine.command import MODELS_SPEC, LaunchContext, NodeCommand
+from testbed.machine.command import MACHINE_STATE, MODELS_SPEC, LaunchContext, NodeCommand
 from testbed.machine.processes import Command
 from testbed.rack import KEYS_FILE, AccessKeys, Rack, RackNode, on_all, record_of
 from testbed.topology import model, placement
@@ -37,6 +37,8 @@ from testbed.topology.model import Topology
 from testbed.topology.plan import RackPlan
 from testbed.warm import restore
 from testbed.warm.restore import SnapshotUnfit
+from testbed.warm.store import STATE
+from testbed.warm.wanted import Wanted
 
 if TYPE_CHECKING:
     from testbed.host.keys import RackKeys
@@ -141,26 +143,29 @@ def _start(
         contexts = _contexts(plan, installation, accelerator, options, reservation.folder)
         saved = _saved(plan, contexts, installation, options, run_dir, say)
         boot = functools.partial(_to_boot, plan, contexts, installation, keys)
-        commands, processes, specs = _commands(plan, reservation.folder, saved, boot)
+        commands, processes, files = _commands(plan, reservation.folder, saved, boot)
         _write(run_dir / COMMANDS_JSON, [dataclasses.asdict(command) for command in processes])
         versions = _keep_versions(run_dir, topology, installation, accelerator)
         if QMP not in sys.modules:  # else it takes no time
             keys.begin()
-        keeper = _started(begun, reservation, processes, specs, run_dir)
-        access = AccessKeys(keys.get().client_private, keys.get().host_public)
+        keeper = _started(begun, reservation, processes, files, run_dir)
+
+        def access() -> AccessKeys:
+            return AccessKeys(keys.get().client_private, keys.get().host_public)
+
         restart = _Restart(plan, keeper, boot, reservation.folder, options, say)
         rack = Rack(keeper, plan, access, versions, owner=True, commands=commands, restart=restart)
         try:
-            access.write(reservation.folder / KEYS_FILE)
+            restore.resume(rack, saved, keys.get, options.timeout_s)
+            access().write(reservation.folder / KEYS_FILE)
             reservation.write_record(record_of(rack, time.time(), reservation.folder / KEYS_FILE))
-            restore.resume(rack, saved, keys.get(), options.timeout_s)
             on_all(rack, lambda node: _await_hello(node, reservation.folder, options.timeout_s))
             if options.router:
                 _start_routers(_without_router(rack, saved), say)
             if options.detach:
                 rack.detach()
             if options.again and saved.keys() == plan.nodes.keys():
-                ahead.remember(keeper, spawn.plan_of(keeper.folder, processes, run_dir), specs)
+                ahead.remember(keeper, spawn.plan_of(keeper.folder, processes, run_dir), files)
         except BaseException:
             rack.close()
             raise
@@ -173,14 +178,13 @@ def _commands(
     rack: Path,
     saved: Mapping[str, restore.Saved],
     boot: Callable[[str], NodeCommand],
-) -> tuple[dict[str, NodeCommand], list[Command], dict[str, str]]:
-    """By node what starts it, all processes in their order, and files that they read in ``rack``.
-
-    What else they need is put there.
+) -> tuple[dict[str, NodeCommand], list[Command], dict[str, str | Path]]:
+    """By node what starts it, all processes in their order, and files that they read in ``rack``:
+    their texts, or the paths of what has been copied there.
     """
     commands: dict[str, NodeCommand] = {}
     processes: list[Command] = []
-    specs: dict[str, str] = {}
+    files: dict[str, str | Path] = {}
     if bells := bells_command(plan):
         processes.append(bells)
     for name, node in plan.nodes.items():
@@ -188,28 +192,30 @@ def _commands(
         folder.mkdir(mode=0o700, exist_ok=True)
         if name in saved:
             restore.provide_state(saved[name].snapshot, folder)
+            files[f"{name}/{MACHINE_STATE}"] = saved[name].snapshot.folder / STATE
             commands[name] = saved[name].command
         else:
             commands[name] = boot(name)
         if models.has_models(node):
-            specs[f"{name}/{MODELS_SPEC}"] = json.dumps(models.models_spec(plan, node))
+            files[f"{name}/{MODELS_SPEC}"] = json.dumps(models.models_spec(plan, node))
             processes.append(models.models_command(plan, node))
         processes.append(commands[name])
-    return commands, processes, specs
+    return commands, processes, files
 
 
 def _started(
     begun: ahead.Ahead | None,
     reservation: registry.Reservation,
     processes: list[Command],
-    specs: Mapping[str, str],
+    files: Mapping[str, str | Path],
     run_dir: Path,
 ) -> Keeper:
     """The keeper of a rack whose processes run. :raises AnotherRack: others were begun."""
     if begun:
-        return begun.keeper_of(spawn.plan_of(reservation.folder, processes, run_dir), specs)
-    for place, text in specs.items():
-        _write_text(reservation.folder / place, text)
+        return begun.keeper_of(spawn.plan_of(reservation.folder, processes, run_dir), files)
+    for place, content in files.items():
+        if isinstance(content, str):
+            _write_text(reservation.folder / place, content)
     return spawn.start_keeper(reservation, processes, run_folder=run_dir)
 
 
@@ -315,7 +321,7 @@ def _saved(
     if not options.warm:
         return {}
     wanted = {
-        name: restore.Wanted(
+        name: Wanted(
             plan.alone(name),
             node,
             plan.topology.nodes[name],

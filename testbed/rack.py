@@ -12,7 +12,7 @@ import contextlib
 import json
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
@@ -84,6 +84,7 @@ class RackNode:
     :param command: what started it; in a rack of an earlier command, only whose it is.
     :param plan: its PCI functions and their addresses.
     :param spec: its part of the topology.
+    :param keys: what it takes to log in, asked for when somebody does.
     :param aboard: the hash of the agent that it was booted with.
     """
 
@@ -93,7 +94,7 @@ class RackNode:
         command: NodeCommand,
         plan: NodePlan,
         spec: Node,
-        keys: AccessKeys,
+        keys: Callable[[], AccessKeys],
         *,
         aboard: str,
         owner: bool,
@@ -143,12 +144,13 @@ class RackNode:
             if self._link is None or not self._link.alive:
                 from testbed.guest.link import GuestLink  # noqa: PLC0415  (slow to import)
 
+                keys = self._keys()
                 try:
                     self._link = GuestLink(
                         self.name,
                         self.folder / SSH_SOCKET,
-                        self._keys.client_private,
-                        self._keys.host_public,
+                        keys.client_private,
+                        keys.host_public,
                     )
                 except LinkLost as error:
                     raise self.blame(error) from error
@@ -183,8 +185,8 @@ class RackNode:
         self.watch.hello_seen = True
         return client
 
-    def introduce(self, identity: bytes, timeout_s: float) -> None:
-        """Tell a restored machine, in a line, who it is; its first agent answers.
+    def introduce(self, identity: Iterable[bytes], timeout_s: float) -> None:
+        """Tell a restored machine, in some messages, who it is; its first agent answers.
 
         :raises LostError: it cannot be that, or does not answer.
         """
@@ -318,7 +320,7 @@ class Rack:
         self,
         keeper: Keeper,
         plan: RackPlan,
-        keys: AccessKeys,
+        keys: Callable[[], AccessKeys],
         versions: Mapping[str, Any],
         *,
         owner: bool,
@@ -461,7 +463,7 @@ def attach(name: str) -> Rack:
     # Placement is a pure function of the topology as resolved: nothing else need be kept.
     plan = placement.place(model.from_data(record.topology))
     keeper = spawn.attach(base, name)
-    return Rack(keeper, plan, keys, record.versions, owner=False)
+    return Rack(keeper, plan, lambda: keys, record.versions, owner=False)
 
 
 def split_name(word: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -61,7 +61,7 @@ def connect(
     *,
     blame: Callable[[LinkLost], BaseException],
     record: Callable[[Mapping[str, Any]], None] | None = None,
-    first: bytes = b"",
+    first: Iterable[bytes] = (),
     hello_timeout_s: float = HELLO_TIMEOUT_S,
 ) -> AgentClient:
     """A new agent of the machine behind ``socket``, which was booted with it.
@@ -71,7 +71,8 @@ def connect(
     """
     try:
         wire = connect_unix(socket, hello_timeout_s)
-        wire.sendall(first)
+        for message in first:
+            wire.sendall(message)
     except OSError as error:
         raise blame(LinkLost(f"{node}: no way to the agent ({error})", node=node)) from error
     return AgentClient(node, wire, blame=blame, record=record, hello_timeout_s=hello_timeout_s)

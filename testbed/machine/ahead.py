@@ -5,7 +5,7 @@ Reading a topology, placing it and making command lines of it takes as long as a
 start. So a warm start keeps what it told its keeper (``CACHE/remembered/ahead-KEY.json``), and the
 next one of the same words tells that to a keeper at once. It then works everything out as ever, and
 compares: what is not exactly the same ends the rack, and starts it anew. So what is remembered is
-never believed; and nothing in the restored machine runs before.
+never believed. The restored machine waits meanwhile, and has not been told whose it is.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from testbed.machine.processes import Plan, make_folders
 from testbed.machine.registry import Reservation, reserve
 
 _RACK, _RUN = "@RACK@", "@RUN@"  # stand for the rack's folders in what is remembered
+_COPY = "copy"
 _KEPT = 64  # entries
 
 
@@ -55,9 +56,10 @@ class Ahead:
     begun: Future[None]
     taken: bool = False
 
-    def keeper_of(self, plan: Plan, files: Mapping[str, str]) -> Keeper:
+    def keeper_of(self, plan: Plan, files: Mapping[str, str | Path]) -> Keeper:
         """Its keeper, when all processes run.
 
+        :param files: what they read in its folder: texts, or paths of what was copied.
         :raises AnotherRack: these are other processes, or one did not start.
         """
         wanted = _told(plan, files, self.reservation.folder, self.run_dir)
@@ -134,8 +136,13 @@ def _begin(reservation: Reservation, run_dir: Path, told: Mapping[str, Any]) -> 
     plan = Plan(_replaced(told["processes"], places), told["memory"] | memory)
     for process in plan.processes:
         make_folders(Path(process["folder"]), Path(process["log"]).parent)
-    for place, text in told["files"].items():
-        (reservation.folder / place).write_text(text)
+    for place, content in told["files"].items():
+        target = reservation.folder / place
+        target.touch(mode=0o600)
+        if isinstance(content, str):
+            target.write_text(content)
+        else:
+            target.write_bytes(Path(content[_COPY]).read_bytes())
     keeper = spawn.launch(reservation, plan, run_dir)
     begun: Future[None] = Future()
 
@@ -161,7 +168,7 @@ def end() -> None:
         _begun.popitem()[1].end()
 
 
-def remember(keeper: Keeper, plan: Plan, files: Mapping[str, str]) -> None:
+def remember(keeper: Keeper, plan: Plan, files: Mapping[str, str | Path]) -> None:
     """Keep what ``keeper`` was told, for the next :func:`begin` of the words of this one.
 
     If it cannot be written, it is not.
@@ -177,14 +184,18 @@ def remember(keeper: Keeper, plan: Plan, files: Mapping[str, str]) -> None:
             old.unlink(missing_ok=True)
 
 
-def _told(plan: Plan, files: Mapping[str, str], rack: Path, run: Path) -> dict[str, Any]:
+def _told(plan: Plan, files: Mapping[str, str | Path], rack: Path, run: Path) -> dict[str, Any]:
     places = {str(rack): _RACK, str(run): _RUN}
     # A file of memory is named by a descriptor of ours, which another command has not.
     memory = {
         name: os.path.realpath(value) if isinstance(value, str) else value
         for name, value in plan.memory.items()
     }
-    told = {"processes": _replaced(plan.processes, places), "memory": memory, "files": files}
+    contents = {
+        place: content if isinstance(content, str) else {_COPY: str(content)}
+        for place, content in files.items()
+    }
+    told = {"processes": _replaced(plan.processes, places), "memory": memory, "files": contents}
     value: dict[str, Any] = json.loads(json.dumps(told))  # as it is read again
     return value
 

@@ -76,7 +76,7 @@ def command(plan: NodePlan, node: Node, context: LaunchContext) -> NodeCommand:
     for function in plan.functions:
         argv += _function(function, node)
     if context.start is Start.RESTORE:
-        argv += ["-S", *saving.RESTORE_WORDS]
+        argv += saving.RESTORE_WORDS
     elif context.program:
         argv += _program(context)
     else:

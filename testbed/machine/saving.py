@@ -10,13 +10,16 @@ other, used by no driver; restored, it is as after a reset, and the guest gives 
 
 from __future__ import annotations
 
-import contextlib
+import json
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from testbed.errors import CapabilityMissing, LinkLost, QmpError
-from testbed.machine.command import MACHINE_STATE, MemoryFd
+from testbed.machine.command import MACHINE_STATE, QMP_USER_SOCKET, MemoryFd
+from testbed.machine.sockets import connect_unix
 from testbed.machine.state_stream import without
 from testbed.topology.model import Node
 from testbed.topology.plan import Function, NodePlan, Role
@@ -30,7 +33,7 @@ RAM_FD = 99  # below those of the devices
 RESTORE_WORDS = (
     *("-machine", "suppress-vmdesc=on"),
     *("-global", "migration.send-configuration=off"),
-    *("-incoming", "defer"),
+    *("-incoming", f"file:{MACHINE_STATE}"),
 )
 # While devices are found, QEMU makes and drops 100 MiB of memory maps; the allocator (where it is
 # tcmalloc) would keep 60 of them.
@@ -39,7 +42,7 @@ RESTORE_ENVIRONMENT = {"TCMALLOC_AGGRESSIVE_DECOMMIT": "true"}
 # ``ivshmem_pre_load``).
 REFUSED = "/ivshmem-doorbell"
 LOAD_TIMEOUT_S = 20.0
-PAUSE_S = 0.01
+PAUSE_S = 0.005
 
 # The guest goes on using these; of all others it is made sure that nobody uses them.
 _IN_USE = (
@@ -92,33 +95,45 @@ def save(qmp: Qmp, state: Path) -> None:
         ) from error
 
 
-def load(qmp: Qmp, *, timeout_s: float = LOAD_TIMEOUT_S) -> None:
-    """Give a restored machine's devices their state; it stands still then.
+def await_running(folder: Path, node: str, check: Callable[[], None]) -> None:
+    """Return when a restored machine has its state and goes on: it waits for its agent's message.
 
-    Its memory must be there: virtio devices read their rings, interrupts the IOMMU's tables.
+    Its memory is there from the start: virtio devices read their rings, interrupts the IOMMU's
+    tables. A state that QEMU refuses ends it.
 
-    :raises QmpError: QEMU refused the state. :raises LinkLost: not in time, or QEMU ended.
+    :param check: raises if it has ended. :raises LinkLost: not in time.
     """
-    qmp.execute("migrate-incoming", {"uri": f"file:{MACHINE_STATE}"})
-    _await(qmp, timeout_s)
-
-
-def _await(qmp: Qmp, timeout_s: float) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        found = qmp.execute("query-migrate")
-        status = found.get("status", "none")
-        if status == "completed":
-            return
-        if status in ("failed", "cancelled"):
-            why = found.get("error-desc", status)
-            raise QmpError(
-                f"{qmp.node}: the machine's state: {why}",
-                error_class="GenericError",
-                description=why,
-            )
-        if time.monotonic() > deadline_s:
-            with contextlib.suppress(QmpError):
-                qmp.execute("migrate_cancel")
-            raise LinkLost(f"{qmp.node}: its state took longer than {timeout_s:g} s", node=qmp.node)
+    deadline_s = time.monotonic() + LOAD_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        try:
+            with connect_unix(folder / QMP_USER_SOCKET, LOAD_TIMEOUT_S) as wire:
+                if _is_running(wire, deadline_s):
+                    return
+        except (OSError, ValueError):
+            pass  # it still starts, or has ended
+        check()
         time.sleep(PAUSE_S)
+    raise LinkLost(f"{node}: its state took longer than {LOAD_TIMEOUT_S:g} s", node=node)
+
+
+def _is_running(wire: socket.socket, deadline_s: float) -> bool:
+    """Ask until it is; for a question or two asyncio would be slow to import.
+
+    :raises OSError, ValueError: no answer.
+    """
+
+    def ask(command: str) -> Any:
+        wire.sendall(json.dumps({"execute": command}).encode() + b"\n")
+        while True:
+            message = json.loads(answers.readline())
+            if "event" not in message:
+                return message["return"]
+
+    with wire.makefile("rb") as answers:
+        json.loads(answers.readline())  # its greeting
+        ask("qmp_capabilities")
+        while time.monotonic() < deadline_s:
+            if ask("query-status")["running"]:
+                return True
+            time.sleep(PAUSE_S)
+    return False

@@ -3,7 +3,8 @@
 
 A machine is saved in the moment before it would become this rack's own: it has no keys and no name,
 and uses no device but bridges and its network card. What it lacks it is told after it was restored,
-in the first line to its agent (``guest_agent/resume.py``), which puts the devices in order.
+by its agent's first connection (``guest_agent/resume.py``), which puts the devices in order. Until
+then it waits, whosever it will be.
 """
 
 from __future__ import annotations
@@ -11,18 +12,16 @@ from __future__ import annotations
 import base64
 import errno
 import functools
-import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import testbed
 from testbed.errors import (
     HostError,
     LaunchError,
@@ -33,12 +32,10 @@ from testbed.errors import (
     TestbedError,
 )
 from testbed.guest import switch_router
-from testbed.host import kmod_sources, paths
-from testbed.host.digest import digest
-from testbed.host.installation import Installation
+from testbed.host import paths
 from testbed.host.overlay import build_waiting_initrd
-from testbed.machine import argv, models, registry, saving, spawn
-from testbed.machine.bells import bells_command
+from testbed.machine import models, registry, saving, spawn
+from testbed.machine.ahead import AnotherRack
 from testbed.machine.client import Keeper
 from testbed.machine.command import (
     CONSOLE_LOG,
@@ -46,18 +43,14 @@ from testbed.machine.command import (
     MODELS_SPEC,
     QEMU_LOG,
     QMP_SOCKET,
-    LaunchContext,
     NodeCommand,
-    Start,
 )
 from testbed.machine.console import Console
 from testbed.machine.lifecycle import Watch
-from testbed.machine.processes import HelperCommand
 from testbed.rack import Rack, RackNode, on_all
-from testbed.topology.model import Node
-from testbed.topology.plan import NodePlan, RackPlan
 from testbed.warm import memory
-from testbed.warm.store import FORMAT, MEMORY, STATE, Snapshot, Store
+from testbed.warm.store import MEMORY, STATE, Snapshot, Store
+from testbed.warm.wanted import INITRD, Wanted
 
 if TYPE_CHECKING:
     from testbed.host.keys import RackKeys
@@ -65,7 +58,8 @@ if TYPE_CHECKING:
 
 WAITING = "testbed: waiting"  # guest_agent/resume.py says one of them
 UNFIT = "testbed: unfit"
-INITRD = Path("initrd.img")  # in QEMU's working directory
+REFUSED = "load of migration failed"  # QEMU's words (migration/migration.c)
+SIZE_DIGITS = 6  # before each message
 ENTROPY_BYTES = 64
 _HOST_LACKS = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 PAUSE_S = 0.02
@@ -86,103 +80,11 @@ def store() -> Store:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One machine that is to be restored.
-
-    ``rack``     the plan of a rack of it alone.
-    ``context``  as for a cold start; its ``start`` and ``initrd`` are not looked at.
-    ``router``   its switches shall route what QEMU's devices send, if that can be had.
-    """
-
-    rack: RackPlan
-    plan: NodePlan
-    spec: Node
-    installation: Installation
-    context: LaunchContext
-    router: bool
-
-    def command(self) -> NodeCommand:
-        """What boots it to be saved."""
-        return argv.command(self.plan, self.spec, self._context(Start.SAVE))
-
-    def restoring(self) -> NodeCommand:
-        """What restores it."""
-        return argv.command(self.plan, self.spec, self._context(Start.RESTORE))
-
-    def _context(self, start: Start) -> LaunchContext:
-        values = {**vars(self.context), "start": start, "initrd": INITRD}
-        return LaunchContext(**values)
-
-    def helpers(self) -> list[HelperCommand]:
-        """What QEMU needs beside it, while it boots to be saved."""
-        helpers = [bells_command(self.rack)]
-        if models.has_models(self.plan):
-            helpers.append(models.models_command(self.rack, self.plan))
-        return [helper for helper in helpers if helper]
-
-    def models_spec(self) -> str:
-        """What serves its devices then: nothing goes wrong on purpose."""
-        spec = models.models_spec(self.rack, self.plan)
-        for device in spec["devices"]:
-            device.pop("faults", None)
-            device.pop("bus_timing", None)
-        return json.dumps(spec)
-
-    @property
-    def reset(self) -> tuple[str, ...]:
-        """Addresses of the functions that a restore resets."""
-        return tuple(function.bdf for function in saving.reset(self.plan))
-
-    @property
-    def key(self) -> str:
-        """A hash of all that the saved machine is made from."""
-        kernel = self.installation.kernel(self.spec.kernel)
-        modules = kernel.modules.stat()
-        command = self.command()
-        return digest(
-            FORMAT,
-            testbed.__version__,
-            command.argv,
-            dict(command.environment),
-            self.installation.qemu.identity,
-            self.context.accelerator,
-            _processor() if self.context.accelerator != "tcg" else "",
-            kernel.sha256,
-            (str(kernel.modules), modules.st_size, modules.st_mtime_ns),
-            self.installation.image.key,
-            self.installation.agent.hash,
-            self.reset,
-            [helper.argv[-1] for helper in self.helpers()],
-            self.models_spec() if models.has_models(self.plan) else "",
-            _code() if models.has_models(self.plan) else "",
-            kmod_sources.source_hash(switch_router.MODULE) if self.has_router else "",
-        )
-
-    @property
-    def has_router(self) -> bool:
-        """Whether it is of any use."""
-        return self.router and switch_router.is_wanted(self.plan)
-
-
-@dataclass(frozen=True)
 class Saved:
     """A machine to be restored, and the command that does it."""
 
     snapshot: Snapshot
     command: NodeCommand
-
-
-def _code() -> str:
-    """Of the device models, which the saved machine has found."""
-    files = sorted((Path(testbed.__file__).parent / "models").glob("*.py"))
-    return digest(*(part for file in files for part in (file.name, file.read_bytes())))
-
-
-def _processor() -> str:
-    """What a machine under KVM sees of the host's."""
-    wanted = ("model name", "flags", "microcode")
-    lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    return "\n".join(line for line in lines if line.startswith(wanted))
 
 
 def ready(
@@ -302,9 +204,14 @@ def provide_state(snapshot: Snapshot, folder: Path) -> None:
     """Put the devices' state into the node's runtime folder, where QEMU looks for it.
 
     :raises HostError: it cannot be written.
+    :raises AnotherRack: the rack was started ahead, of another state.
     """
     target = folder / MACHINE_STATE
     try:
+        if target.exists():
+            if target.read_bytes() != snapshot.state:
+                raise AnotherRack
+            return
         target.touch(mode=0o600)
         target.write_bytes(snapshot.state)
     except OSError as error:
@@ -337,9 +244,12 @@ def _run(part: Callable[[], str], future: Future[str]) -> None:
         future.set_exception(error)
 
 
-def resume(rack: Rack, saved: Mapping[str, Saved], keys: RackKeys, timeout_s: float) -> None:
-    """Let the restored machines go on as this rack's nodes; returns when all agents said hello.
+def resume(
+    rack: Rack, saved: Mapping[str, Saved], keys: Callable[[], RackKeys], timeout_s: float
+) -> None:
+    """Tell the restored machines that they are this rack's nodes; returns when all said hello.
 
+    :param keys: asked for when the machines have been told what they say hello after.
     :raises SnapshotUnfit: one cannot be used, whatever the reason.
     """
     checking = {name: Checking(each.snapshot) for name, each in saved.items()}
@@ -352,13 +262,16 @@ def resume(rack: Rack, saved: Mapping[str, Saved], keys: RackKeys, timeout_s: fl
 
 
 def _resume(
-    node: RackNode, snapshot: Snapshot, checking: Checking, keys: RackKeys, timeout_s: float
+    node: RackNode,
+    snapshot: Snapshot,
+    checking: Checking,
+    keys: Callable[[], RackKeys],
+    timeout_s: float,
 ) -> None:
     try:
-        monitor = node.monitor
-        saving.load(monitor)
-        monitor.execute("cont")
-        node.introduce(_identity(node, keys), timeout_s)
+        saving.await_running(node.folder, node.name, node.watch.check)
+        node.watch.control_answered = True
+        node.introduce(_identity(node.name, keys), timeout_s)
         checking.wait()  # nobody has heard of it before
     except (LostError, QmpError, HostError) as error:
         if isinstance(error, SnapshotUnfit):
@@ -369,21 +282,23 @@ def _resume(
 
 def _unfit(error: TestbedError, key: str) -> SnapshotUnfit:
     """Why a machine whose files are as they were written did not go on."""
-    if isinstance(error, LaunchError):  # it has not looked at the saved machine yet
+    if isinstance(error, LaunchError):
         words = error.output.strip().splitlines()[-1:]
-        return SnapshotUnfit(": ".join((error.message, *words)), key, is_sound=True)
+        refused = any(REFUSED in word for word in words)  # else it did not come so far
+        return SnapshotUnfit(": ".join((error.message, *words)), key, is_sound=not refused)
     # Nobody here kills a machine that starts; the kernel does, where memory is short.
     killed = isinstance(error, LostError) and error.exit_status == -signal.SIGKILL
     return SnapshotUnfit(error.message, key, is_sound=killed)
 
 
-def _identity(node: RackNode, keys: RackKeys) -> bytes:
-    """The line that ``guest_agent/resume.py`` reads."""
-    words = (
-        base64.b64encode(os.urandom(ENTROPY_BYTES)),
-        str(time.time()).encode(),
-        node.name.encode(),
-        base64.b64encode(keys.host_private),
-        keys.client_public.encode(),
-    )
-    return b" ".join(words) + b"\n"
+def _identity(name: str, keys: Callable[[], RackKeys]) -> Iterator[bytes]:
+    """The messages that ``guest_agent/resume.py`` reads."""
+    entropy = base64.b64encode(os.urandom(ENTROPY_BYTES))
+    yield _message(entropy, str(time.time()).encode(), name.encode())
+    own = keys()
+    yield _message(base64.b64encode(own.host_private), own.client_public.encode())
+
+
+def _message(*words: bytes) -> bytes:
+    body = b" ".join(words)
+    return f"{len(body):0{SIZE_DIGITS}d}".encode() + body

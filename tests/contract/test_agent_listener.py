@@ -135,12 +135,16 @@ def test_the_other_port_is_the_ssh_servers(started: list[Listener], tmp_path: Pa
         assert wire.recv(100) == b"SSH-2.0-test\n"
 
 
-IDENTITY = b"ZW50cm9weQ== 1234.5 host7 a2V5 ssh-ed25519 AAAA of a rack\n"
+def message(text: bytes) -> bytes:
+    """As the host sends it."""
+    return b"%06d%s" % (len(text), text)
 
 
-def test_a_saved_machine_becomes_what_the_first_line_says(
-    started: list[Listener], tmp_path: Path
-) -> None:
+IDENTITY = message(b"ZW50cm9weQ== 1234.5 host7")
+KEYS = message(b"a2V5 ssh-ed25519 AAAA of a rack")
+
+
+def test_a_saved_machine_becomes_what_it_is_told(started: list[Listener], tmp_path: Path) -> None:
     listener = listen(started, tmp_path / "log", "saved")
     listener.await_said("testbed: waiting")
     assert "ready" not in listener.log.read_text()
@@ -148,6 +152,9 @@ def test_a_saved_machine_becomes_what_the_first_line_says(
         wire.sendall(IDENTITY)
         hello = line_of(wire)
         assert hello["hello"]["agent"] == "cafe" * 4
+        assert "ready" not in listener.log.read_text()
+        wire.sendall(KEYS + b'{"id": 1, "method": "system.info", "params": {}}\n')
+        assert line_of(wire)["result"]["machine"], "a call may be behind them"
         listener.await_said("testbed: ready")
     for said in (
         "it is 1234.5",
@@ -165,33 +172,47 @@ def test_others_are_served_after_the_first_agent_has_settled(
 ) -> None:
     listener = listen(started, tmp_path / "log", "saved")
     with listener.wire(listener.agents) as first, listener.wire(listener.agents) as second:
+        first.sendall(IDENTITY)
+        one = line_of(first)["hello"]["pid"]
         second.settimeout(0.3)
         with pytest.raises(TimeoutError):
             second.recv(1)
-        first.sendall(IDENTITY)
-        one, two = (line_of(wire)["hello"]["pid"] for wire in (first, second))
-        assert one != two
+        second.settimeout(DEADLINE_S)
+        first.sendall(KEYS)
+        assert line_of(second)["hello"]["pid"] != one
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("said", "why"),
     [
-        (b"\n", "ValueError"),
-        (b"ZW50cm9weQ== now host7 a2V5 key\n", "ValueError"),
-        (b"a 1 host7 a2V5 key\n", "Error: Invalid base64"),
+        (message(b""), "ValueError"),
+        (b"no size", "ValueError"),
+        (message(b"ZW50cm9weQ== now host7"), "ValueError"),
+        (message(b"a 1 host7"), "Error: Invalid base64"),
         (IDENTITY[:20], "went away"),
     ],
 )
 def test_a_machine_that_cannot_become_it_says_why(
-    started: list[Listener], tmp_path: Path, line: bytes, said: str
+    started: list[Listener], tmp_path: Path, said: bytes, why: str
 ) -> None:
     listener = listen(started, tmp_path / "log", "saved")
     with listener.wire(listener.agents) as wire:
-        wire.sendall(line)
+        wire.sendall(said)
         wire.shutdown(socket.SHUT_WR)
         answer = line_of(wire)
-    assert said in answer["unfit"]
+    assert why in answer["unfit"]
     listener.await_said("testbed: ready")
+
+
+def test_a_machine_whose_host_goes_away_before_its_keys_serves_others(
+    started: list[Listener], tmp_path: Path
+) -> None:
+    listener = listen(started, tmp_path / "log", "saved")
+    with listener.wire(listener.agents) as wire:
+        wire.sendall(IDENTITY)
+        assert line_of(wire)["hello"]
+    listener.await_said("testbed: ready")
+    assert "/etc/dropbear/host_key" not in listener.log.read_text()
 
 
 def test_a_function_that_is_not_there_cannot_be_saved(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def start(tmp_path: Path, *commands: Command) -> Keeper:
     return spawn.start_keeper(reserve(tmp_path / "runtime", "rack"), commands, run_folder=run)
 
 
-def remembered(tmp_path: Path, *commands: Command, files: dict[str, str]) -> None:
+def remembered(tmp_path: Path, *commands: Command, files: dict[str, str | Path]) -> None:
     """As an earlier command leaves it."""
     ahead.begin(WORDS)
     run = tmp_path / "run"
@@ -126,15 +126,20 @@ def test_a_keeper_ahead_ends_with_its_command() -> None:
 
 def test_the_same_again_is_there_already(tmp_path: Path) -> None:
     commands = (fake_helper("slow", touch=[0, "slow.sock"]), fake_qemu(memory=(VRAM,)))
-    remembered(tmp_path, *commands, files={"host0/models.json": "{}"})
+    state = tmp_path / "state.bin"
+    state.write_bytes(b"\xff")
+    files: dict[str, str | Path] = {"host0/models.json": "{}", "host0/machine.state": state}
+    remembered(tmp_path, *commands, files=files)
     ahead.begin(WORDS)
     begun = ahead.take("rack")
     assert begun is not None
     told = spawn.plan_of(begun.reservation.folder, commands, begun.run_dir)
-    keeper = begun.keeper_of(told, {"host0/models.json": "{}"})
+    keeper = begun.keeper_of(told, files)
     try:
         assert {each["state"] for each in keeper.status()["processes"]} == {"running"}
         assert (keeper.folder / "host0/models.json").read_text() == "{}"
+        copy = keeper.folder / "host0/machine.state"
+        assert (copy.read_bytes(), copy.stat().st_mode & 0o777) == (b"\xff", 0o600)
         assert (keeper.folder / "host0/log").resolve() == begun.run_dir / "host0"
         assert begun.run_dir.parent == tmp_path / "state/runs"
         assert keeper.status()["memory"] == {"host0/gpu0.vram": VRAM.size_bytes}
@@ -142,16 +147,21 @@ def test_the_same_again_is_there_already(tmp_path: Path) -> None:
         keeper.close()
 
 
-@pytest.mark.parametrize("what", ["process", "memory", "file"])
+@pytest.mark.parametrize("what", ["process", "memory", "file", "another file"])
 def test_anything_else_ends_it(tmp_path: Path, what: str) -> None:
     before = fake_qemu(memory=(VRAM,), report=False)
-    remembered(tmp_path, before, files={"host0/models.json": "{}"})
+    state = tmp_path / "state.bin"
+    state.touch()
+    remembered(tmp_path, before, files={"host0/models.json": "{}", "host0/machine.state": state})
     ahead.begin(WORDS)
     begun = ahead.take("rack")
     assert begun is not None
     memory = replace(VRAM, size_bytes=8192) if what == "memory" else VRAM
     command = fake_qemu(memory=(memory,), report=what == "process")
-    files = {"host0/models.json": "[]" if what == "file" else "{}"}
+    files: dict[str, str | Path] = {
+        "host0/models.json": "[]" if what == "file" else "{}",
+        "host0/machine.state": tmp_path / "other.bin" if what == "another file" else state,
+    }
     told = spawn.plan_of(begun.reservation.folder, [command], begun.run_dir)
     with pytest.raises(AnotherRack), begun:
         begun.keeper_of(told, files)

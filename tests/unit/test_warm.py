@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from testbed.errors import LaunchError, LinkLost, QmpError, SetupError, TestbedError
 from testbed.machine import argv, saving
+from testbed.machine.ahead import AnotherRack
 from testbed.machine.command import MACHINE_STATE, LaunchContext, NodeCommand, Start
 from testbed.topology import load, placement
 from testbed.warm import memory, restore
@@ -241,6 +242,10 @@ def test_what_was_found_is_restored_although_it_was_pruned(tmp_path: Path) -> No
     assert not found.folder.exists()
     restore.provide_state(found, tmp_path)
     assert (tmp_path / MACHINE_STATE).read_bytes() == b"state of a"
+    restore.provide_state(found, tmp_path)  # as where it was started ahead
+    (tmp_path / MACHINE_STATE).write_bytes(b"state of b")
+    with pytest.raises(AnotherRack):
+        restore.provide_state(found, tmp_path)
     assert found.damage() == ""
 
 
@@ -257,6 +262,16 @@ def test_what_was_found_is_restored_although_it_was_pruned(tmp_path: Path) -> No
             ),
             True,
         ),
+        (
+            LaunchError(
+                "n: QEMU ended with status 1",
+                node="n",
+                exit_status=1,
+                command=(),
+                output="qemu: load of migration failed: Input/output error\n",
+            ),
+            False,
+        ),
         (LinkLost("n: QEMU was killed", node="n", exit_status=-signal.SIGKILL), True),
         (LinkLost("n: QEMU was killed", node="n", exit_status=-signal.SIGBUS), False),
         (LinkLost("n: no answer", node="n"), False),
@@ -269,7 +284,8 @@ def test_what_only_the_host_can_have_done_is_not_the_saved_machines_fault(
     unfit = restore._unfit(error, "a")
     assert unfit.is_sound is sound
     assert unfit.message.startswith(error.message)
-    assert ("Cannot allocate memory" in unfit.message) is isinstance(error, LaunchError)
+    if isinstance(error, LaunchError):
+        assert error.output.splitlines()[-1] in unfit.message
 
 
 def test_what_a_killed_save_left_is_removed_but_not_what_is_being_made(tmp_path: Path) -> None:
