@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import shutil
 import sys
@@ -50,6 +51,15 @@ def parse(word: str) -> str | int:
     return word
 
 
+def need_dask() -> None:
+    """:raises CapabilityMissing: it is not installed."""
+    missing = [name for name in ("dask", "distributed") if not importlib.util.find_spec(name)]
+    if missing:
+        raise CapabilityMissing(
+            f"--cluster needs Dask: no package {' and '.join(missing)}", hint=EXTRA_HINT
+        )
+
+
 @contextlib.contextmanager
 def open_cluster(word: str, room: Room, folder: Path) -> Iterator[Connect]:
     """A function that connects within so many seconds: to the scheduler at ``word``, or to one of
@@ -58,11 +68,10 @@ def open_cluster(word: str, room: Room, folder: Path) -> Iterator[Connect]:
     :raises CapabilityMissing: Dask is not installed. :raises InputError: no such cluster.
     """
     where = parse(word)
-    try:
-        import dask  # noqa: PLC0415  an optional extra
-        import distributed  # noqa: PLC0415
-    except ImportError as error:
-        raise CapabilityMissing(f"--cluster needs Dask ({error})", hint=EXTRA_HINT) from None
+    need_dask()
+    import dask  # noqa: PLC0415  an optional extra
+    import distributed  # noqa: PLC0415
+
     _log_to(folder / LOG)
     if isinstance(where, str):
         yield lambda wait_s: distributed.Client(where, timeout=wait_s, set_as_default=False)

@@ -95,6 +95,7 @@ def matrix(
         )
     if cluster:
         connection.parse(cluster)
+        connection.need_dask()
     plan = load.load(load.find(file), parse_settings(settings), trust=trust)
     if only_list:
         for cell in plan.cells:
@@ -118,7 +119,7 @@ def matrix(
         click.echo(records.to_json(done).decode(), nl=False)
     elif form == "junit":
         click.echo(junit.to_junit(done, folder).decode(), nl=False)
-    else:
+    elif done.cells:
         table.print_table(done, Console(width=None if sys.stdout.isatty() else 200))
     say(table.summary(done, folder))
     if done.missing:

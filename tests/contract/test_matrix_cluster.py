@@ -196,6 +196,21 @@ def test_without_a_worker_it_does_not_wait_for_ever(tmp_path: Path) -> None:
     assert "the cluster has had no worker for 2 s" in errors
 
 
+def test_without_dask_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hidden").mkdir()
+    # A module that cannot be found, whatever is installed.
+    finder = "import sys\nsys.modules['distributed'] = None\n"
+    (tmp_path / "hidden" / "sitecustomize.py").write_text(finder)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
+    file = runs.write(tmp_path, "matrix: m\ntopologies: [minimal]\nsuites: [empty]\n")
+    out = tmp_path / "run"
+    code, _, errors = runs.run(tmp_path, file, "--cluster", "local:2", "--output", out)
+    assert code == 125
+    assert "--cluster needs Dask: no package distributed" in errors
+    assert f"{sys.executable} -m pip install 'testbed[cluster]'" in errors
+    assert not out.exists()
+
+
 def test_what_no_worker_has_is_a_skip(tmp_path: Path) -> None:
     text = "matrix: m\ntopologies: [minimal]\nsuites: [./test_quick.py]\nneeds_kvm: true\n"
     file = runs.write(tmp_path, text, quick=runs.QUICK)
