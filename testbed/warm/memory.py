@@ -74,7 +74,7 @@ def checksum(fd: int, runs: Runs, size_bytes: int) -> str:
 
 def _pieces(fd: int, start: int, end: int) -> Iterator[memoryview]:
     """Each is there until the next one is asked for."""
-    room = memoryview(bytearray(min(4 * BLOCK_BYTES, end - start)))
+    room = memoryview(bytearray(4 * BLOCK_BYTES))
     while start < end:
         length = os.preadv(fd, [room[: end - start]], start)
         if not length:
@@ -87,7 +87,7 @@ def _data(fd: int, start: int, end: int) -> Iterator[memoryview]:
     """What of a range is no hole: nothing of one, unless the filesystem has none."""
     while start < end:
         try:
-            start = os.lseek(fd, start, os.SEEK_DATA)
+            start = os.lseek(fd, start, os.SEEK_DATA)  # perhaps beyond the range
         except OSError as error:
             if error.errno == errno.ENXIO:  # a hole until the file's end
                 return

@@ -82,6 +82,21 @@ def test_what_stands_where_nothing_was_is_damage(tmp_path: Path, *, holes: bool)
     assert memory.checksum(opened.fd, runs, len(data)) == ""
 
 
+def test_a_block_may_begin_with_a_hole(tmp_path: Path) -> None:
+    data = bytes(BLOCK) + bytes(BLOCK // 2) + b"\1" * (BLOCK // 2) + bytes(BLOCK)
+    packed = tmp_path / "memory"
+    runs = memory.pack(data, packed)
+    opened = memory.OpenMemory(packed)
+    sound = memory.checksum(opened.fd, runs, len(data))
+    packed.unlink()
+    with packed.open("wb") as file:  # as `cp --sparse=always` makes it
+        file.seek(BLOCK + BLOCK // 2)
+        file.write(b"\1" * (BLOCK // 2))
+        file.truncate(len(data))
+    opened = memory.OpenMemory(packed)
+    assert memory.checksum(opened.fd, runs, len(data)) == sound
+
+
 def test_an_entry_that_is_removed_stays_what_it_is_for_who_has_it(tmp_path: Path) -> None:
     store = Store(tmp_path)
     found = make(store, "a")
