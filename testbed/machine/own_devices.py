@@ -120,7 +120,8 @@ def _at(data: Any, path: DataPath) -> dict[str, Any]:
 
 def _untrusted(entry: OwnDevice, path: DataPath) -> Problem:
     message = f"device '{entry.name}' is code of your own ({entry.file}), which is not trusted"
-    return Problem((*path, "model"), message, "--trust, if you know what is in it")
+    wanted = "--trust (in pytest --testbed-trust), if you know what is in it"
+    return Problem((*path, "model"), message, wanted)
 
 
 def _digest(entry: OwnDevice) -> str:
