@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.host import probe
+from testbed.host import facts
 from testbed.topology.units import GIB
 
 VM = Path(__file__).parent / "vm"
@@ -28,7 +28,7 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def pytest_xdist_auto_num_workers() -> int:
     """For ``-n auto``: tests that boot machines wait a third of their time, so that one worker more
     than there are processors keeps these busy."""
-    room = probe.available_memory() // MEMORY_OF_A_WORKER_BYTES
+    room = facts.available_memory() // MEMORY_OF_A_WORKER_BYTES
     return max(1, min(len(os.sched_getaffinity(0)) + 1, room))
 
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from testbed import deploy
 from testbed.errors import InputError
+from testbed.host.facts import available_memory
 from testbed.host.prepare import Installation
-from testbed.host.probe import available_memory
 from testbed.instruments.bench import Bench
 from testbed.instruments.paths import DeviceWitness
 from testbed.rack import Rack, RackNode

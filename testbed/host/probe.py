@@ -11,12 +11,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from testbed.errors import HostError, TestbedError
 from testbed.host import accelerator as accelerators
 from testbed.host import apt, mirror, paths, prepare
+from testbed.host.facts import available_memory
 from testbed.host.packages import NotSetUp
 from testbed.host.progress import megabytes
 from testbed.host.toolroot import Qemu
@@ -109,12 +109,6 @@ def _measured(
         return Finding(name, "ok", shown(value))
     status: Status = "warn" if value >= needed else "bad"
     return Finding(name, status, f"{shown(value)}, better {shown(wanted)}")
-
-
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that programs can still get without swapping (proc_meminfo(5), MemAvailable)."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
 
 
 def _cache() -> Finding:

@@ -76,7 +76,7 @@ class Room:
 
 def room_here(asked: int | None) -> Room:
     """What this machine has now; ``asked`` is ``-j``, None for as many as fit."""
-    from testbed.host.probe import available_memory  # noqa: PLC0415  slow, and pure without it
+    from testbed.host.facts import available_memory  # noqa: PLC0415  pure without it
 
     cores = len(os.sched_getaffinity(0))
     memory_bytes = max(0, available_memory() - RESERVE_BYTES)

@@ -8,14 +8,16 @@ ever gains optional fields; what an old reader would misunderstand becomes ``/2`
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, ClassVar
 
 from testbed.errors import Diagnostic, InputError
 from testbed.results.record import write_atomically
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 SCHEMA = "testbed.options/1"
 FILE_NAME = "options.json"
@@ -45,12 +47,12 @@ class RunOptions:
     policy: str = ""
     pristine: bool = False
     schema: str = SCHEMA
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
 
 def write_options(options: RunOptions, folder: Path) -> None:
     """Keep them in the run folder (OSError)."""
-    write_atomically(folder / FILE_NAME, _adapter().dump_json(options, indent=1) + b"\n")
+    write_atomically(folder / FILE_NAME, json.dumps(asdict(options), indent=1).encode() + b"\n")
 
 
 def read_options(name: str, content: bytes) -> RunOptions:
@@ -58,6 +60,8 @@ def read_options(name: str, content: bytes) -> RunOptions:
 
     :raises InputError: it is no such file, or of another version.
     """
+    from pydantic import ValidationError  # noqa: PLC0415  slow, and a run only writes them
+
     try:
         data = json.loads(content)
         schema = data.get("schema") if isinstance(data, dict) else None
@@ -78,4 +82,6 @@ def read_options(name: str, content: bytes) -> RunOptions:
 
 @cache
 def _adapter() -> TypeAdapter[RunOptions]:
+    from pydantic import TypeAdapter  # noqa: PLC0415  slow
+
     return TypeAdapter(RunOptions)

@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from pydantic_core import PydanticSerializationError, to_json
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from testbed import __version__
 from testbed.errors import Diagnostic, ExitCode, InputError
 from testbed.results.report_record import ReportRecord
 from testbed.results.verdicts import Outcome, RequirementResult, by_requirement, exit_code
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 SCHEMA = "testbed.run/1"
 FILE_NAME = "record.json"
@@ -105,7 +105,7 @@ class RunRecord:
     topologies: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tool_version: str = __version__
     schema: str = SCHEMA
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar = {"extra": "forbid"}
 
 
 @dataclass
@@ -174,6 +174,8 @@ def write_record(record: RunRecord, path: Path) -> None:
 
 
 def _as_json(record: RunRecord) -> bytes:
+    from pydantic_core import PydanticSerializationError, to_json  # noqa: PLC0415  slow
+
     try:
         # The same as the adapter's, which takes 50 ms to make, where what is written is not read.
         return to_json(record, indent=2, inf_nan_mode="null")
@@ -204,6 +206,8 @@ def parse_record(name: str, content: bytes) -> RunRecord:
     Raises:
         InputError: it is no JSON, of another version, or not of the format.
     """
+
+    from pydantic import ValidationError  # noqa: PLC0415  slow, and a run only writes its record
 
     def refuse(message: str, hint: str = "") -> InputError:
         return InputError(diagnostics=[Diagnostic(name, 0, 0, message)], hint=hint)
@@ -261,4 +265,6 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @cache
 def _adapter() -> TypeAdapter[RunRecord]:
+    from pydantic import TypeAdapter  # noqa: PLC0415  slow
+
     return TypeAdapter(RunRecord)

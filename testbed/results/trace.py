@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from testbed.errors import Diagnostic, InputError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 FILE_NAME = "protocol-events.jsonl"
 _MAX_WRONG = 20
@@ -38,7 +39,7 @@ class Event:
     parent: int = 0
     error: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True}
 
     @property
     def end_ns(self) -> int:
@@ -120,6 +121,8 @@ def read(folder: Path) -> tuple[Room, ...]:
 
 
 def _events(name: str, text: str, wrong: list[Diagnostic]) -> Iterator[Event]:
+    from pydantic import ValidationError  # noqa: PLC0415  slow
+
     lines = text.split("\n")
     last = len(lines)
     for number, line in enumerate(lines, 1):
@@ -156,4 +159,6 @@ def _rooms(file: str, events: Sequence[Event]) -> Iterator[Room]:
 
 @cache
 def _adapter() -> TypeAdapter[Event]:
+    from pydantic import TypeAdapter  # noqa: PLC0415  slow
+
     return TypeAdapter(Event)
