@@ -146,7 +146,7 @@ def _start(
         commands, processes, files = _commands(plan, reservation.folder, saved, boot)
         _write(run_dir / COMMANDS_JSON, [dataclasses.asdict(command) for command in processes])
         versions = _keep_versions(run_dir, topology, installation, accelerator)
-        if QMP not in sys.modules:  # else it takes no time
+        if not saved and QMP not in sys.modules:  # else it takes no time, or has time later
             keys.begin()
         keeper = _started(begun, reservation, processes, files, run_dir)
 
@@ -229,25 +229,24 @@ class _Later(Generic[T]):
 
     def __init__(self, make: Callable[[], T]) -> None:
         self._make = make
-        self._made: Future[T] | None = None
+        self._made: Future[T] = Future()
+        self._asked = threading.Lock()  # by the one who makes it
 
     def begin(self) -> None:
         """Make it in the background."""
-        if self._made is None:
-            self._made = Future()
-            threading.Thread(target=self._work, args=(self._made,), daemon=True).start()
+        threading.Thread(target=self._work, daemon=True).start()
 
-    def _work(self, made: Future[T]) -> None:
+    def _work(self) -> None:
+        if not self._asked.acquire(blocking=False):
+            return
         try:
-            made.set_result(self._make())
+            self._made.set_result(self._make())
         except BaseException as error:  # raised where it is asked for
-            made.set_exception(error)
+            self._made.set_exception(error)
 
     def get(self) -> T:
         """It, or the error that it ended in."""
-        if self._made is None:
-            self._made = Future()
-            self._work(self._made)
+        self._work()
         return self._made.result()
 
 

@@ -219,15 +219,26 @@ def provide_state(snapshot: Snapshot, folder: Path) -> None:
 
 
 class Checking:
-    """The check that a saved machine's files are as they were written, while QEMU starts."""
+    """The check that a saved machine's files are as they were written, beside what its guest does.
+
+    :param snapshot: whose; it is read when this has begun.
+    """
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._key = snapshot.key
         self._found: Future[str] = Future()
-        threading.Thread(target=_run, args=(snapshot.damage, self._found), daemon=True).start()
+        self._thread = threading.Thread(
+            target=_run, args=(snapshot.damage, self._found), daemon=True
+        )
+
+    def begin(self) -> None:
+        """Once."""
+        self._thread.start()
 
     def wait(self) -> None:
-        """:raises SnapshotUnfit: they are damaged, or cannot be read."""
+        """Begun or not. :raises SnapshotUnfit: they are damaged, or cannot be read."""
+        if self._thread.ident is None:
+            self.begin()
         try:
             problem = self._found.result()
         except OSError as error:
@@ -252,25 +263,22 @@ def resume(
     :param keys: asked for when the machines have been told what they say hello after.
     :raises SnapshotUnfit: one cannot be used, whatever the reason.
     """
-    checking = {name: Checking(each.snapshot) for name, each in saved.items()}
 
     def one(node: RackNode) -> None:
         if node.name in saved:
-            _resume(node, saved[node.name].snapshot, checking[node.name], keys, timeout_s)
+            _resume(node, saved[node.name].snapshot, keys, timeout_s)
 
     on_all(rack, one)
 
 
 def _resume(
-    node: RackNode,
-    snapshot: Snapshot,
-    checking: Checking,
-    keys: Callable[[], RackKeys],
-    timeout_s: float,
+    node: RackNode, snapshot: Snapshot, keys: Callable[[], RackKeys], timeout_s: float
 ) -> None:
+    checking = Checking(snapshot)
     try:
         saving.await_running(node.folder, node.name, node.watch.check)
         node.watch.control_answered = True
+        checking.begin()  # a processor has nothing to do now
         node.introduce(_identity(node.name, keys), timeout_s)
         checking.wait()  # nobody has heard of it before
     except (LostError, QmpError, HostError) as error:
