@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from testbed.errors import AgentError, ModuleError, ModuleStays
 from testbed.guest.agent import AgentClient
-from testbed.host import guest_modules
-from testbed.host.packages import SetupOptions
+from testbed.host import built_modules
+from testbed.host.progress import Progress
 
 _LOAD_TIMEOUT_S = 60.0
 _REFUSALS = {"ModuleRefusedError": ModuleError, "ModuleBusyError": ModuleStays}
@@ -36,7 +36,7 @@ def load(
     *,
     parameters: Mapping[str, object] | None = None,
     keep: bool = False,
-    setup: SetupOptions | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Build module ``name`` for the node's kernel if need be, and load it.
 
@@ -46,8 +46,8 @@ def load(
     :raises ModuleBuildError: it does not compile.
     :raises ModuleError: the kernel refused it, with the kernel's reason.
     """
-    module = guest_modules.builder(node.spec.kernel, setup).build(name)
-    packed = base64.b64encode(zlib.compress(module.file.read_bytes(), 6)).decode()
+    file = built_modules.module_file(node.spec.kernel, name, progress)
+    packed = base64.b64encode(zlib.compress(file.read_bytes(), 6)).decode()
     words = [f"{key}={value}" for key, value in (parameters or {}).items()]
     params = {"name": name, "data": packed, "parameters": words, "keep": keep}
     answer = _call(node, "modules.load", params)
@@ -63,13 +63,11 @@ def unload(node: _Node, name: str) -> None:
     _call(node, "modules.unload", {"name": name})
 
 
-def ensure(
-    node: _Node, name: str, *, keep: bool = False, setup: SetupOptions | None = None
-) -> bool:
+def ensure(node: _Node, name: str, *, keep: bool = False, progress: Progress | None = None) -> bool:
     """Load module ``name`` unless it is there; errors as of :func:`load`. Whether it was not."""
     absent = not is_loaded(node, name)
     if absent:
-        load(node, name, keep=keep, setup=setup)
+        load(node, name, keep=keep, progress=progress)
     return absent
 
 

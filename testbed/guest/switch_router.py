@@ -32,12 +32,11 @@ def is_wanted(plan: NodePlan) -> bool:
 
 def built(kernel: str) -> Path | None:
     """The module's file for a kernel, to be had from the start; None if :func:`start` says why."""
-    from testbed.host import guest_modules, prepare
+    from testbed.host import built_modules
 
     try:
         with shown() as progress:
-            setup = prepare.options(progress=progress)
-            return guest_modules.builder(kernel, setup).build(MODULE).file
+            return built_modules.module_file(kernel, MODULE, progress)
     except (CapabilityMissing, SetupError):
         return None
 
@@ -48,12 +47,10 @@ def start(node: RackNode) -> str:
     The first time it is built, and a compiler downloaded, with progress on stderr.
     """
     from testbed.guest import modules
-    from testbed.host import prepare
 
     try:
         with shown() as progress:
-            setup = prepare.options(progress=progress)
-            modules.ensure(node, MODULE, keep=True, setup=setup)
+            modules.ensure(node, MODULE, keep=True, progress=progress)
     except (CapabilityMissing, SetupError) as error:
         return error.message
     return ""

@@ -27,7 +27,7 @@ from testbed.errors import CapabilityMissing, ExitCode, InputError
 from testbed.harness import pytest_plugin
 from testbed.harness.engines import agreement, labelled
 from testbed.harness.session import ConformanceSession
-from testbed.harness.shipped import DEFAULT_SUITE, suite_paths
+from testbed.harness.shipped import DEFAULT_SUITE, SUITES_DIR, suite_paths
 from testbed.host.facts import host_facts
 from testbed.host.places import write_places
 from testbed.instruments.interface import RackSource
@@ -208,6 +208,8 @@ def _run_session(
         *("-p", "no:cacheprovider"),
         # It collects garbage five times at the end, 0.2 s of processor time, to warn in our log.
         *("-p", "no:unraisableexception"),
+        # Up to there folders are looked through, each file of which pytest thinks about.
+        *([f"--confcutdir={SUITES_DIR}"] if all(map(_is_ours, paths)) else []),
         *("-k", choice.keyword),
         "-rA",
         *paths,
@@ -270,6 +272,10 @@ def session_from_options(
     )
     writer = _Writer(run_dir, sys.argv)
     return ConformanceSession(source, mutation=chosen, policy=rule, on_end=writer.write)
+
+
+def _is_ours(path: str) -> bool:
+    return Path(path).parent == SUITES_DIR
 
 
 class _Writer:

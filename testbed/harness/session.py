@@ -22,8 +22,6 @@ from testbed.harness.spares import most_at_once
 from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer
-from testbed.payload.collection import Payload
-from testbed.payload.multiboot import MachinePrograms
 from testbed.results.error_details import details_of
 from testbed.results.record import DeviceRecord
 from testbed.results.report_record import ReportRecord
@@ -32,6 +30,8 @@ from testbed.topology.model import Topology
 
 if TYPE_CHECKING:
     from testbed.harness.report_items import ReportOptions
+    from testbed.payload.collection import Payload
+    from testbed.payload.multiboot import MachinePrograms
 
 REQUIREMENT = "requirement"
 GATED_BY = "gated_by"

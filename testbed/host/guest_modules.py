@@ -33,6 +33,11 @@ class ModuleBuilder:
     setup: SetupOptions
     packages: Mapping[str, Lock] = field(default_factory=dict)
 
+    @property
+    def is_packaged(self) -> bool:
+        """The kernel and its headers are packages: nobody changes them in their place."""
+        return any(name != toolchain.NAME for name in self.packages)
+
     def build(self, name: str) -> Module:
         """Module ``name`` for this kernel; see :func:`testbed.host.kmod.build` for the errors."""
         return kmod.build(name, self.tree, self.kernel.identity, self.tools, self.setup)

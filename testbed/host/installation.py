@@ -75,10 +75,10 @@ def remember(installation: Installation, cache: Path) -> None:
 
 
 def _key(kernels: Sequence[str], cache: Path) -> str:
-    return digest(FORMAT, sorted(set(kernels)), *_inputs(cache))
+    return digest(FORMAT, sorted(set(kernels)), *inputs(cache))
 
 
-def _inputs(cache: Path) -> Iterator[Any]:
+def inputs(cache: Path) -> Iterator[Any]:
     """All that decides what a set-up leads to: our files, our code, and where entries point."""
     yield str(cache)
     for name in ("images", PACKAGE):

@@ -10,6 +10,7 @@ does not translate, nothing else here means anything.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from testbed.results.judging import PAGE_BYTES, judge_no_fault, judge_storm
 from testbed.suites.ground import LOCAL_OFFSET, PEER_OFFSET, PROBE_BYTES, Ground
 from testbed.suites.p2p_fixtures import Variant, has_pairs, shared_bench
 from testbed.topology.machine import Iommu
-from testbed.topology.model import Topology, from_data, to_data
+from testbed.topology.model import Topology
 from testbed.topology.oracle import Route, iommu_groups
 
 gated = pytest.mark.gated_by("MAP-01")
@@ -53,10 +54,11 @@ def rack_variants(topology: Topology) -> dict[str, Topology]:
     iommus = [node.iommu for node in topology.nodes.values()]
     if any(why_not_shown(iommu) or not _can_be_scalable(iommu) for iommu in iommus):
         return {}
-    data = to_data(topology)
-    for node in data["nodes"].values():
-        node["iommu"]["scalable"] = True
-    return {"scalable": from_data(data)}
+    nodes = {
+        name: replace(node, iommu=replace(node.iommu, scalable=True))
+        for name, node in topology.nodes.items()
+    }
+    return {"scalable": replace(topology, nodes=nodes)}
 
 
 # Without translation. These come before VFIO has the devices: it resets them when it lets go of

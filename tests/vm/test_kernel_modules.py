@@ -14,7 +14,7 @@ import pytest
 from testbed import deploy
 from testbed.errors import AgentError, CapabilityMissing, ModuleError
 from testbed.guest import modules
-from testbed.host import guest_modules, kmod_sources
+from testbed.host import built_modules, guest_modules, kmod_sources
 from testbed.host.prepare import Installation
 from testbed.rack import RackNode
 from testbed.topology import load, model
@@ -210,11 +210,7 @@ def test_a_module_for_another_kernel_is_refused_with_its_reason(
         real.file.read_bytes().replace(b"vermagic=" + real.release.encode()[:1], b"vermagic=9")
     )
 
-    class Builder:
-        def build(self, name: str) -> object:
-            return type("Module", (), {"file": other})
-
-    monkeypatch.setattr(guest_modules, "builder", lambda *_: Builder())
+    monkeypatch.setattr(built_modules, "module_file", lambda *_: other)
     with pytest.raises(ModuleError, match="version magic"):
         modules.load(node, "p2p_probe")
 
