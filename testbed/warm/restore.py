@@ -274,12 +274,13 @@ def resume(
 def _resume(
     node: RackNode, snapshot: Snapshot, keys: Callable[[], RackKeys], timeout_s: float
 ) -> None:
+    from testbed.guest import ship  # noqa: F401, PLC0415  before somebody waits for it
+
     checking = Checking(snapshot)
     try:
         saving.await_running(node.folder, node.name, node.watch.check)
         node.watch.control_answered = True
-        checking.begin()  # a processor has nothing to do now
-        node.introduce(_identity(node.name, keys), timeout_s)
+        node.introduce(_identity(node.name, keys, checking), timeout_s)
         checking.wait()  # nobody has heard of it before
     except (LostError, QmpError, HostError) as error:
         if isinstance(error, SnapshotUnfit):
@@ -299,10 +300,13 @@ def _unfit(error: TestbedError, key: str) -> SnapshotUnfit:
     return SnapshotUnfit(error.message, key, is_sound=killed)
 
 
-def _identity(name: str, keys: Callable[[], RackKeys]) -> Iterator[bytes]:
-    """The messages that ``guest_agent/resume.py`` reads."""
+def _identity(name: str, keys: Callable[[], RackKeys], checking: Checking) -> Iterator[bytes]:
+    """The messages that ``guest_agent/resume.py`` reads; the rest is done when it has the first,
+    for then a processor has nothing else to do.
+    """
     entropy = base64.b64encode(os.urandom(ENTROPY_BYTES))
     yield _message(entropy, str(time.time()).encode(), name.encode())
+    checking.begin()
     own = keys()
     yield _message(base64.b64encode(own.host_private), own.client_public.encode())
 
