@@ -23,6 +23,7 @@ from testbed.errors import HostError, LostError, QmpError
 from testbed.guest import switch_router
 from testbed.host import accelerator as accelerators
 from testbed.host import paths
+from testbed.host.clock import tsc_khz
 from testbed.host.installation import Installation
 from testbed.host.overlay import build_initrd
 from testbed.machine import ahead, argv, models, own_devices, registry, spawn
@@ -301,6 +302,7 @@ def _contexts(
             kernel=installation.kernel(plan.topology.nodes[name].kernel).image,
             initrd=folder / name / INITRD,
             quick_firmware=installation.qemu.quick_firmware,
+            tsc_khz=tsc_khz(),
             kernel_args=options.kernel_args,
             console_verbose=options.verbose_console,
         )
