@@ -76,7 +76,7 @@ MAX_LINE_BYTES = 16 << 20  # a call
 MAX_RACK_BYTES = 1 << 16  # the line that says which rack
 MAX_UNREAD_BYTES = 4 << 20  # answers and events that a client did not fetch: it is dropped
 REAP_TIMEOUT_S = 10.0  # from SIGKILL to the end of a process that may be deep in the kernel
-READY_PAUSE_S = 0.01
+READY_PAUSE_S = 0.003  # a machine's start waits half of it, for its models
 
 
 class Client:
