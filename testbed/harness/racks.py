@@ -75,6 +75,7 @@ class LiveRack:
         self.waited_s = 0.0  # in all, for machines to boot
         self.touched = False  # by the test that runs
         self.used = False  # by any test
+        self.serves_one_test = False  # so that what it leaves behind is nobody's concern
         self._upcoming: Sequence[object] | None = None  # until machines have begun for them
         self.last_versions: Mapping[str, Any] = {}
         self.devices: list[DeviceRecord] = []  # of its machines that have ended
@@ -86,13 +87,15 @@ class LiveRack:
         machine = self._spares.take(self._kind) or self._begin()
         self._future, self._kept = machine.rack, machine.made
 
-    def set_up(self, kind: object, upcoming: Sequence[object] = ()) -> None:
+    def set_up(self, kind: object, upcoming: Sequence[object] = (), *, alone: bool = False) -> None:
         """A test of that kind begins to be set up; None: one that does not want a fresh machine.
 
         :param upcoming: the kinds of the next tests that want one: when this test has its machine,
             others get ready for them.
+        :param alone: no other test uses this one's machine, before or after it.
         """
         self._kind, self._recorded, self._upcoming = kind, [], upcoming
+        self.serves_one_test = alone and self.ours
 
     def was_set_up(self) -> None:
         """It was: what it has made so far, others of its kind make too."""

@@ -8,6 +8,7 @@ SKIP; any other exception is ERROR. The phases of a test combine to the worst. N
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,8 @@ class ConformanceSession:
         if self._wants_pristine(item):
             for rack in self.pool.all():
                 rack.refresh()
-        self.pool.main.set_up(self._kind(item), self._upcoming(nextitem))
+        alone = self._is_alone(item, nextitem)
+        self.pool.main.set_up(self._kind(item, alone), self._upcoming(nextitem), alone=alone)
 
     def _upcoming(self, nextitem: pytest.Item | None) -> list[object]:
         """The kinds of the tests whose machines shall get ready while one runs."""
@@ -180,15 +182,25 @@ class ConformanceSession:
             self._spares = most_at_once(self.pool.source.topology)
         items = nextitem.session.items
         begin = items.index(nextitem)
-        following = items[begin : begin + self._spares]
-        return [self._kind(item) for item in following if self._wants_pristine(item)]
+        following = items[begin : begin + self._spares + 1]
+        pairs = zip(following, [*following[1:], None], strict=True)
+        return [
+            self._kind(item, self._is_alone(item, after))
+            for item, after in itertools.islice(pairs, self._spares)
+            if self._wants_pristine(item)
+        ]
 
-    def _kind(self, item: pytest.Item) -> object:
+    def _is_alone(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+        """On its machine: none was there before, and the next test has another."""
+        return self._wants_pristine(item) and (nextitem is None or self._wants_pristine(nextitem))
+
+    def _kind(self, item: pytest.Item, alone: bool) -> object:
         """The same for pristine tests that are set up in the same way."""
         if not self._wants_pristine(item):
             return None
         several = len(self.pool.source.plan.nodes) > 1
-        return item.path, tuple(_fixtures(item)), item.name if several else ""
+        case = item.callspec.id if isinstance(item, pytest.Function) and _has_case(item) else ""
+        return item.path, tuple(_fixtures(item)), item.name if several else case, alone
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self) -> None:
@@ -382,6 +394,10 @@ def _marked(item: pytest.Item, name: str) -> tuple[str, ...]:
     """The identifiers given to the marker, nearest first, each once."""
     words = (str(word) for marker in item.iter_markers(name) for word in marker.args)
     return tuple(dict.fromkeys(words))
+
+
+def _has_case(item: pytest.Function) -> bool:
+    return hasattr(item, "callspec")  # pytest gives it only to who has parameters
 
 
 def _fixtures(item: pytest.Item) -> list[str]:

@@ -7,7 +7,7 @@ yield is taken from the topology before anything boots, so that tests are number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import pytest
@@ -102,21 +102,27 @@ def node_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def ground(rack: LiveRack, pair: Pair, mutation: Mutation) -> Iterator[Ground]:
+def ground(
+    rack: LiveRack, pair: Pair, mutation: Mutation, request: pytest.FixtureRequest
+) -> Iterator[Ground]:
     """The node's first pair, ready, on a bench that all tests share."""
-    yield from _ground(rack, pair, mutation)
+    yield from _ground(rack, pair, mutation, request)
 
 
 @pytest.fixture
-def each_ground(rack: LiveRack, each_pair: Pair, mutation: Mutation) -> Iterator[Ground]:
+def each_ground(
+    rack: LiveRack, each_pair: Pair, mutation: Mutation, request: pytest.FixtureRequest
+) -> Iterator[Ground]:
     """As ``ground``, once for each kind of path."""
-    yield from _ground(rack, each_pair, mutation)
+    yield from _ground(rack, each_pair, mutation, request)
 
 
 @pytest.fixture
-def switched_ground(rack: LiveRack, switched_pair: Pair, mutation: Mutation) -> Iterator[Ground]:
+def switched_ground(
+    rack: LiveRack, switched_pair: Pair, mutation: Mutation, request: pytest.FixtureRequest
+) -> Iterator[Ground]:
     """As ``ground``, for each kind of pair with a switch in common."""
-    yield from _ground(rack, switched_pair, mutation)
+    yield from _ground(rack, switched_pair, mutation, request)
 
 
 @pytest.fixture
@@ -127,10 +133,14 @@ def reasons(rack: LiveRack, request: pytest.FixtureRequest) -> Reasons:
     return reasons_of(rack.topology.nodes[request.getfixturevalue(chosen).node].iommu)
 
 
-def _ground(rack: LiveRack, pair: Pair, mutation: Mutation) -> Iterator[Ground]:
-    bench = shared_bench(rack, pair.node, mutation)
+def _ground(
+    rack: LiveRack, pair: Pair, mutation: Mutation, request: pytest.FixtureRequest
+) -> Iterator[Ground]:
+    of_the_test = request.node.callspec.params.values()
+    used = [case for case in of_the_test if isinstance(case, Pair | Doorbell)]
+    bench = shared_bench(rack, pair.node, mutation, *used)
     yield Ground.of(bench, pair)
-    if rack.is_running:
+    if rack.is_running and not rack.serves_one_test:
         bench.clean()
 
 
@@ -140,19 +150,22 @@ def _given(request: pytest.FixtureRequest, kind: type[T], what: str) -> T:
     return request.param
 
 
-def shared_bench(rack: LiveRack, node: str, mutation: Mutation) -> Bench:
-    """The node's bench, opened for all devices of its pairs and doorbells."""
+def shared_bench(rack: LiveRack, node: str, mutation: Mutation, *used: Pair | Doorbell) -> Bench:
+    """The node's bench, opened for all devices of its pairs and doorbells.
+
+    :param used: those that the test uses: where no other uses its machine, they will do.
+    """
+    alone = used if rack.serves_one_test else ()
 
     def make(booted: Rack) -> Bench:
-        return _open_bench(booted, node, mutation)
+        return _open_bench(booted, node, mutation, alone)
 
     return rack.once(("bench", node), make, Bench.close, holds="bench", ahead=True)
 
 
-def _open_bench(rack: Rack, node: str, mutation: Mutation) -> Bench:
-    chosen: list[Pair | Doorbell] = [
-        *cases.pairs(rack.plan),
-        *cases.doorbells(rack.plan, rack.topology),
-    ]
+def _open_bench(
+    rack: Rack, node: str, mutation: Mutation, alone: Sequence[Pair | Doorbell]
+) -> Bench:
+    chosen = alone or (*cases.pairs(rack.plan), *cases.doorbells(rack.plan, rack.topology))
     used = [function for case in chosen if case.node == node for function in case.functions]
     return Bench.open(rack.nodes[node], used, mutation)

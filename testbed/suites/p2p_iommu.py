@@ -120,7 +120,7 @@ def test_unmapped_address_faults(
     found = rack.nodes[pair.node].agent.call("system.info")["iommu"]
     if not found["present"]:
         raise Refuted(f"the topology has an {iommu.kind} IOMMU, and the guest found none")
-    bench = shared_bench(rack, pair.node, mutation)
+    bench = shared_bench(rack, pair.node, mutation, pair)
     ground = Ground.of(bench, pair)
     reasons = reasons_of(iommu).unmapped_write
     # From guest memory: whether BARs are mapped rightly is not the question here.
@@ -243,7 +243,7 @@ def test_doorbell_rung_by_a_peer(
 ) -> None:
     """One register page is mapped: a peer rings it, an interrupt comes, the next is closed."""
     iommu = rack.topology.nodes[doorbell.node].iommu
-    bench = shared_bench(rack, doorbell.node, mutation)
+    bench = shared_bench(rack, doorbell.node, mutation, doorbell)
     engine = bench.engine(doorbell.requester)
     page = DoorbellPage.of(bench, doorbell.page)
     mapping = bench.mapper.map(page.registers, page.layout.page, PAGE_BYTES)

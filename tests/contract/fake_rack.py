@@ -95,6 +95,7 @@ class FakeNode:
     alive: bool = True
     registers: dict[str, int] = field(default_factory=dict)  # doorbell status, by address
     interrupts: dict[str, int] = field(default_factory=dict)
+    opened: list[str] = field(default_factory=list)  # devices, the last time that any were
 
     def __post_init__(self) -> None:
         self.name = self.plan.name
@@ -244,12 +245,12 @@ class FakeNode:
 
     def do_vfio_open(self, devices: list[str]) -> dict[str, Any]:
         assert not self._open
-        self._open = "vfio"
+        self._open, self.opened = "vfio", devices
         return {"container": 1}
 
     def do_raw_open(self, devices: list[str]) -> dict[str, Any]:
         assert not self._open
-        self._open = "raw"
+        self._open, self.opened = "raw", devices
         return {"container": 1}
 
     def do_vfio_close(self, container: int) -> dict[str, Any]:
@@ -314,6 +315,7 @@ class FakeNode:
             self.registers[target["bar"]] = 0
 
     def do_engine_open(self, device: str, kind: str, scratch: dict[str, Any]) -> dict[str, Any]:
+        assert device in self.opened
         function = next(f for f in self.plan.functions if f.bdf == device)
         self._engines[len(self._engines)] = function
         return {"engine": len(self._engines) - 1}
@@ -347,6 +349,7 @@ class FakeNode:
     def _buffer(self, target: Mapping[str, Any]) -> Buffer:
         if "ram" in target:
             return self._ram[target["ram"]][1]
+        assert target["bar"] in self.opened
         return self._bars[target["bar"], target["index"]][1]
 
 

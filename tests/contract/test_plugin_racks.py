@@ -186,6 +186,53 @@ class TestPristine:
         assert run.verdicts == [PASS] * 5
         assert [rack.closed for rack in run.source.racks] == [True] * 5
 
+    def test_who_is_alone_on_its_machine_knows(self, tmp_path: Path) -> None:
+        run = self.run(
+            tmp_path,
+            """
+            def test_one(rack): assert not rack.serves_one_test
+            @pytest.mark.pristine
+            def test_two(rack): assert not rack.serves_one_test  # the next one uses it too
+            def test_three(rack): assert not rack.serves_one_test
+            @pytest.mark.pristine
+            @pytest.mark.parametrize("n", [4, 5])
+            def test_more(rack, n): assert rack.serves_one_test
+            """,
+            every=False,
+        )
+        assert run.verdicts == [PASS] * 5
+
+    AHEAD = """
+        @pytest.fixture
+        def made(rack, n):
+            what = n, rack.serves_one_test
+            return rack.once("it", lambda _: what, ahead=True)
+        """
+
+    def test_what_is_made_ahead_is_of_the_same_case(self, tmp_path: Path) -> None:
+        each = """
+        @pytest.mark.parametrize("n", [1, 2])
+        def test_{}(made, n): assert made == (n, True)
+        """
+        run = self.run(tmp_path, "".join([self.AHEAD, *map(each.format, "abcd")]))
+        assert run.verdicts == [PASS] * 8
+
+    def test_what_is_made_for_one_test_is_not_for_two(self, tmp_path: Path) -> None:
+        alone = """
+        @pytest.mark.pristine
+        @pytest.mark.parametrize("n", [1])
+        def test_{}(made, n): assert made == (n, True)
+        """
+        shared = """
+        @pytest.mark.pristine
+        @pytest.mark.parametrize("n", [1])
+        def test_shared(made, n): assert made == (n, False)
+        @pytest.mark.parametrize("n", [1])
+        def test_sharing(made, n): assert made == (n, False)
+        """
+        body = "".join([self.AHEAD, *map(alone.format, "abcd"), shared])
+        assert self.run(tmp_path, body, every=False).verdicts == [PASS] * 6
+
     def test_only_who_wants_one(self, tmp_path: Path) -> None:
         run = self.run(
             tmp_path,

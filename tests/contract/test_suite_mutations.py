@@ -58,8 +58,9 @@ def with_iommu(topology: Topology, **changes: Any) -> Topology:
     return from_data(data)
 
 
-def test_an_honest_rack_passes(tmp_path: Path) -> None:
-    result, verdicts, ktap = run(tmp_path, quad_gpu())
+@pytest.mark.parametrize("pristine", [False, True])
+def test_an_honest_rack_passes(tmp_path: Path, *, pristine: bool) -> None:
+    result, verdicts, ktap = run(tmp_path, quad_gpu(), pristine=pristine)
     assert verdicts == dict.fromkeys(ALL_IDS, Verdict.PASS), ktap
     assert result.code is ExitCode.PASS
     assert load_record(tmp_path / "record.json") == result.record
@@ -71,9 +72,30 @@ def test_an_honest_rack_passes(tmp_path: Path) -> None:
     assert {getattr(e, "witness", None) for e in evidence} >= {"guest", "host", "machine"}
 
 
+def test_who_has_a_machine_alone_opens_what_it_uses(tmp_path: Path) -> None:
+    opened: list[set[str]] = []
+    mapped: list[int] = []  # pages, at the end
+    for pristine in (False, True):
+        source = FakeSource(quad_gpu(), tmp_path)
+        choice = Choice(["p2p-iommu"], keyword="mapped_both_ways", pristine=pristine)
+        stream, console = io.StringIO(), Console(file=io.StringIO())
+        result = run_suites(choice, source, tmp_path, stream=stream, console=console)
+        assert result.code is ExitCode.PASS
+        opened += [set(rack.nodes["host0"].opened) for rack in source.racks]
+        mapped += [len(rack.nodes["host0"]._tables) for rack in source.racks]
+    shared, *alone = opened
+    assert len(alone) == len(result.record.outcomes) == 3  # the gate, and two kinds of path
+    assert all(each < shared for each in alone)
+    assert alone[-1] != alone[-2]  # of one test, with two pairs
+    assert max(mapped) > mapped[0] > 0  # engines' rings alone; of machines that end, nothing
+
+
+@pytest.mark.parametrize("pristine", [False, True])
 @pytest.mark.parametrize("mutation", FAILING, ids=str)
-def test_a_break_fails_what_guards_it(tmp_path: Path, mutation: Mutation) -> None:
-    result, verdicts, ktap = run(tmp_path, quad_gpu(), mutation=mutation)
+def test_a_break_fails_what_guards_it(
+    tmp_path: Path, mutation: Mutation, *, pristine: bool
+) -> None:
+    result, verdicts, ktap = run(tmp_path, quad_gpu(), mutation=mutation, pristine=pristine)
     failed = {name for name, verdict in verdicts.items() if verdict is Verdict.FAIL}
     assert failed == FAILING[mutation], ktap
     assert result.code is ExitCode.FAIL
