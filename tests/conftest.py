@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from testbed.host import facts
 from testbed.topology.units import GIB
@@ -15,6 +16,10 @@ from testbed.topology.units import GIB
 VM = Path(__file__).parent / "vm"
 # The most that a file of tests/vm has running at once: four machines of half a GiB, or one large.
 MEMORY_OF_A_WORKER_BYTES = 3 * GIB
+
+# How long an example takes is the busy host's affair.
+settings.register_profile("testbed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("testbed")
 
 
 @pytest.fixture(scope="session", autouse=True)
