@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from testbed.models.inject import Action, Rule, Rules
 from testbed.models.memory import SharedMemory
@@ -55,8 +54,7 @@ class AccessError(Exception):
         self.write = write
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(NamedTuple):
     """The start of an access: ``size_bytes`` that one target holds, by one path.
 
     ``space`` and ``address`` say whom to ask when there is no view.

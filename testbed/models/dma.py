@@ -10,7 +10,7 @@ the event loop run again (an unmap may come then).
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from testbed.models.memory import SharedMemory
 from testbed.models.wire import MAX_DMA_MAPPINGS, PAGE_BYTES
@@ -26,8 +26,7 @@ class MappingRefused(Exception):
         self.number = number
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(NamedTuple):
     """Addresses from ``start`` to ``end`` (exclusive); without memory, messages reach them."""
 
     start: int
@@ -53,8 +52,7 @@ class Mapping:
         return Mapping(start, end, self.memory, offset, self.readable, self.writable)
 
 
-@dataclass(frozen=True, slots=True)
-class Reach:
+class Reach(NamedTuple):
     """What stands at an address: ``size_bytes`` of it, and the mapping if there is one."""
 
     size_bytes: int
