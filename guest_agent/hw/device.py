@@ -22,8 +22,11 @@ class Device:
     """A function whose registers can be mapped and whose configuration space can be accessed.
 
     Regions 0 to 5 are its base address registers; each is mapped when first asked for and stays
-    mapped until :meth:`close`.
+    mapped until :meth:`close`. ``was_reset``: the function was reset, and nobody asked for a region
+    of it since then.
     """
+
+    was_reset = False
 
     def __init__(self, bdf: str) -> None:
         self.bdf = bdf
@@ -65,6 +68,7 @@ class Device:
 
     def region(self, index: int) -> Region:
         """The mapped region. :raises ParameterError: it has none of that number."""
+        self.was_reset = False
         if index not in self._regions:
             self._regions[index] = self._map(index)
         return self._regions[index]

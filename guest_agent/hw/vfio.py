@@ -46,6 +46,8 @@ class VfioDevice(Device):
         self._kind = ""
         self._eventfds: dict[int, int] = {}
         self._request_fd = -1
+        # drivers/vfio/pci/vfio_pci_core.c, vfio_pci_core_enable(): who opens it gets it so.
+        self.was_reset = bool(self._flags & abi.DEVICE_FLAG_RESET)
 
     def describe(self) -> dict[str, Any]:
         """Regions and interrupts as VFIO numbers them; unused ones are left out."""

@@ -82,6 +82,20 @@ def test_refused(machine: Machine, source: int, target: int) -> None:
     assert machine.function.resets == 1  # and without a reset of the function, which takes long
 
 
+def test_a_function_that_was_just_reset_is_not_reset_again(machine: Machine) -> None:
+    """VFIO does that for who opens it; but not for who opens an engine a second time."""
+    resets = machine.function.resets
+    machine.function.was_reset = True
+    engine = type(machine.engine)(machine.function, machine.engine.scratch)
+    engine.open()
+    assert machine.function.resets == resets
+    assert engine.copy(SOURCE, TARGET, 64, 5.0)["completed"]
+    again = type(machine.engine)(machine.function, machine.engine.scratch)
+    again.open()
+    assert machine.function.resets == resets + 1
+    assert again.copy(SOURCE, TARGET, 64, 5.0)["completed"]
+
+
 def test_no_answer_in_time(machine: Machine) -> None:
     model = machine.qemu.device
     assert isinstance(model, GpuModel | NicModel)
