@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from testbed.errors import LaunchError, LinkLost, QmpError, SetupError, TestbedError
+from testbed.host import product
 from testbed.machine import argv, saving
 from testbed.machine.ahead import AnotherRack
 from testbed.machine.command import MACHINE_STATE, LaunchContext, NodeCommand, Start
@@ -163,6 +164,23 @@ def test_an_index_that_was_touched_is_no_entry_and_goes(tmp_path: Path) -> None:
     assert not index.parent.exists()
 
 
+def test_an_entry_that_another_makes_while_it_is_looked_for_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    read = product.read_json
+
+    def just_before(path: Path) -> Any:
+        found = read(path)
+        make_within(store, "a")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(product, "read_json", just_before)
+        assert store.find("a") is None
+    assert store.find("a") is not None
+
+
 def _make_on_a_full_disk(store: Store) -> None:
     with store.exclusive("a"), store.making("a") as partial:
         (partial / MEMORY).write_bytes(b"half")
@@ -248,6 +266,31 @@ def test_a_host_without_memory_is_not_the_saved_machines_fault(
     with pytest.raises(restore.SnapshotUnfit, match=os.strerror(number)) as caught:
         restore.Checking(found).wait()
     assert caught.value.is_sound is sound
+
+
+def test_a_machine_that_said_hello_is_nobodys_before_its_files_are_found_to_be_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = make(Store(tmp_path), "a")
+    os.truncate(found.folder / MEMORY, BLOCK - 1)
+    check, told = Snapshot.damage, []
+
+    def slowly(snapshot: Snapshot) -> str:
+        time.sleep(0.1)
+        return check(snapshot)
+
+    monkeypatch.setattr(Snapshot, "damage", slowly)
+    monkeypatch.setattr(saving, "await_running", lambda *_: None)
+    node: Any = SimpleNamespace(
+        name="host0",
+        folder=tmp_path,
+        watch=SimpleNamespace(check=lambda: None),
+        introduce=lambda messages, _: told.extend(messages),
+    )
+    keys: Any = SimpleNamespace(host_private=b"private", client_public="public")
+    with pytest.raises(restore.SnapshotUnfit, match="not as it was written"):
+        restore._resume(node, found, lambda: keys, 10.0)
+    assert len(told) == 2
 
 
 def test_what_was_found_is_restored_although_it_was_pruned(tmp_path: Path) -> None:
