@@ -9,6 +9,7 @@ folder per hash lets two checkouts hold agents in one machine.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Mapping
@@ -69,13 +70,19 @@ def connect(
     :param first: said before it says hello.
     :raises LostError: as ``blame`` says, if no hello comes in time.
     """
-    try:
-        wire = connect_unix(socket, hello_timeout_s)
-        for message in first:
-            wire.sendall(message)
-    except OSError as error:
-        raise blame(LinkLost(f"{node}: no way to the agent ({error})", node=node)) from error
-    return AgentClient(node, wire, blame=blame, record=record, hello_timeout_s=hello_timeout_s)
+    with contextlib.ExitStack() as unless_it_answers:
+        try:
+            wire = connect_unix(socket, hello_timeout_s)
+            unless_it_answers.callback(wire.close)
+            for message in first:
+                wire.sendall(message)
+        except OSError as error:
+            raise blame(LinkLost(f"{node}: no way to the agent ({error})", node=node)) from error
+        client = AgentClient(
+            node, wire, blame=blame, record=record, hello_timeout_s=hello_timeout_s
+        )
+        unless_it_answers.pop_all()
+    return client
 
 
 def start(

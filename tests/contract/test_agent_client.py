@@ -7,12 +7,14 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from testbed.errors import AgentError, GuestPanic, LinkLost
 from testbed.guest.agent import AgentClient
+from testbed.guest.ship import connect
 
 HELLO = b'{"hello": {"protocol": 1, "agent": "test", "kernel": "7.2", "pid": 1}}\n'
 Reply = Callable[[dict[str, Any]], bytes | None]
@@ -125,3 +127,25 @@ def test_the_owner_explains_a_broken_link(agent: Make) -> None:
     client = agent(lambda r: None, blame=blame)
     with pytest.raises(GuestPanic, match="Kernel panic"):
         client.call("x")
+
+
+@pytest.mark.parametrize("said", [b"", b'{"unfit": "another device"}\n'])
+def test_a_way_to_an_agent_that_does_not_answer_is_closed(tmp_path: Path, said: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "agent.sock"))
+        listener.listen()
+
+        def messages() -> Iterator[bytes]:
+            yield b"first"
+            wires.append(listener.accept()[0])
+            wires[0].sendall(said)
+            if not said:
+                raise BrokenPipeError("nobody reads it")
+
+        wires: list[socket.socket] = []
+        with pytest.raises(LinkLost, match=r"nobody reads it|another device") as caught:
+            connect("host0", tmp_path / "agent.sock", blame=lambda error: error, first=messages())
+        with wires[0] as wire:
+            wire.settimeout(5)
+            assert wire.recv(10) == b"first"
+            assert wire.recv(10) == b"", f"although somebody has {caught.value!r}"
