@@ -24,15 +24,19 @@ DEADLINE_S = 20.0
 
 # The listener on ports of this test's, with a machine's doings left out.
 LISTENER = """
-import sys
+import os, random, sys
 sys.path.insert(0, sys.argv[1])
 from guest_agent import listener, resume
+from guest_agent.hw import config_state
 listener.ADDRESS = "127.0.0.1"
 listener.AGENT_PORT, listener.SSH_PORT = int(sys.argv[2]), int(sys.argv[3])
 listener.SSH_SERVER = ("cat",)
 for name in ("clear_free_memory", "load_modules", "be_quick", "be_ordinary"):
     setattr(resume, name, lambda *_: None)
-resume.fcntl.ioctl = lambda *_: None
+resume.PCI = os.environ.get("TESTED_PCI", "/nowhere")
+config_state.PCI = resume.PCI + "/devices"
+resume.fcntl.ioctl = lambda _, number, *what: print(f"ioctl {number:#x} {what}", flush=True)
+random.seed = lambda: print(f"{os.getpid()} is seeded", flush=True)
 resume.time.clock_settime = lambda _, time_s: print(f"it is {time_s:.1f}", flush=True)
 resume.os.makedirs = lambda *_, **__: None
 resume.write = lambda path, data: print(f"{path}: {data!r}", flush=True)
@@ -142,6 +146,76 @@ def message(text: bytes) -> bytes:
 
 IDENTITY = message(b"ZW50cm9weQ== 1234.5 host7")
 KEYS = message(b"a2V5 ssh-ed25519 AAAA of a rack")
+
+
+FUNCTION = "0000:02:00.0"
+
+
+@pytest.fixture
+def disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An NVMe function with its driver and addresses, and no disk yet."""
+    folder = tmp_path / "pci" / "devices" / FUNCTION
+    (folder / "nvme" / "nvme0").mkdir(parents=True)
+    (folder / "driver").symlink_to("../../drivers/nvme")
+    (folder / "class").write_text("0x010802\n")
+    header = b"\x36\x1b\x10\x00\x06\x04" + bytes(10) + b"\x0c\0\0\x40"
+    (folder / "config").write_bytes(header.ljust(4096, b"\0"))
+    monkeypatch.setenv("TESTED_PCI", str(tmp_path / "pci"))
+    return folder
+
+
+def test_its_devices_are_in_place_at_its_hello_and_its_disks_before_its_first_call(
+    started: list[Listener], tmp_path: Path, disk: Path
+) -> None:
+    listener = listen(started, tmp_path / "log", "saved", FUNCTION)
+    listener.await_said("testbed: waiting")
+    assert f"drivers/nvme/unbind: b'{FUNCTION}'" in listener.log.read_text()
+    kept = (disk / "config").read_bytes()
+    (disk / "config").write_bytes(kept[:4] + bytes(4092))  # as a reset leaves it
+    with listener.wire(listener.agents) as wire:
+        wire.sendall(IDENTITY)
+        assert line_of(wire)["hello"]
+        assert (disk / "config").read_bytes() == kept
+        wire.sendall(KEYS + b'{"id": 1, "method": "system.info", "params": {}}\n')
+        listener.await_said(f"drivers/nvme/bind: b'{FUNCTION}'")
+        wire.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            wire.recv(1)
+        wire.settimeout(DEADLINE_S)
+        (disk / "nvme" / "nvme0" / "nvme0n1").mkdir()
+        assert line_of(wire)["result"]["machine"]
+
+
+def test_another_device_in_its_place_is_not_its_own(
+    started: list[Listener], tmp_path: Path, disk: Path
+) -> None:
+    listener = listen(started, tmp_path / "log", "saved", FUNCTION)
+    listener.await_said("testbed: waiting")
+    with (disk / "config").open("r+b") as config:
+        config.write(b"\x37")
+    with listener.wire(listener.agents) as wire:
+        wire.sendall(IDENTITY)
+        assert line_of(wire)["unfit"].startswith(f"{FUNCTION}: its register 0x00 is 0x00101b37")
+
+
+def test_no_process_of_a_saved_machine_has_the_random_numbers_of_another(
+    started: list[Listener], tmp_path: Path
+) -> None:
+    listener = listen(started, tmp_path / "log", "saved")
+    listener.await_said("testbed: waiting")
+    assert "ioctl" not in listener.log.read_text()
+    with listener.wire(listener.agents) as wire:
+        wire.sendall(IDENTITY)
+        first = line_of(wire)["hello"]["pid"]
+        pool = [line for line in listener.log.read_text().splitlines() if "ioctl" in line]
+        assert "0x40085203" in pool[0], "RNDADDENTROPY"
+        assert "entropy" in pool[0]
+        assert "0x5207" in pool[1], "RNDRESEEDCRNG"
+        wire.sendall(KEYS)
+        listener.await_said("testbed: ready")
+    seeded = [line for line in listener.log.read_text().splitlines() if "is seeded" in line]
+    assert len(set(seeded)) == 2
+    assert f"{first} is seeded" in seeded
 
 
 def test_a_saved_machine_becomes_what_it_is_told(started: list[Listener], tmp_path: Path) -> None:

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from testbed.machine.saving import save
 from testbed.machine.state_stream import HEAD, sections, without
 
 END = b"\0"
@@ -64,3 +68,17 @@ def test_nothing_but_a_refusal_comes_of_damage(noise: bytes, at: int) -> None:
             continue
         parts = b"".join(damaged[each.begin : each.end] for each in found)
         assert HEAD + parts + END == damaged
+
+
+def test_what_is_saved_has_no_bells(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def execute(command: str, arguments: Any = None) -> None:
+        said.append(command)
+        if arguments:
+            Path(arguments["filename"]).write_bytes(STATE)
+
+    qemu: Any = SimpleNamespace(node="host0", execute=execute)
+    save(qemu, tmp_path / "state")
+    assert said == ["stop", "xen-save-devices-state"]
+    assert (tmp_path / "state").read_bytes() == HEAD + APIC + CPU + END
