@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from testbed.errors import (
     CapabilityMissing,
+    HostError,
     LaunchError,
     LinkLost,
     LostError,
@@ -68,9 +69,15 @@ class AccessKeys:
     host_public: str
 
     def write(self, path: Path) -> None:
-        """Keep them for later commands, readable by this user only."""
-        path.touch(mode=0o600)
-        path.write_text(json.dumps(vars(self)))
+        """Keep them for later commands, readable by this user only.
+
+        :raises HostError: they cannot be written: the disk is full, or the rack was ended.
+        """
+        try:
+            path.touch(mode=0o600)
+            path.write_text(json.dumps(vars(self)))
+        except OSError as error:
+            raise HostError(f"cannot write {path}: {error.strerror}") from error
 
     @classmethod
     def read(cls, path: Path) -> AccessKeys:

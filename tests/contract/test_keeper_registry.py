@@ -25,6 +25,7 @@ from testbed.machine.registry import (
     list_racks,
     reserve,
 )
+from testbed.rack import AccessKeys
 from tests.contract.machine_fakes import run_python
 
 RESERVER = """
@@ -285,3 +286,12 @@ def test_the_record_survives_the_way_through_json(tmp_path: Path) -> None:
     assert RackRecord.from_json(record.to_json()) == record
     with pytest.raises(HostError, match="another version"):
         RackRecord.from_json(record.to_json() | {"version": 99})
+
+
+def test_keys_that_cannot_be_written_are_the_hosts_error(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"cannot write .*/gone/keys\.json: No such file"):
+        AccessKeys("client", "host").write(tmp_path / "gone" / "keys.json")
+    file = tmp_path / "keys.json"
+    AccessKeys("client", "host").write(file)
+    assert AccessKeys.read(file) == AccessKeys("client", "host")
+    assert file.stat().st_mode & 0o777 == 0o600
