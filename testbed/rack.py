@@ -408,10 +408,14 @@ class Rack:
             if deadlines is not None:
                 how |= on_all(self, lambda node: node.power_off(deadlines))
         finally:
-            for node in self.nodes.values():
-                node.close()
-            self.keeper.shutdown()
-            self.keeper.close()
+            try:
+                # First: who still waits for an answer of a node has it locked until its machine
+                # ends.
+                self.keeper.shutdown()
+            finally:
+                for node in self.nodes.values():
+                    node.close()
+                self.keeper.close()
         return how
 
     def detach(self) -> None:
