@@ -80,7 +80,7 @@ class Control:
                 "device": name,
                 "socket": str(listener.path),
                 "connected": listener.session is not None,
-                "failure": listener.device.failure and vars(listener.device.failure),
+                "failure": listener.device.failure and listener.device.failure._asdict(),
             }
             for name, listener in self._listeners.items()
         ]

@@ -80,11 +80,11 @@ class Switchyard:
                 ],
                 "bridge": f.bridge
                 and {
-                    **{k: v for k, v in vars(f.bridge).items() if k not in ("windows", "acs")},
+                    **{k: v for k, v in f.bridge._asdict().items() if k not in ("windows", "acs")},
                     "windows": [
                         {"address": w.start, "size_bytes": w.size_bytes} for w in f.bridge.windows
                     ],
-                    "acs": f.bridge.acs and vars(f.bridge.acs),
+                    "acs": f.bridge.acs and f.bridge.acs._asdict(),
                 },
             }
             for f in survey.tree.functions
