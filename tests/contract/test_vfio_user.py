@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from testbed.models import server, wire
-from testbed.models.memory import SharedMemory
+from testbed.models.control import Control
+from testbed.models.listener import Listener
+from testbed.models.memory import MemoryCache, SharedMemory
 from testbed.models.testing import FakeQemu
 from testbed.models.wire import Command, HeaderFlag, Irq, IrqSetFlag
 from testbed.models.witness import Event
@@ -121,13 +123,20 @@ class TestRegisters:
         assert [qemu.read(0, 8 * n, 8) for n in range(10, 20)] == list(range(10, 20))
 
     def test_a_bug_in_the_model_is_that_device_s_failure(
-        self, qemu: FakeQemu, capsys: pytest.CaptureFixture[str]
+        self, qemu: FakeQemu, capsys: pytest.CaptureFixture[str], tmp_path: Path
     ) -> None:
         assert qemu.read(0, 0x110) == 0
         qemu.write(0, 0x110, 1)
         assert qemu.device.failure is not None
         assert qemu.device.failure.what == "ZeroDivisionError: a bug"
         assert "model_devices.py" in qemu.device.failure.where
+        listener = Listener(qemu.device, tmp_path / "card.vfu", MemoryCache())
+        (told,) = Control({"card": listener}).call("devices", {})
+        assert told["failure"] == {
+            "where": qemu.device.failure.where,
+            "what": "ZeroDivisionError: a bug",
+        }
+        listener.close()
         assert qemu.device.witness.count(Event.MODEL_ERROR) == 2
         assert capsys.readouterr().err.count("ZeroDivisionError") == 1
         qemu.write(0, 0x20, 5)
