@@ -76,7 +76,11 @@ def _first_agent(agents: _socket.socket, shells: _socket.socket, agent_hash: str
         if not resume.answer(wire):
 
             def before_serving() -> None:
-                resume.settle(0)  # the wire's number then
+                try:
+                    resume.settle(0)  # the wire's number then
+                except Exception as error:  # whoever looks at the console may know more
+                    os.write(2, f"{type(error).__name__}: {error}\n".encode())
+                    raise
                 os.write(says, b"\n")
                 os.close(says)
 

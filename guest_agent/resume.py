@@ -3,11 +3,10 @@
 
 A part of :mod:`guest_agent.listener`. In the restored machine its devices are as after a reset: so
 no driver has one when it is saved, and their settings are kept, and given back after.
-All of the agent is loaded, and the first agent of the restored machine waits for its connection.
-Everything that a rack has of its own (keys, name, entropy, time) arrives there, so that a saved
-machine holds none of it: in two messages, each after its length in SIZE_DIGITS decimal digits. The
-agent says hello after the first, as soon as its devices are in place; drivers get theirs, and
-shells their keys, before its first call.
+All of the agent is loaded, and the first agent of the restored machine waits for its connection. It
+says hello as soon as its devices are in place. Everything that a rack has of its own (keys, name,
+entropy, time) arrives behind that, so that a saved machine holds none of it: in one message, after
+its length in SIZE_DIGITS decimal digits. Calls wait for it, and for the drivers of disks.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ PAUSE_S = 0.01
 
 _kept: list[Kept] = []  # by function that is as after a reset in the restored machine
 _drivers: list[tuple[str, str]] = []  # functions that had one
-_name: list[bytes] = []
 
 
 def write(path: str, data: bytes) -> None:
@@ -115,7 +113,7 @@ def load_modules() -> None:
 
 
 def read_message(fd: int) -> list[bytes]:
-    """The words of the next message, and nothing after it. :raises EOFError: there is none."""
+    """The words of the message, and nothing after it. :raises EOFError: there is none."""
     return _read(fd, int(_read(fd, SIZE_DIGITS))).split(b" ")
 
 
@@ -129,23 +127,23 @@ def _read(fd: int, size_bytes: int) -> bytes:
     return data
 
 
-def become(words: list[bytes]) -> str:
-    """Take on what the host says, entropy first; which device did not come back, or "".
+def become(words: list[bytes]) -> None:
+    """Take on what the host says, entropy first.
 
-    :param words: entropy in base64, the time in seconds, the name.
+    :param words: entropy (base64), the time in seconds, the name, the host's private key (base64),
+        and the public key of who may log in, which alone has spaces.
     :raises ValueError: it is no such message. :raises OSError: the kernel refused something.
     """
-    entropy, time_s, name = words
-    _name[:] = [name]
+    entropy, time_s, name, host_key, *client_key = words
     seed = binascii.a2b_base64(entropy)
     with open("/dev/urandom", "wb", buffering=0) as pool:
         fcntl.ioctl(pool, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
         fcntl.ioctl(pool, RNDRESEEDCRNG)
     time.clock_settime(time.CLOCK_REALTIME, float(time_s))
-    for each in _kept:
-        if problem := each.give_back():
-            return problem
-    return ""
+    write("/proc/sys/kernel/hostname", name)
+    write("/etc/hostname", name + b"\n")
+    write(HOST_KEY, binascii.a2b_base64(host_key))
+    write(AUTHORIZED, b" ".join(client_key) + b"\n")
 
 
 def let_go() -> None:
@@ -174,19 +172,12 @@ def be_ordinary() -> None:
 def settle(wire: int) -> None:
     """All that need not be before the hello; returns when disks are there, as after a boot.
 
-    The second message is the host's private key, in base64, and the public key of who may log in.
-
-    :raises EOFError: the host went away.
+    :raises EOFError: the host went away. :raises ValueError, OSError: as :func:`become`.
     """
     be_ordinary()
     let_go()
+    become(read_message(wire))
     reseed()
-    (name,) = _name
-    write("/proc/sys/kernel/hostname", name)
-    write("/etc/hostname", name + b"\n")
-    host_key, *client_key = read_message(wire)
-    write(HOST_KEY, binascii.a2b_base64(host_key))
-    write(AUTHORIZED, b" ".join(client_key) + b"\n")
     for function, driver in _drivers:
         with contextlib.suppress(OSError):  # as in a boot, where its driver does not want it
             write(f"{PCI}/drivers/{driver}/bind", function.encode())
@@ -232,10 +223,10 @@ def wait() -> None:
 
 
 def answer(wire: int) -> str:
-    """Read who this is from ``wire`` and become it; why that cannot be, said there too, or ""."""
+    """Put the devices in place; why that cannot be, said over ``wire``, or ""."""
     try:
-        problem = become(read_message(wire))
-    except (OSError, ValueError, EOFError) as error:
+        problem = next(filter(None, (each.give_back() for each in _kept)), "")
+    except OSError as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
         import json  # noqa: PLC0415  slow, and there already

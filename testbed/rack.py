@@ -193,7 +193,7 @@ class RackNode:
         return client
 
     def introduce(self, identity: Iterable[bytes], timeout_s: float) -> None:
-        """Tell a restored machine, in some messages, who it is; its first agent answers.
+        """Tell a restored machine who it is, and await the hello of its first agent.
 
         :raises LostError: it cannot be that, or does not answer.
         """

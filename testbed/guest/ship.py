@@ -67,7 +67,7 @@ def connect(
 ) -> AgentClient:
     """A new agent of the machine behind ``socket``, which was booted with it.
 
-    :param first: said before it says hello.
+    :param first: what it is told; made while it gets there.
     :raises LostError: as ``blame`` says, if no hello comes in time.
     """
     with contextlib.ExitStack() as unless_it_answers:

@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 WAITING = "testbed: waiting"  # guest_agent/resume.py says one of them
 UNFIT = "testbed: unfit"
 REFUSED = "load of migration failed"  # QEMU's words (migration/migration.c)
-SIZE_DIGITS = 6  # before each message
+SIZE_DIGITS = 6  # before the message
 ENTROPY_BYTES = 64
 _HOST_LACKS = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 PAUSE_S = 0.02
@@ -260,7 +260,7 @@ def resume(
 ) -> None:
     """Tell the restored machines that they are this rack's nodes; returns when all said hello.
 
-    :param keys: asked for when the machines have been told what they say hello after.
+    :param keys: asked for while they get there.
     :raises SnapshotUnfit: one cannot be used, whatever the reason.
     """
 
@@ -301,16 +301,18 @@ def _unfit(error: TestbedError, key: str) -> SnapshotUnfit:
 
 
 def _identity(name: str, keys: Callable[[], RackKeys], checking: Checking) -> Iterator[bytes]:
-    """The messages that ``guest_agent/resume.py`` reads; the rest is done when it has the first,
-    for then a processor has nothing else to do.
+    """The message that ``guest_agent/resume.py`` reads after its hello: while the guest gets there,
+    a processor has nothing else to do.
     """
-    entropy = base64.b64encode(os.urandom(ENTROPY_BYTES))
-    yield _message(entropy, str(time.time()).encode(), name.encode())
     checking.begin()
     own = keys()
-    yield _message(base64.b64encode(own.host_private), own.client_public.encode())
-
-
-def _message(*words: bytes) -> bytes:
-    body = b" ".join(words)
-    return f"{len(body):0{SIZE_DIGITS}d}".encode() + body
+    body = b" ".join(
+        (
+            base64.b64encode(os.urandom(ENTROPY_BYTES)),
+            str(time.time()).encode(),
+            name.encode(),
+            base64.b64encode(own.host_private),
+            own.client_public.encode(),
+        )
+    )
+    yield f"{len(body):0{SIZE_DIGITS}d}".encode() + body
