@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from testbed.host.child import DIE_WITH_US
 from tests.contract import matrix_runs as runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -23,7 +24,8 @@ pytest.importorskip("distributed")
 @contextlib.contextmanager
 def dask(kind: str, folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
     """A Dask `scheduler` or `worker` of our own; what it says is in a file."""
-    program = [sys.executable, "-m", f"distributed.cli.dask_{kind}", *words]
+    # Also when these tests are killed.
+    program = [*DIE_WITH_US, sys.executable, "-m", f"distributed.cli.dask_{kind}", *words]
     with (folder / f"{kind}.log").open("ab") as log:
         process = subprocess.Popen(
             program, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder
