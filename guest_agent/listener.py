@@ -50,7 +50,9 @@ def run(agent_hash: str, words: list[str]) -> int:
         resume.get_ready(words[1:])
         became = _first_agent(agents, shells, agent_hash)
         resume.wait()
-        os.read(became, 1)  # nothing, if it could not
+        if not os.read(became, 1):  # it could not: nobody shall take it for another
+            _say(resume.UNFIT)
+            os._exit(1)
         os.close(became)
         resume.reseed()
     _say(READY)

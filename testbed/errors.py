@@ -182,6 +182,10 @@ class NoHello(LostError):
     """The machine runs, but its agent did not answer in time."""
 
 
+class RackGone(LostError):
+    """The rack's keeper ended, and so everything of the rack: by `down`, or it was killed."""
+
+
 class LinkLost(LostError):
     """QEMU ended, the channel closed, a call passed its deadline, or the guest sent garbage."""
 

@@ -127,11 +127,25 @@ def begin(words: Sequence[str]) -> None:
 def _begin(reservation: Reservation, run_dir: Path, told: Mapping[str, Any]) -> Ahead:
     run_dir.mkdir(mode=0o700, parents=True)
     places = {_RACK: str(reservation.folder), _RUN: str(run_dir)}
-    opened = {
-        name: os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        for name, path in told["memory"].items()
-        if isinstance(path, str)
-    }
+    opened: dict[str, int] = {}
+    try:
+        return _launched(reservation, run_dir, told, places, opened)
+    except BaseException:
+        for fd in opened.values():
+            os.close(fd)
+        raise
+
+
+def _launched(
+    reservation: Reservation,
+    run_dir: Path,
+    told: Mapping[str, Any],
+    places: Mapping[str, str],
+    opened: dict[str, int],
+) -> Ahead:
+    for name, path in told["memory"].items():
+        if isinstance(path, str):
+            opened[name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     memory = {name: f"/proc/{os.getpid()}/fd/{fd}" for name, fd in opened.items()}
     plan = Plan(_replaced(told["processes"], places), told["memory"] | memory)
     for process in plan.processes:

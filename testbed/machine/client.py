@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A keeper as its clients see it: calls, exits and shared memory, with a deadline on every wait.
 
-All waits end at once, with :class:`LostError`, if the keeper dies; a machine's own end is a value
+All waits end at once, with :class:`RackGone`, if the keeper dies; a machine's own end is a value
 (:class:`Exit`). A :class:`Keeper` may be used by several threads.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from testbed.errors import HostError, LaunchError, LostError
+from testbed.errors import HostError, LaunchError, RackGone
 from testbed.machine.console import read_tail
 from testbed.machine.processes import Command, make_node_folder, process_value
 from testbed.machine.registry import clean_folder
@@ -127,12 +127,12 @@ class Keeper:
             self._changed.wait(left_s)
             yield
 
-    def _lost(self) -> LostError:
+    def _lost(self) -> RackGone:
         if self._closed:
             why = "this command let go of it"
         else:
             why = self._reason or "its keeper process died"
-        return LostError(
+        return RackGone(
             f"the rack '{self.name}' is gone: {why}",
             node=self.name,
             hint=f"see {self.run_folder / KEEPER_LOG}",
@@ -150,7 +150,7 @@ class Keeper:
     ) -> dict[str, Any]:
         """One call of the keeper's protocol.
 
-        :raises LostError: the keeper is gone.
+        :raises RackGone: the keeper is gone.
         :raises LaunchError: a process did not start.
         :raises HostError: it refused, or did not answer in time.
         """
@@ -232,7 +232,7 @@ class Keeper:
     def exit_of(self, name: str) -> Exit | None:
         """How the process ended, or None while it runs.
 
-        :raises LostError: the keeper is gone, and the process with it.
+        :raises RackGone: the keeper is gone, and the process with it.
         """
         with self._changed:
             if name in self._exits:

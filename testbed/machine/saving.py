@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from testbed.errors import CapabilityMissing, LinkLost, QmpError
+from testbed.errors import CapabilityMissing, HostError, QmpError
 from testbed.machine.command import MACHINE_STATE, QMP_USER_SOCKET, MemoryFd
 from testbed.machine.sockets import connect_unix
 from testbed.machine.state_stream import without
@@ -101,7 +101,7 @@ def await_running(folder: Path, node: str, check: Callable[[], None]) -> None:
     Its memory is there from the start: virtio devices read their rings, interrupts the IOMMU's
     tables. A state that QEMU refuses ends it.
 
-    :param check: raises if it has ended. :raises LinkLost: not in time.
+    :param check: raises if it has ended. :raises HostError: not in time; that is a slow host's.
     """
     deadline_s = time.monotonic() + LOAD_TIMEOUT_S
     while time.monotonic() < deadline_s:
@@ -113,7 +113,7 @@ def await_running(folder: Path, node: str, check: Callable[[], None]) -> None:
             pass  # it still starts, or has ended
         check()
         time.sleep(PAUSE_S)
-    raise LinkLost(f"{node}: its state took longer than {LOAD_TIMEOUT_S:g} s", node=node)
+    raise HostError(f"{node}: its state took longer than {LOAD_TIMEOUT_S:g} s")
 
 
 def _is_running(wire: socket.socket, deadline_s: float) -> bool:
@@ -126,6 +126,8 @@ def _is_running(wire: socket.socket, deadline_s: float) -> bool:
         wire.sendall(json.dumps({"execute": command}).encode() + b"\n")
         while True:
             message = json.loads(answers.readline())
+            if "error" in message:
+                raise ValueError(message["error"])
             if "event" not in message:
                 return message["return"]
 

@@ -10,7 +10,6 @@ then it waits, whosever it will be.
 from __future__ import annotations
 
 import base64
-import errno
 import functools
 import os
 import signal
@@ -28,6 +27,7 @@ from testbed.errors import (
     LinkLost,
     LostError,
     QmpError,
+    RackGone,
     SetupError,
     TestbedError,
 )
@@ -49,7 +49,7 @@ from testbed.machine.console import Console
 from testbed.machine.lifecycle import Watch
 from testbed.rack import Rack, RackNode, on_all
 from testbed.warm import memory
-from testbed.warm.store import MEMORY, STATE, Snapshot, Store
+from testbed.warm.store import HOST_LACKS, MEMORY, STATE, Snapshot, Store
 from testbed.warm.wanted import INITRD, Wanted
 
 if TYPE_CHECKING:
@@ -61,7 +61,6 @@ UNFIT = "testbed: unfit"
 REFUSED = "load of migration failed"  # QEMU's words (migration/migration.c)
 SIZE_DIGITS = 6  # before the message
 ENTROPY_BYTES = 64
-_HOST_LACKS = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 PAUSE_S = 0.02
 
 
@@ -242,7 +241,7 @@ class Checking:
         try:
             problem = self._found.result()
         except OSError as error:
-            sound = error.errno in _HOST_LACKS
+            sound = error.errno in HOST_LACKS
             raise SnapshotUnfit(str(error), self._key, is_sound=sound) from error
         if problem:
             raise SnapshotUnfit(problem, self._key)
@@ -283,7 +282,7 @@ def _resume(
         node.introduce(_identity(node.name, keys, checking), timeout_s)
         checking.wait()  # nobody has heard of it before
     except (LostError, QmpError, HostError) as error:
-        if isinstance(error, SnapshotUnfit):
+        if isinstance(error, SnapshotUnfit | RackGone):  # nobody wants it any more
             raise
         checking.wait()  # files that are wrong are why, whatever QEMU made of them
         raise _unfit(error, snapshot.key) from error
@@ -295,9 +294,9 @@ def _unfit(error: TestbedError, key: str) -> SnapshotUnfit:
         words = error.output.strip().splitlines()[-1:]
         refused = any(REFUSED in word for word in words)  # else it did not come so far
         return SnapshotUnfit(": ".join((error.message, *words)), key, is_sound=not refused)
-    # Nobody here kills a machine that starts; the kernel does, where memory is short.
+    # Who ends a rack ends its keeper; only a machine is killed by the kernel, short of memory.
     killed = isinstance(error, LostError) and error.exit_status == -signal.SIGKILL
-    return SnapshotUnfit(error.message, key, is_sound=killed)
+    return SnapshotUnfit(error.message, key, is_sound=killed or isinstance(error, HostError))
 
 
 def _identity(name: str, keys: Callable[[], RackKeys], checking: Checking) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ All of it is readable by this user only; keys of racks are not in it (``guest_ag
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from testbed.errors import HostError
 from testbed.host import product
 from testbed.topology.units import GIB
 from testbed.warm import memory
@@ -29,6 +31,7 @@ from testbed.warm.memory import OpenMemory, Runs
 FORMAT = 5
 MEMORY, STATE, INDEX = "memory", "state", "snapshot.json"
 DEFAULT_BUDGET_BYTES = 8 * GIB
+HOST_LACKS = (errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE)
 _LOCK = ".lock"
 _GONE = ".gone-"
 _SKEW_S = 3600.0  # between the clocks of machines that share a cache
@@ -92,10 +95,13 @@ class Store:
         self._budget_bytes = budget_bytes
 
     def find(self, key: str) -> Snapshot | None:
-        """The entry of that key, and note that it was used; None if there is none that is whole."""
+        """The entry of that key, and note that it was used; None if there is none that is whole.
+
+        :raises HostError: it cannot be looked at, which is not the entry's fault.
+        """
         index = self.folder / key / INDEX
         was_there = index.parent.exists()  # one that another harness makes now is whole
-        body = product.read_json(index)
+        body = _read_index(index)
         if not isinstance(body, dict) or body.pop("self", None) != _digest(body):
             if was_there:
                 self.discard(key)
@@ -105,7 +111,8 @@ class Store:
         try:
             opened = OpenMemory(index.parent / MEMORY)
             state = (index.parent / STATE).read_bytes()
-        except OSError:
+        except OSError as error:
+            _if_the_host_lacks(error)
             self.discard(key)
             return None
         runs = tuple((int(start), int(length)) for start, length in body["runs"])
@@ -220,6 +227,22 @@ class Store:
             yield False
         finally:
             os.close(descriptor)
+
+
+def _read_index(index: Path) -> Any:
+    """What it says, None if that is nothing. :raises HostError: as :meth:`Store.find`."""
+    try:
+        return json.loads(index.read_bytes())
+    except OSError as error:
+        _if_the_host_lacks(error)
+    except ValueError:
+        pass
+    return None
+
+
+def _if_the_host_lacks(error: OSError) -> None:
+    if error.errno in HOST_LACKS:
+        raise HostError(f"{error.filename}: {error.strerror}") from error
 
 
 def _disk_bytes(path: Path) -> int:

@@ -182,10 +182,8 @@ def test_its_devices_are_in_place_at_its_hello_and_its_disks_before_its_first_ca
         assert line_of(wire)["result"]["machine"]
 
 
-def test_another_device_in_its_place_is_not_its_own(
-    started: list[Listener], tmp_path: Path, disk: Path
-) -> None:
-    listener = listen(started, tmp_path / "log", "saved", FUNCTION)
+def test_another_device_in_its_place_is_not_its_own(tmp_path: Path, disk: Path) -> None:
+    listener = Listener(tmp_path / "log", "saved", FUNCTION)  # it ends by itself
     listener.await_said("testbed: waiting")
     with (disk / "config").open("r+b") as config:
         config.write(b"\x37")
@@ -258,16 +256,17 @@ def test_others_are_served_after_the_first_agent_has_settled(
         (IDENTITY[:20], "EOFError: the host went away"),
     ],
 )
-def test_a_machine_that_cannot_become_it_says_why_and_serves_others(
-    started: list[Listener], tmp_path: Path, said: bytes, why: str
+def test_a_machine_that_cannot_become_it_says_why_and_serves_nobody(
+    tmp_path: Path, said: bytes, why: str
 ) -> None:
-    listener = listen(started, tmp_path / "log", "saved")
+    listener = Listener(tmp_path / "log", "saved")  # it ends by itself
     with listener.wire(listener.agents) as wire:
         assert line_of(wire)["hello"]
         wire.sendall(said)
         wire.shutdown(socket.SHUT_WR)
         assert wire.recv(1) == b"", "its end is the agent's"
-    listener.await_said("testbed: ready")
+    listener.await_said("testbed: unfit")
+    assert "ready" not in listener.log.read_text()
     assert why in listener.log.read_text()
     assert "/etc/dropbear/host_key" not in listener.log.read_text()
 

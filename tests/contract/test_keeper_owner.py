@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.errors import HostError, NoSuchRack
+from testbed.errors import HostError, NoSuchRack, RackGone
 from testbed.machine.rack_record import RackRecord
 from testbed.machine.registry import RackState, find, list_racks, reserve
 from testbed.machine.spawn import attach, end_rack, start_keeper
@@ -179,7 +179,7 @@ def test_shutdown_by_another_is_told_to_the_owner(base: Path, tmp_path: Path) ->
     run_folder.mkdir()
     with start_keeper(reserve(base, "rack"), [fake_qemu()], run_folder=run_folder) as keeper:
         end_rack(base, "rack")
-        with pytest.raises(Exception, match="the rack 'rack' is gone: asked to") as caught:
+        with pytest.raises(RackGone, match="the rack 'rack' is gone: asked to") as caught:
             keeper.wait_exit("host0", 5)
         assert str(run_folder) in getattr(caught.value, "hint", "")
         keeper.shutdown()

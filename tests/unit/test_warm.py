@@ -21,13 +21,21 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from testbed.errors import LaunchError, LinkLost, QmpError, SetupError, TestbedError
-from testbed.host import product
+from testbed.errors import (
+    HostError,
+    LaunchError,
+    LinkLost,
+    QmpError,
+    RackGone,
+    SetupError,
+    TestbedError,
+)
 from testbed.machine import argv, saving
 from testbed.machine.ahead import AnotherRack
 from testbed.machine.command import MACHINE_STATE, LaunchContext, NodeCommand, Start
 from testbed.topology import load, placement
 from testbed.warm import memory, restore
+from testbed.warm import store as warm_store
 from testbed.warm.store import FORMAT, INDEX, MEMORY, STATE, Snapshot, Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +89,26 @@ def test_what_stands_where_nothing_was_is_damage(tmp_path: Path, *, holes: bool)
         file.seek(2 * BLOCK + 5)
         file.write(b"\1")
     assert memory.checksum(opened.fd, runs, len(data)) == ""
+
+
+@pytest.mark.parametrize("name", [INDEX, STATE])
+def test_an_entry_that_a_host_cannot_open_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    store = Store(tmp_path)
+    make(store, "a")
+    read = Path.read_bytes
+
+    def none_is_free(path: Path) -> bytes:
+        if path.name == name:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", none_is_free)
+        with pytest.raises(HostError, match=f"{name}: Too many open files"):
+            store.find("a")
+    assert store.find("a") is not None
 
 
 def test_a_block_may_begin_with_a_hole(tmp_path: Path) -> None:
@@ -168,7 +196,7 @@ def test_an_entry_that_another_makes_while_it_is_looked_for_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(tmp_path)
-    read = product.read_json
+    read = warm_store._read_index
 
     def just_before(path: Path) -> Any:
         found = read(path)
@@ -176,7 +204,7 @@ def test_an_entry_that_another_makes_while_it_is_looked_for_stays(
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(product, "read_json", just_before)
+        patch.setattr(warm_store, "_read_index", just_before)
         assert store.find("a") is None
     assert store.find("a") is not None
 
@@ -293,6 +321,23 @@ def test_a_machine_that_said_hello_is_nobodys_before_its_files_are_found_to_be_w
     assert told, "it had been told who it is"
 
 
+def test_a_rack_that_was_ended_is_not_booted_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = make(Store(tmp_path), "a")
+
+    def ended(*_: Any) -> None:
+        raise RackGone("the rack 'r' is gone: asked to", node="r")
+
+    monkeypatch.setattr(saving, "await_running", ended)
+    node: Any = SimpleNamespace(
+        name="host0", folder=tmp_path, watch=SimpleNamespace(check=lambda: None)
+    )
+    keys: Any = None
+    with pytest.raises(RackGone):
+        restore._resume(node, found, keys, 10.0)
+
+
 def test_what_was_found_is_restored_although_it_was_pruned(tmp_path: Path) -> None:
     store = Store(tmp_path / "warm")
     found = make(store, "a")
@@ -333,6 +378,7 @@ def test_what_was_found_is_restored_although_it_was_pruned(tmp_path: Path) -> No
         (LinkLost("n: QEMU was killed", node="n", exit_status=-signal.SIGKILL), True),
         (LinkLost("n: QEMU was killed", node="n", exit_status=-signal.SIGBUS), False),
         (LinkLost("n: no answer", node="n"), False),
+        (HostError("n: its state took longer than 20 s"), True),
         (QmpError("n: refused", error_class="GenericError", description="x"), False),
     ],
 )
