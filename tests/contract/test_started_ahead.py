@@ -88,6 +88,11 @@ def test_a_nursling_that_cannot_be_says_why(
         start(tmp_path, nursed(), fake_qemu())
 
 
+def _is_dead(pid: int) -> bool:
+    """It has ended, and nobody has asked how."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def test_a_nursling_that_was_killed_is_executed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +100,10 @@ def test_a_nursling_that_was_killed_is_executed(
     wire, pid = early.take(PROGRAM)
     children = Path(f"/proc/{pid}/task/{pid}/children")
     assert eventually(lambda: children.read_text() != "")
-    os.kill(int(children.read_text()), signal.SIGKILL)
+    nursling = int(children.read_text())
+    os.kill(nursling, signal.SIGKILL)
+    # While it dies it can still be told what to do, and nobody would do it.
+    assert eventually(lambda: _is_dead(nursling))
     monkeypatch.setattr(early, "take", lambda _module: (wire, pid))
     plain = replace(fake_helper("models", touch=[0, "models.sock"]), nursed=("models.sock",))
     keeper = start(tmp_path, plain, fake_qemu())
