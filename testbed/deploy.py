@@ -32,7 +32,8 @@ from testbed.machine.bells import bells_command
 from testbed.machine.client import Keeper
 from testbed.machine.command import MACHINE_STATE, MODELS_SPEC, LaunchContext, NodeCommand
 from testbed.machine.processes import Command
-from testbed.rack import KEYS_FILE, AccessKeys, Rack, RackNode, on_all, record_of
+from testbed.rack import KEYS_FILE, Rack, on_all, record_of
+from testbed.rack_node import AccessKeys, RackNode
 from testbed.topology import model, placement
 from testbed.topology.model import Topology
 from testbed.topology.plan import RackPlan

@@ -25,7 +25,8 @@ from testbed.errors import HostError, TestbedError
 from testbed.host.prepare import Installation
 from testbed.machine import argv
 from testbed.machine.command import LaunchContext
-from testbed.rack import Rack, RackNode
+from testbed.rack import Rack
+from testbed.rack_node import RackNode
 from testbed.topology import load, placement
 from testbed.topology.model import Topology
 

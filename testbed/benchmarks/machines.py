@@ -27,7 +27,8 @@ from testbed.host.facts import available_memory
 from testbed.host.prepare import Installation
 from testbed.instruments.bench import Bench
 from testbed.instruments.paths import DeviceWitness
-from testbed.rack import Rack, RackNode
+from testbed.rack import Rack
+from testbed.rack_node import RackNode
 from testbed.results.judging import PAGE_BYTES
 from testbed.topology import model
 from testbed.topology.model import Topology

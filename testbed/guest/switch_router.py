@@ -16,7 +16,7 @@ from testbed.host.progress import shown
 from testbed.topology.plan import NodePlan, Role
 
 if TYPE_CHECKING:
-    from testbed.rack import RackNode
+    from testbed.rack_node import RackNode
 
 MODULE = "p2p_router"
 

@@ -17,7 +17,8 @@ from testbed.guest import modules
 from testbed.instruments.kernel_p2p import MODULE, Tree, decisions, platform_of, providing
 from testbed.instruments.memory import PROVIDED_BYTES
 from testbed.instruments.p2p_moves import DiskMoves, engine_moves
-from testbed.rack import Rack, RackNode
+from testbed.rack import Rack
+from testbed.rack_node import RackNode
 from testbed.topology.matrix import (
     Decision,
     Findings,

@@ -24,7 +24,7 @@ from testbed.instruments.kernel_p2p import Tree
 from testbed.instruments.memory import PROVIDED_BYTES, Memory
 from testbed.instruments.translations import TranslationWatch
 from testbed.machine.command import QEMU_LOG
-from testbed.rack import RackNode
+from testbed.rack_node import RackNode
 from testbed.results.judging import PAGE_BYTES
 from testbed.topology.matrix import (
     Arrival,

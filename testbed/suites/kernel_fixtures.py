@@ -20,7 +20,7 @@ from testbed.instruments.interface import RackNode
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.reasons import why_not_shown
 from testbed.instruments.storage import DiskPair, Disks, Provided, disk_pairs
-from testbed.rack import RackNode as RealNode
+from testbed.rack_node import RackNode as RealNode
 from testbed.topology.model import Node, with_overrides
 from testbed.topology.oracle import FIRST_ZEN_FAMILY, Route
 from testbed.topology.placement import place

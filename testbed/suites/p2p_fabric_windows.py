@@ -22,7 +22,8 @@ from testbed.instruments.memory import VRAM_BAR, Memory
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer, Refuted
 from testbed.instruments.reasons import reasons_of
-from testbed.rack import Rack, RackNode
+from testbed.rack import Rack
+from testbed.rack_node import RackNode
 from testbed.results.evidence import Access, Counter
 from testbed.results.judging import PAGE_BYTES, judge_fault
 from testbed.suites.fabric_ways import TARGET, Way

@@ -16,7 +16,7 @@ from testbed.verbs.common import format_option, print_json, rack_argument, say
 
 if TYPE_CHECKING:
     from testbed.instruments.devices import ModelDevice
-    from testbed.rack import RackNode
+    from testbed.rack_node import RackNode
 
 POLL_S = 0.2
 WITNESSED = (

@@ -108,7 +108,8 @@ def logs(rack: str, follow: bool, what: str, form: str) -> None:
     """A log of RACK[/NODE]; with --format json, where all its logs are."""
     from testbed.machine.client import KEEPER_LOG
     from testbed.machine.command import CONSOLE_LOG, QEMU_LOG
-    from testbed.rack import OBSERVATIONS_LOG, QMP_LOG, attach, split_name
+    from testbed.rack import attach, split_name
+    from testbed.rack_node import OBSERVATIONS_LOG, QMP_LOG
 
     name, node = split_name(rack)
     with attach(name) as running:

@@ -47,7 +47,8 @@ from testbed.machine.command import (
 )
 from testbed.machine.console import Console
 from testbed.machine.lifecycle import Watch
-from testbed.rack import Rack, RackNode, on_all
+from testbed.rack import Rack, on_all
+from testbed.rack_node import RackNode
 from testbed.warm import memory
 from testbed.warm.store import HOST_LACKS, MEMORY, STATE, Snapshot, Store
 from testbed.warm.wanted import INITRD, Wanted

@@ -25,7 +25,7 @@ from testbed.machine.registry import (
     list_racks,
     reserve,
 )
-from testbed.rack import AccessKeys
+from testbed.rack_node import AccessKeys
 from tests.contract.machine_fakes import run_python
 
 RESERVER = """

@@ -20,7 +20,8 @@ from testbed.errors import (
 )
 from testbed.machine.client import Exit
 from testbed.machine.command import NodeCommand
-from testbed.rack import Rack, RackNode
+from testbed.rack import Rack
+from testbed.rack_node import RackNode
 from testbed.topology.model import from_data
 from testbed.topology.placement import place
 from testbed.topology.plan import RackPlan

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from testbed.instruments.p2p_moves import engine_moves
-from testbed.rack import RackNode
+from testbed.rack_node import RackNode
 from testbed.topology import load
 from testbed.topology.matrix import Measured, Unknown
 from testbed.topology.peers import peers

@@ -16,7 +16,7 @@ from testbed.errors import AgentError, CapabilityMissing, ModuleError
 from testbed.guest import modules
 from testbed.host import built_modules, guest_modules, kmod_sources
 from testbed.host.prepare import Installation
-from testbed.rack import RackNode
+from testbed.rack_node import RackNode
 from testbed.topology import load, model
 from testbed.verbs import common
 from tests.vm.conftest import Start

@@ -13,7 +13,7 @@ from testbed.instruments.bench import Bench, CopyStatus, Engine
 from testbed.instruments.faults import FaultWatch
 from testbed.instruments.memory import Memory
 from testbed.models.registers import Common
-from testbed.rack import RackNode
+from testbed.rack_node import RackNode
 from testbed.results.evidence import Witness
 from testbed.results.judging import FaultWindow
 from testbed.topology import load

@@ -19,7 +19,8 @@ from testbed.errors import DeviceLost, InputError, LaunchError
 from testbed.host import paths
 from testbed.host.prepare import Installation
 from testbed.machine import own_devices, registry
-from testbed.rack import Rack, RackNode, attach
+from testbed.rack import Rack, attach
+from testbed.rack_node import RackNode
 from testbed.topology.compare import compare
 from testbed.topology.load import load
 from testbed.topology.oracle import iommu_groups

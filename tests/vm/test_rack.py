@@ -24,7 +24,8 @@ from testbed.errors import (
 )
 from testbed.host.prepare import Installation
 from testbed.machine.lifecycle import StopDeadlines
-from testbed.rack import Rack, RackNode, attach
+from testbed.rack import Rack, attach
+from testbed.rack_node import RackNode
 from testbed.topology.compare import compare
 from testbed.topology.plan import MODEL_KINDS, Function, NodePlan
 

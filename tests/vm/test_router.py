@@ -15,7 +15,7 @@ import pytest
 from testbed.deploy import StartOptions
 from testbed.errors import CapabilityMissing
 from testbed.guest import modules
-from testbed.rack import RackNode
+from testbed.rack_node import RackNode
 from testbed.topology import load
 from tests.vm.conftest import Start
 

@@ -16,7 +16,8 @@ from testbed.guest import modules
 from testbed.harness.sources import RunningSource
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.private_memory import MODULE
-from testbed.rack import Rack, RackNode
+from testbed.rack import Rack
+from testbed.rack_node import RackNode
 from testbed.results.verdicts import Verdict
 from testbed.topology import load
 from tests.vm.conftest import Start

@@ -15,7 +15,8 @@ from testbed.deploy import StartOptions
 from testbed.errors import ExitCode
 from testbed.guest import modules, switch_router
 from testbed.instruments.devices import find_device
-from testbed.rack import Rack, RackNode
+from testbed.rack import Rack
+from testbed.rack_node import RackNode
 from testbed.topology import load
 from testbed.topology import matrix as matrices
 from testbed.topology.oracle import P2pDecision, p2p_decision
