@@ -13,13 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed.deploy import COMMANDS_JSON, PLAN_JSON, TOPOLOGY_JSON, StartOptions, plan_data
+from testbed.deploy import StartOptions
 from testbed.host import paths, prepare, probe
 from testbed.machine import argv, models, own_devices, registry, spawn
 from testbed.machine.client import Exit
 from testbed.machine.command import CONSOLE_LOG, MODELS_SPEC, QEMU_LOG, LaunchContext
 from testbed.machine.console import read_tail
 from testbed.machine.processes import Command
+from testbed.run_products import COMMANDS_JSON, PLAN_JSON, TOPOLOGY_JSON, plan_data
 from testbed.topology import model, placement
 from testbed.topology.model import Topology
 

@@ -17,8 +17,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
+from testbed import run_products
 from testbed.errors import HostError, LostError, QmpError
 from testbed.guest import switch_router
 from testbed.host import accelerator as accelerators
@@ -34,7 +35,7 @@ from testbed.machine.command import MACHINE_STATE, MODELS_SPEC, LaunchContext, N
 from testbed.machine.processes import Command
 from testbed.rack import KEYS_FILE, Rack, on_all, record_of
 from testbed.rack_node import AccessKeys, RackNode
-from testbed.topology import model, placement
+from testbed.topology import placement
 from testbed.topology.model import Topology
 from testbed.topology.plan import RackPlan
 from testbed.warm import restore
@@ -48,13 +49,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 INITRD = "initrd.img"
-TOPOLOGY_JSON = "topology.json"
-PLAN_JSON = "plan.json"
-COMMANDS_JSON = "commands.json"
-VERSIONS_JSON = "versions.json"
 QMP = "testbed.machine.qmp"
-KERNEL_CONFIG = "config-"  # and the beginning of the kernel's identity
-KEPT_IDENTITY = 16
 
 # Ten times what an emulated boot takes on two busy cores; a machine that is dead is noticed at
 # once, so only one that hangs is waited for that long.
@@ -133,7 +128,7 @@ def _start(
         if begun:
             run_dir = begun.run_dir
         run_dir = (run_dir or paths.new_run_dir(reservation.name)).resolve()
-        _begin_run_dir(run_dir, plan)
+        run_products.begin(run_dir, plan)
         kernels = tuple(dict.fromkeys(node.kernel for node in topology.nodes.values()))
         installation = options.installation or _installation(kernels)
         accelerator = options.accelerator or accelerators.chosen(installation)
@@ -146,8 +141,8 @@ def _start(
         saved = _saved(plan, contexts, installation, options, run_dir, say)
         boot = functools.partial(_to_boot, plan, contexts, installation, keys)
         commands, processes, files = _commands(plan, reservation.folder, saved, boot)
-        _write(run_dir / COMMANDS_JSON, [dataclasses.asdict(command) for command in processes])
-        versions = _keep_versions(run_dir, topology, installation, accelerator)
+        run_products.write_commands(run_dir, processes)
+        versions = run_products.keep_versions(run_dir, topology, installation, accelerator)
         if not saved and QMP not in sys.modules:  # else it takes no time, or has time later
             keys.begin()
         keeper = _started(begun, reservation, processes, files, run_dir)
@@ -217,7 +212,7 @@ def _started(
         return begun.keeper_of(spawn.plan_of(reservation.folder, processes, run_dir), files)
     for place, content in files.items():
         if isinstance(content, str):
-            _write_text(reservation.folder / place, content)
+            run_products.write_text(reservation.folder / place, content)
     return spawn.start_keeper(reservation, processes, run_folder=run_dir)
 
 
@@ -264,27 +259,6 @@ def _installation(kernels: tuple[str, ...]) -> Installation:
     from testbed.host import prepare  # noqa: PLC0415  slow; commands have one already
 
     return prepare.prepare(kernels)
-
-
-def _keep_versions(
-    run_dir: Path, topology: Topology, installation: Installation, accelerator: str
-) -> dict[str, Any]:
-    """What the rack runs on, in its folder, with the kernels' configurations if they are known."""
-    versions = versions_of(installation, accelerator) | _own_versions(topology)
-    _write(run_dir / VERSIONS_JSON, versions)
-    for kernel in installation.kernels.values():
-        if kernel.config is not None:
-            file = run_dir / f"{KERNEL_CONFIG}{kernel.identity[:KEPT_IDENTITY]}"
-            try:
-                file.write_bytes(kernel.config.read_bytes())
-            except OSError as error:
-                raise HostError(f"cannot write {file}: {error.strerror}") from error
-    return versions
-
-
-def _own_versions(topology: Topology) -> dict[str, Any]:
-    own = own_devices.summary(topology)
-    return {"own_devices": own} if own else {}
 
 
 def _contexts(
@@ -414,70 +388,3 @@ def _start_routers(nodes: Iterable[RackNode], say: Callable[[str], None]) -> Non
     for node in (node for node in nodes if switch_router.is_wanted(node.plan)):
         if why_not := switch_router.start(node):
             say(f"{node.name}: its switches do not route what QEMU's devices send: {why_not}")
-
-
-def _begin_run_dir(run_dir: Path, plan: RackPlan) -> None:
-    """Make it, with what is known before anything is looked at on this host."""
-    try:
-        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise HostError(f"cannot make the run folder {run_dir}: {error.strerror}") from error
-    _write(run_dir / TOPOLOGY_JSON, model.to_data(plan.topology))
-    _write(run_dir / PLAN_JSON, plan_data(plan))
-
-
-def _write(path: Path, data: Any) -> None:
-    _write_text(path, json.dumps(data, indent=1, default=str) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise HostError(f"cannot write {path}: {error.strerror}") from error
-
-
-def plan_data(plan: RackPlan) -> dict[str, Any]:
-    """A placement as plain values, for JSON."""
-    return {
-        name: {
-            "pci_hole64_bytes": node.pci_hole64_bytes,
-            "last_bus": node.last_bus,
-            "functions": [
-                {
-                    **{k: _plain(v) for k, v in vars(function).items()},
-                    "bdf": function.bdf,
-                }
-                for function in node.functions
-            ],
-        }
-        for name, node in plan.nodes.items()
-    }
-
-
-def _plain(value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value
-
-
-def versions_of(installation: Installation, accelerator: str) -> dict[str, Any]:
-    """What the rack runs on, down to package hashes; goes into every record."""
-    return {
-        "qemu": installation.qemu.version,
-        "qemu_package": installation.qemu.package,
-        "qemu_identity": installation.qemu.identity,
-        "accelerator": accelerator,
-        "agent": installation.agent.hash,
-        "kernels": {
-            name: {
-                "release": kernel.release,
-                "build_id": kernel.build_id,
-                "sha256": kernel.sha256,
-                "pvh": kernel.pvh,
-            }
-            for name, kernel in installation.kernels.items()
-        },
-        "packages": {
-            name: [dataclasses.asdict(package) for package in locked]
-            for name, locked in installation.packages.items()
-        },
-    }

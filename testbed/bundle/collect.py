@@ -17,13 +17,13 @@ from pathlib import Path, PurePosixPath
 from testbed.bundle import archive, manifest
 from testbed.bundle.manifest import LeftOut, Manifest
 from testbed.bundle.scrub import SCRUBBED, scrubber
-from testbed.deploy import KERNEL_CONFIG
 from testbed.errors import InputError
 from testbed.host import places
 from testbed.page.render import render
 from testbed.reports.runner import REPORT_YAML
 from testbed.results import options, record
 from testbed.results.ktap import one_line
+from testbed.run_products import KERNEL_CONFIG
 
 SUFFIX = ".testbed.zip"
 INDEX = "index.html"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed import __version__, deploy
+from testbed import __version__, deploy, run_products
 from testbed.bundle import compare
 from testbed.bundle.compare import Difference, Here
 from testbed.bundle.scrub import scrubber
@@ -64,7 +64,7 @@ def replay(
     accelerator = probe.accelerator(installation)
     here = Here(
         __version__,
-        deploy.versions_of(installation, accelerator),
+        run_products.versions_of(installation, accelerator),
         facts.host_facts(),
         to_data(told.topology),
     )
@@ -158,7 +158,7 @@ def _commands(told: Told, run_dir: Path) -> tuple[str, ...]:
     scrub = scrubber(places.places(run_dir))
     found: list[str] = []
     for name, content in sorted(told.bundle.members.items()):
-        if name.rpartition("/")[2] != deploy.COMMANDS_JSON:
+        if name.rpartition("/")[2] != run_products.COMMANDS_JSON:
             continue
         try:
             ours = json.loads(scrub((run_dir / name).read_bytes()))

@@ -74,7 +74,7 @@ def setup(
 
     What is made already is left alone: a second set-up asks no mirror and takes no time.
     """
-    from testbed import deploy
+    from testbed import run_products
     from testbed.benchmarks import virtme as peer
     from testbed.host import prepare, probe
     from testbed.verbs.install import builders, install, options
@@ -92,7 +92,7 @@ def setup(
     if update_lock:
         prepare.update_lock(sets)
     accelerator = probe.accelerator(installation)
-    versions = deploy.versions_of(installation, accelerator)
+    versions = run_products.versions_of(installation, accelerator)
     if form == "json":
         print_json("testbed.setup/1", {"versions": versions})
     elif not quiet:

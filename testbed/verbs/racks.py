@@ -199,7 +199,7 @@ def ps(form: str) -> None:
 @format_option("json", default="json")
 def inspect(rack: str, form: str) -> None:  # noqa: ARG001  (one form, for now)
     """Everything about RACK as JSON: state, versions, and where each function stands."""
-    from testbed import deploy
+    from testbed import run_products
     from testbed.host import paths
     from testbed.machine import registry
     from testbed.rack import attach, split_name
@@ -213,6 +213,6 @@ def inspect(rack: str, form: str) -> None:  # noqa: ARG001  (one form, for now)
                 **_summary(info),
                 "versions": running.versions,
                 "topology": info.record.topology if info.record else None,
-                "plan": deploy.plan_data(running.plan),
+                "plan": run_products.plan_data(running.plan),
             },
         )

@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 
 from testbed import deploy
-from testbed.deploy import COMMANDS_JSON
 from testbed.errors import ExitCode
 from testbed.harness.runner import Choice, RunResult, run_suites
 from testbed.harness.sources import TopologySource
@@ -21,6 +20,7 @@ from testbed.instruments.mutations import Mutation
 from testbed.rack import Rack
 from testbed.results.record import RunRecord
 from testbed.results.verdicts import Outcome, Verdict, by_requirement
+from testbed.run_products import COMMANDS_JSON
 from testbed.topology.model import Topology
 
 
