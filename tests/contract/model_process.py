@@ -70,11 +70,17 @@ class Vfio:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
+        self._number = 0
         self.call(Command.VERSION, wire.encode_version(0, 0, wire.OURS))
 
     def call(self, command: int, payload: bytes) -> bytes:
-        self.socket.sendall(wire.encode_header(1, command, len(payload)) + payload)
+        self._number += 1
+        self.socket.sendall(wire.encode_header(self._number, command, len(payload)) + payload)
         header = wire.HEADER.decode(self.receive(16))
+        # A model that died just after an answer has another given in its place; QEMU drops that.
+        while header.message_id != self._number:
+            self.receive(header.size - 16)
+            header = wire.HEADER.decode(self.receive(16))
         assert not header.flags & wire.HeaderFlag.ERROR
         return self.receive(header.size - 16)
 
