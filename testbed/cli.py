@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 
+from testbed import interrupts
 from testbed.machine import early
 
 TYPE_CHECKING = False  # typing's, without the rest of it
@@ -32,15 +33,9 @@ _NOT_STARTING = frozenset(("-h", "--help", "--rack", "--list", "-j", "--jobs"))
 _OURS = ("testbed", "guest_agent")
 
 
-def _interrupt(_signal: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and end the process with its exit code."""
-    # Asked to end, by whichever signal: unwind, so that racks and files go away.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    interrupts.heed()
     debug = "--debug" in (sys.argv if arguments is None else arguments) or bool(
         os.environ.get("TESTBED_DEBUG")
     )
