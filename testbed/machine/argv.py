@@ -271,8 +271,10 @@ def _bell(function: Function, _: Node) -> list[str]:
 
 
 def _network(function: Function, _: Node) -> list[str]:
-    # No option ROM and no I/O ports: nothing boots from it, and I/O space is scarce.
-    more = {"netdev": "net0", "romfile": "", "disable-legacy": "on"}
+    # No option ROM and no I/O ports: nothing boots from it, and I/O space is scarce. A restored
+    # guest has nobody to tell that it has moved: its network is QEMU's own.
+    more: Properties = {"netdev": "net0", "romfile": "", "disable-legacy": "on"}
+    more |= {"guest_announce": False}
     return _device("virtio-net-pci", _place(function) | more)
 
 

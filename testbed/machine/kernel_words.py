@@ -16,7 +16,8 @@ PANIC_WORDS = ("panic=-1", "oops=panic")
 
 # An emulated processor has no speculation to guard against, its clocks need no calibration, and its
 # every instruction costs: without the self-tests of ciphers and the clearing of each page twice, a
-# cold boot takes a fifth less. None of it is under test, and none of it taints the kernel.
+# cold boot takes a fifth less; statistics of pressure and of memory's use are work without end.
+# None of it is under test, and none of it taints the kernel.
 TCG_WORDS = (
     "mitigations=off",
     "tsc=reliable",
@@ -24,6 +25,8 @@ TCG_WORDS = (
     "cryptomgr.notests",
     "init_on_alloc=0",
     "noreplace-smp",
+    "psi=0",
+    "damon_stat.enabled=0",
 )
 
 # Linux would set I/O ports aside below every port that can hot-plug. There are too few, and it then
