@@ -34,13 +34,6 @@ def _end(number: int, _frame: FrameType | None) -> None:
     raise Ended(number)
 
 
-def _take_stdout() -> int:
-    """Move the protocol's descriptor out of the way, so that a stray print goes to stderr."""
-    protocol = os.dup(1)
-    os.dup2(2, 1)
-    return protocol
-
-
 def _hello(agent_hash: str) -> bytes:
     kernel = "".join(c for c in os.uname().release if c.isalnum() or c in "._+-~")
     return (
@@ -49,31 +42,50 @@ def _hello(agent_hash: str) -> bytes:
     ).encode()
 
 
-def run(agent_hash: str, before_serving: Callable[[], None] = lambda: None) -> int:
-    """Serve until stdin ends, the reader of stdout is gone, or a signal comes.
+def get_ready(agent_hash: str) -> bytes:
+    """All that an agent's process can do before it has a connection.
+
+    From here on a stray print goes to stderr, and a signal raises :class:`Ended`.
+
+    :returns: what it says first.
+    """
+    os.dup2(2, 1)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, _end)
+    return _hello(agent_hash)
+
+
+def serve(
+    reading: int, writing: int, hello: bytes, before_serving: Callable[[], None] = lambda: None
+) -> int:
+    """Serve until ``reading`` ends, nobody reads what is written, or a signal comes.
 
     Whatever ends it, every driver binding, container, buffer and eventfd is given back.
 
+    :param hello: from :func:`get_ready`.
     :param before_serving: called after the hello; calls wait for its end.
     :returns: the process's exit status.
     """
-    protocol = _take_stdout()
     agent = None
     try:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, _end)
-        os.write(protocol, _hello(agent_hash))
+        os.write(writing, hello)
         before_serving()
         from guest_agent.agent import Agent  # noqa: PLC0415  loaded after the hello
 
         agent = Agent()
-        agent.serve(0, protocol)
+        agent.serve(reading, writing)
     except ConnectionError:
-        pass  # nobody reads the answers any more: as good as the end of stdin
+        pass  # nobody reads the answers any more: as good as the end of what is read
     except Ended as ended:
         return 128 + ended.number
     finally:
         if agent is not None:
             for problem in agent.release():
-                print(f"agent: {problem}", file=sys.stderr)  # noqa: T201  stdout is the protocol
+                print(f"agent: {problem}", file=sys.stderr)  # noqa: T201  whoever is there sees it
     return 0
+
+
+def run(agent_hash: str) -> int:
+    """Serve on stdin and stdout; as :func:`serve`."""
+    writing = os.dup(1)  # out of the way of stray prints
+    return serve(0, writing, get_ready(agent_hash))

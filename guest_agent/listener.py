@@ -24,7 +24,6 @@ from guest_agent import channel
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import NoReturn
 
 ADDRESS = "10.0.2.15"  # images/init gives it to the card of QEMU's user network
@@ -62,6 +61,9 @@ def run(agent_hash: str, words: list[str]) -> int:
 def _first_agent(agents: _socket.socket, shells: _socket.socket, agent_hash: str) -> int:
     """Fork the agent to which the first connection says who this machine is.
 
+    What it does after that connection is new to the restored machine's QEMU, which has to translate
+    it: so it does all else before.
+
     :returns: what can be read when this machine is that.
     """
     from guest_agent import resume  # noqa: PLC0415
@@ -71,24 +73,27 @@ def _first_agent(agents: _socket.socket, shells: _socket.socket, agent_hash: str
         os.close(says)
         resume.let_go()
         return became
+    status = 1
     try:
         os.close(became)
-        resume.be_quick()
+        shells.close()
+        hello = _become_agent(agent_hash)
         wire = _accept(agents)
+        agents.close()
         if not resume.answer(wire):
 
             def before_serving() -> None:
                 try:
-                    resume.settle(0)  # the wire's number then
+                    resume.settle(wire)
                 except Exception as error:  # whoever looks at the console may know more
                     os.write(2, f"{type(error).__name__}: {error}\n".encode())
                     raise
                 os.write(says, b"\n")
                 os.close(says)
 
-            _serve_on(wire, agent_hash, (agents, shells), before_serving)
+            status = channel.serve(wire, wire, hello, before_serving)
     finally:
-        os._exit(1)
+        _end(status)
 
 
 def _listen(port: int) -> _socket.socket:
@@ -135,27 +140,25 @@ def _serve(agents: _socket.socket, shells: _socket.socket, agent_hash: str) -> N
 
 def _agent(wire: int, agent_hash: str, ours: tuple[_socket.socket, ...]) -> None:
     """Fork an agent that speaks over ``wire``."""
-    if not os.fork():
-        _serve_on(wire, agent_hash, ours)
-
-
-def _serve_on(
-    wire: int,
-    agent_hash: str,
-    ours: tuple[_socket.socket, ...],
-    before_serving: Callable[[], None] = lambda: None,
-) -> NoReturn:
-    """Be the agent that speaks over ``wire``."""
+    if os.fork():
+        return
     status = 1
     try:
-        os.setsid()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        hello = _become_agent(agent_hash)
         for listener in ours:
             listener.close()
-        os.dup2(wire, 0)
-        os.dup2(wire, 1)
-        os.close(wire)
-        status = channel.run(agent_hash, before_serving)
+        status = channel.serve(wire, wire, hello)
     finally:
-        sys.stderr.flush()
-        os._exit(status)
+        _end(status)
+
+
+def _become_agent(agent_hash: str) -> bytes:
+    """Be a process of its own. :returns: what it says first."""
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return channel.get_ready(agent_hash)
+
+
+def _end(status: int) -> NoReturn:
+    sys.stderr.flush()
+    os._exit(status)

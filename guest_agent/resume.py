@@ -11,6 +11,7 @@ its length in SIZE_DIGITS decimal digits. Calls wait for it, and for the drivers
 
 from __future__ import annotations
 
+import _socket
 import binascii
 import contextlib
 import fcntl
@@ -37,6 +38,9 @@ MADV_POPULATE_WRITE = 23  # include/uapi/asm-generic/mman-common.h; Linux 5.14
 SPARED_KIB = 64 << 10  # for the kernel, which must not look for memory meanwhile
 HOST_KEY = "/etc/dropbear/host_key"
 AUTHORIZED = "/root/.ssh/authorized_keys"
+RANDOM = "/dev/urandom"
+HOST_NAME = "/proc/sys/kernel/hostname"
+NAME_FILE = "/etc/hostname"
 
 # What a test would load first; and where the host put what it built for this kernel.
 KERNEL_MODULES = ("vfio_pci", "vfio_iommu_type1")
@@ -46,6 +50,7 @@ DISK_CLASS = "0x0108"
 SETTLE_S = 5.0
 PAUSE_S = 0.01
 
+_own: dict[str, int] = {}  # files for what this machine has of its own, empty and open
 _kept: list[Kept] = []  # by function that is as after a reset in the restored machine
 _drivers: list[tuple[str, str]] = []  # functions that had one
 
@@ -69,6 +74,25 @@ def release(functions: Sequence[str]) -> None:
             write(f"{PCI}/drivers/{driver}/unbind", function.encode())
             _drivers.append((function, driver))
     _kept.extend(Kept(function) for function in functions)
+
+
+def open_own() -> None:
+    """Make room for what a machine has of its own; to find a file takes a restored one long."""
+    for path in (RANDOM, HOST_NAME, NAME_FILE, HOST_KEY, AUTHORIZED):
+        _own[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+
+
+def connect_once() -> None:
+    """Have the kernel make its network's secrets, and then patch the code that looks for them.
+
+    It does so at the first connection (include/linux/once.h).
+    """
+    listener, wire = _socket.socket(), _socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(1)
+    wire.connect(listener.getsockname())
+    wire.close()
+    listener.close()
 
 
 def clear_free_memory() -> None:
@@ -136,21 +160,23 @@ def become(words: list[bytes]) -> None:
     """
     entropy, time_s, name, host_key, *client_key = words
     seed = binascii.a2b_base64(entropy)
-    with open("/dev/urandom", "wb", buffering=0) as pool:
-        fcntl.ioctl(pool, RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
-        fcntl.ioctl(pool, RNDRESEEDCRNG)
+    fcntl.ioctl(_own[RANDOM], RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
+    fcntl.ioctl(_own[RANDOM], RNDRESEEDCRNG)
     time.clock_settime(time.CLOCK_REALTIME, float(time_s))
-    write("/proc/sys/kernel/hostname", name)
-    write("/etc/hostname", name + b"\n")
-    write(HOST_KEY, binascii.a2b_base64(host_key))
-    write(AUTHORIZED, b" ".join(client_key) + b"\n")
+    os.write(_own[HOST_NAME], name)
+    os.write(_own[NAME_FILE], name + b"\n")
+    os.write(_own[HOST_KEY], binascii.a2b_base64(host_key))
+    os.write(_own[AUTHORIZED], b" ".join(client_key) + b"\n")
 
 
 def let_go() -> None:
-    """In a process that gives nothing back, or has done so."""
+    """In a process that puts nothing in place, or has done so."""
     for each in _kept:
         each.close()
     _kept.clear()
+    for fd in _own.values():
+        os.close(fd)
+    _own.clear()
 
 
 def reseed() -> None:
@@ -159,24 +185,13 @@ def reseed() -> None:
         sys.modules["random"].seed()
 
 
-def be_quick() -> None:
-    """Before everyone else: as soon as devices are found, the kernel begins to probe disks."""
-    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-
-
-def be_ordinary() -> None:
-    """As any process."""
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
-
-
 def settle(wire: int) -> None:
     """All that need not be before the hello; returns when disks are there, as after a boot.
 
     :raises EOFError: the host went away. :raises ValueError, OSError: as :func:`become`.
     """
-    be_ordinary()
-    let_go()
     become(read_message(wire))
+    let_go()
     reseed()
     for function, driver in _drivers:
         with contextlib.suppress(OSError):  # as in a boot, where its driver does not want it
@@ -210,6 +225,8 @@ def get_ready(functions: Sequence[str]) -> None:
         os.makedirs("/root/.ssh", 0o700, exist_ok=True)
         load_agent()
         load_modules()
+        open_own()
+        connect_once()
         release(functions)
         clear_free_memory()
     except Exception as error:
