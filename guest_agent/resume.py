@@ -41,12 +41,14 @@ AUTHORIZED = "/root/.ssh/authorized_keys"
 RANDOM = "/dev/urandom"
 HOST_NAME = "/proc/sys/kernel/hostname"
 NAME_FILE = "/etc/hostname"
+DISKS_FILE = "/etc/testbed/disks"  # guest_agent/hw/storage.py reads it
 
 # What a test would load first; and where the host put what it built for this kernel.
 KERNEL_MODULES = ("vfio_pci", "vfio_iommu_type1")
 SENT_MODULES = "/etc/testbed/modules"
 PCI = "/sys/bus/pci"
-DISK_CLASS = "0x0108"
+DISK_DRIVER = "nvme"
+DISKS, WITHOUT_DISKS = b"disks", b"without_disks"
 SETTLE_S = 5.0
 PAUSE_S = 0.01
 
@@ -78,7 +80,7 @@ def release(functions: Sequence[str]) -> None:
 
 def open_own() -> None:
     """Make room for what a machine has of its own; to find a file takes a restored one long."""
-    for path in (RANDOM, HOST_NAME, NAME_FILE, HOST_KEY, AUTHORIZED):
+    for path in (RANDOM, HOST_NAME, NAME_FILE, HOST_KEY, AUTHORIZED, DISKS_FILE):
         _own[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
 
 
@@ -155,10 +157,12 @@ def become(words: list[bytes]) -> None:
     """Take on what the host says, entropy first.
 
     :param words: entropy (base64), the time in seconds, the name, the host's private key (base64),
-        and the public key of who may log in, which alone has spaces.
+        the public key of who may log in, which alone has spaces, and whether disks are wanted.
     :raises ValueError: it is no such message. :raises OSError: the kernel refused something.
     """
-    entropy, time_s, name, host_key, *client_key = words
+    entropy, time_s, name, host_key, *client_key, disks = words
+    if disks not in (DISKS, WITHOUT_DISKS):
+        raise ValueError(f"{disks!r} says nothing of disks")
     seed = binascii.a2b_base64(entropy)
     fcntl.ioctl(_own[RANDOM], RNDADDENTROPY, struct.pack("ii", 8 * len(seed), len(seed)) + seed)
     fcntl.ioctl(_own[RANDOM], RNDRESEEDCRNG)
@@ -167,6 +171,7 @@ def become(words: list[bytes]) -> None:
     os.write(_own[NAME_FILE], name + b"\n")
     os.write(_own[HOST_KEY], binascii.a2b_base64(host_key))
     os.write(_own[AUTHORIZED], b" ".join(client_key) + b"\n")
+    os.write(_own[DISKS_FILE], disks)
 
 
 def let_go() -> None:
@@ -186,22 +191,23 @@ def reseed() -> None:
 
 
 def settle(wire: int) -> None:
-    """All that need not be before the hello; returns when disks are there, as after a boot.
+    """All that need not be before the hello; returns when disks are there, as after a boot, unless
+    the host says that nobody will look at them: then they stay without a driver.
 
     :raises EOFError: the host went away. :raises ValueError, OSError: as :func:`become`.
     """
-    become(read_message(wire))
+    words = read_message(wire)
+    become(words)
     let_go()
     reseed()
+    if words[-1] == WITHOUT_DISKS:
+        _drivers[:] = [each for each in _drivers if each[1] != DISK_DRIVER]
     for function, driver in _drivers:
         with contextlib.suppress(OSError):  # as in a boot, where its driver does not want it
             write(f"{PCI}/drivers/{driver}/bind", function.encode())
     deadline_s = time.monotonic() + SETTLE_S
-    for function, _ in _drivers:
-        with open(f"{PCI}/devices/{function}/class") as file:
-            if not file.read().startswith(DISK_CLASS):
-                continue
-        while not has_disk(function) and time.monotonic() < deadline_s:
+    for function, driver in _drivers:
+        while driver == DISK_DRIVER and not has_disk(function) and time.monotonic() < deadline_s:
             time.sleep(PAUSE_S)
 
 

@@ -67,6 +67,7 @@ class StartOptions:
     ``trust``         run the Python files that the topology names as devices.
     ``verbose_console``  the guest kernel prints its whole log while it boots.
     ``warm``          restore each machine, booted once and saved, instead of booting it.
+    ``disks``         False: nobody will look at disks; restored, they are left without a driver.
     ``again``         the command's next start of the same may begin ahead
                       (:mod:`testbed.machine.ahead`).
     ``router``        switches route what QEMU's own devices send (docs/switch-router.md).
@@ -80,6 +81,7 @@ class StartOptions:
     kernel_args: tuple[str, ...] = ()
     verbose_console: bool = False
     warm: bool = False
+    disks: bool = True
     again: bool = False
     router: bool = True
     trust: bool = False
@@ -153,7 +155,7 @@ def _start(
         restart = _Restart(plan, keeper, boot, reservation.folder, options, say)
         rack = Rack(keeper, plan, access, versions, owner=True, commands=commands, restart=restart)
         try:
-            restore.resume(rack, saved, keys.get, options.timeout_s)
+            restore.resume(rack, saved, keys.get, options.timeout_s, disks=options.disks)
             access().write(reservation.folder / KEYS_FILE)
             reservation.write_record(record_of(rack, time.time(), reservation.folder / KEYS_FILE))
             on_all(rack, lambda node: _await_hello(node, reservation.folder, options.timeout_s))

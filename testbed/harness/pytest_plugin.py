@@ -20,12 +20,14 @@ what is dear to make); ``observe`` takes evidence and judgements
 module's function ``rack_variants(topology)`` describes; ``mutation`` is the deliberate break in
 force (:mod:`testbed.instruments.mutations`); ``faults`` lets model devices go wrong and takes it
 back, ``witness("gpu0")`` counts what one does in a ``with`` block
-(:mod:`testbed.harness.device_faults`, docs/faults.md).
+(:mod:`testbed.harness.device_faults`, docs/faults.md); ``disks`` is for who looks at the kernel's
+disks.
 
 Markers: ``requirement("ID", …)`` names what a test shows; ``gated_by("ID")`` skips it unless the
 tests of ID have passed before; ``boots("name", …)`` lets these variants boot in the background as
 soon as a test that uses them is chosen (:mod:`testbed.harness.early`); ``pristine`` gives a test a
-machine that no other has used.
+machine that no other has used; ``without_disks`` says that it looks at no disk, nor at what one's
+driver makes: a machine that it has alone, and that is restored, then has none for them.
 
 Ends: an AssertionError is a FAIL, :class:`~testbed.errors.LostError` is LOST (the next test gets a
 fresh machine), :class:`~testbed.errors.CapabilityMissing` is a SKIP, anything else is an ERROR.
@@ -58,6 +60,7 @@ _MARKERS = (
     "gated_by(id, ...): skip unless the tests of these requirements passed before",
     "boots(variant, ..., when=fits): these variants (the rack itself) may boot early if fits(plan)",
     "pristine: start on a machine that no other test has used",
+    "without_disks: it looks at no disk, so disks of a machine of its own need no driver",
 )
 
 
@@ -170,6 +173,12 @@ def policy(request: pytest.FixtureRequest) -> str:
 def observe(request: pytest.FixtureRequest) -> Observer:
     """Takes the test's evidence and judgements."""
     return _session(request).observer(request.node)
+
+
+@pytest.fixture
+def disks() -> None:
+    """Asked for by whoever looks at disks, or at what their drivers make: in a test that is marked
+    ``without_disks`` that is an ERROR."""
 
 
 @pytest.fixture

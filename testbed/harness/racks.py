@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from testbed.errors import CapabilityMissing, TestbedError
-from testbed.harness.spares import Machine, Spares, Value, has_room
+from testbed.harness.spares import Kind, Machine, Spares, Value, has_room
 from testbed.instruments.device_records import records
 from testbed.instruments.interface import Rack, RackNode, RackSource
 from testbed.machine.command import CONSOLE_LOG
@@ -51,7 +51,8 @@ class LiveRack:
 
     Tests of one kind make the same values (:meth:`once`) when they are set up. So a machine that
     gets ready for a test, while another one runs, is given these before: by the same functions, in
-    the same order. Only those that say that they may be made ``ahead``.
+    the same order. Only those that say that they may be made ``ahead``. And a machine that is begun
+    for tests that look at no disk need not give disks their driver.
     """
 
     def __init__(self, source: RackSource, topology: Topology, label: str) -> None:
@@ -66,9 +67,9 @@ class LiveRack:
             lambda machine: self._end_aside(machine.rack, unused=True),
             lambda racks: has_room(topology, racks),
         )
-        self._makers: dict[object, tuple[_Maker, ...]] = {}  # of what tests of a kind make at first
+        self._makers: dict[Kind | None, tuple[_Maker, ...]] = {}  # what tests of a kind make first
         self._recorded: list[_Maker] = []
-        self._kind: object = None  # of the test that runs on a fresh machine, None of any other
+        self._kind: Kind | None = None  # of a test that wants a fresh machine
         self._ends: list[threading.Thread] = []  # of machines that were in use
         self._why_gone = ""
         self._kept: dict[object, Value] = {}
@@ -76,7 +77,7 @@ class LiveRack:
         self.touched = False  # by the test that runs
         self.used = False  # by any test
         self.serves_one_test = False  # so that what it leaves behind is nobody's concern
-        self._upcoming: Sequence[object] | None = None  # until machines have begun for them
+        self._upcoming: Sequence[Kind | None] | None = None  # until machines have begun for them
         self.last_versions: Mapping[str, Any] = {}
         self.devices: list[DeviceRecord] = []  # of its machines that have ended
 
@@ -84,10 +85,12 @@ class LiveRack:
         """Begin to boot in the background, if that has not been done."""
         if self._future is not None:
             return
-        machine = self._spares.take(self._kind) or self._begin()
+        machine = self._spares.take(self._kind) or self._begin(self._kind, ahead=False)
         self._future, self._kept = machine.rack, machine.made
 
-    def set_up(self, kind: object, upcoming: Sequence[object] = (), *, alone: bool = False) -> None:
+    def set_up(
+        self, kind: Kind | None, upcoming: Sequence[Kind | None] = (), *, alone: bool = False
+    ) -> None:
         """A test of that kind begins to be set up; None: one that does not want a fresh machine.
 
         :param upcoming: the kinds of the next tests that want one: when this test has its machine,
@@ -102,23 +105,24 @@ class LiveRack:
         if self._kind is not None:
             self._makers.setdefault(self._kind, tuple(self._recorded))
 
-    def _begin(self, kind: object = None) -> Machine:
+    def _begin(self, kind: Kind | None, *, ahead: bool = True) -> Machine:
         self._starts += 1
-        makers = self._makers.get(kind, ())
-        machine = Machine(kind if makers else None)
+        makers = self._makers.get(kind, ()) if ahead else ()
+        disks = kind is None or kind.disks or not self.ours
+        machine = Machine(kind if makers else None, disks)
         future = machine.rack
         label = self._label if self._starts == 1 else f"{self._label}-{self._starts}"
 
         def boot() -> None:
             try:
-                rack = self._source.start(self._topology, label)
+                rack = self._source.start(self._topology, label, disks=disks)
                 try:
                     for maker in makers:
                         machine.made[maker.key] = maker.value(rack)
                 except Exception:  # the test itself meets it, on a machine that it did not touch
                     machine.made.clear()
                     rack.close()
-                    rack = self._source.start(self._topology, f"{label}-again")
+                    rack = self._source.start(self._topology, f"{label}-again", disks=disks)
                 future.set_result(rack)
             except BaseException as error:  # raised where it is waited for
                 future.set_exception(error)

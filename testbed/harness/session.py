@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from testbed.errors import CapabilityMissing, LostError, ModuleStays
+from testbed.errors import CapabilityMissing, LostError, ModuleStays, TestbedError
 from testbed.harness import early
 from testbed.harness.racks import RackPool
-from testbed.harness.spares import most_at_once
+from testbed.harness.spares import Kind, most_at_once
 from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 REQUIREMENT = "requirement"
 GATED_BY = "gated_by"
 PRISTINE = "pristine"
+WITHOUT_DISKS = "without_disks"
+DISKS = "disks"  # the fixture of who looks at them
 VARIANTS_HOOK = "rack_variants"  # a module's function: topology → {name: topology}
 
 _VERDICT = "testbed_verdict"  # pytest's reports carry it from the test to the terminal
@@ -174,7 +176,7 @@ class ConformanceSession:
         alone = self._is_alone(item, nextitem)
         self.pool.main.set_up(self._kind(item, alone), self._upcoming(nextitem), alone=alone)
 
-    def _upcoming(self, nextitem: pytest.Item | None) -> list[object]:
+    def _upcoming(self, nextitem: pytest.Item | None) -> list[Kind | None]:
         """The kinds of the tests whose machines shall get ready while one runs."""
         if nextitem is None:
             return []
@@ -194,13 +196,14 @@ class ConformanceSession:
         """On its machine: none was there before, and the next test has another."""
         return self._wants_pristine(item) and (nextitem is None or self._wants_pristine(nextitem))
 
-    def _kind(self, item: pytest.Item, alone: bool) -> object:
-        """The same for pristine tests that are set up in the same way."""
+    def _kind(self, item: pytest.Item, alone: bool) -> Kind | None:
+        """The same for pristine tests that are set up in the same way; None for others."""
         if not self._wants_pristine(item):
             return None
         several = len(self.pool.source.plan.nodes) > 1
         case = item.callspec.id if isinstance(item, pytest.Function) and _has_case(item) else ""
-        return item.path, tuple(_fixtures(item)), item.name if several else case, alone
+        set_up = item.path, tuple(_fixtures(item)), item.name if several else case, alone
+        return Kind(set_up, disks=not (alone and _is_without_disks(item)))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self) -> None:
@@ -212,8 +215,13 @@ class ConformanceSession:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Hold back what a gate forbids. CapabilityMissing: SKIP."""
+        """Hold back what a gate forbids. CapabilityMissing: SKIP.
+
+        :raises TestbedError: it says that it looks at no disk, and has a fixture that does.
+        """
         item.stash[_BEGAN] = (time.time(), self._console_sizes())
+        if _is_without_disks(item) and DISKS in _fixtures(item):
+            raise TestbedError(f"it is marked {WITHOUT_DISKS}, and asks for the fixture '{DISKS}'")
         for gate in _marked(item, GATED_BY):
             self._check_gate(gate)
 
@@ -394,6 +402,10 @@ def _marked(item: pytest.Item, name: str) -> tuple[str, ...]:
     """The identifiers given to the marker, nearest first, each once."""
     words = (str(word) for marker in item.iter_markers(name) for word in marker.args)
     return tuple(dict.fromkeys(words))
+
+
+def _is_without_disks(item: pytest.Item) -> bool:
+    return item.get_closest_marker(WITHOUT_DISKS) is not None
 
 
 def _has_case(item: pytest.Function) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -65,17 +66,16 @@ class TopologySource:
         if began is not None and began.done() and began.exception() is None:
             began.result().close()
 
-    def start(self, topology: Topology, label: str) -> Rack:
+    def start(self, topology: Topology, label: str, *, disks: bool = True) -> Rack:
         """Boot; LaunchError, LostError."""
         if self._began is not None and topology is self.topology and label == MAIN:
             began, self._began = self._began, None
             return began.result()
-        return self._boot(topology, label)
+        return self._boot(topology, label, disks=disks)
 
-    def _boot(self, topology: Topology, label: str) -> Rack:
-        return deploy.start(
-            topology, run_dir=self._run_dir / label, options=self._options, say=self._say
-        )
+    def _boot(self, topology: Topology, label: str, *, disks: bool = True) -> Rack:
+        options = replace(self._options or deploy.StartOptions(), disks=disks)
+        return deploy.start(topology, run_dir=self._run_dir / label, options=options, say=self._say)
 
     def run_program(self, program: Path, label: str, timeout_s: float) -> bare.ProgramEnd:
         """Run a program in the kernel's place, on a machine as the first node's; HostError."""
@@ -102,11 +102,11 @@ class RunningSource(TopologySource):
         self._rack = rack.attach(name)
         super().__init__(self._rack.topology, run_dir, options=options)
 
-    def start(self, topology: Topology, label: str) -> Rack:
+    def start(self, topology: Topology, label: str, *, disks: bool = True) -> Rack:
         """The rack itself, or a variant of it."""
         if topology is self.topology:
             return self._rack
-        return super().start(topology, label)
+        return super().start(topology, label, disks=disks)
 
 
 def engine_sources(

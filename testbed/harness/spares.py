@@ -3,7 +3,7 @@
 
 A machine is begun for a test of some kind, in the order of the tests. What it is given before that
 test begins is what tests of that kind make first of all; so it serves tests of its kind alone, and
-one that was given nothing serves any.
+one that was given nothing serves any. One whose disks have no driver serves nobody who may look.
 """
 
 from __future__ import annotations
@@ -20,17 +20,36 @@ from testbed.topology.model import Topology
 Value = tuple[object, Callable[[Any], None], str]  # kept: what, how it is closed, who holds it
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What tests have in common that can take each other's machines.
+
+    ``set_up``  equal for those that make the same first of all.
+    ``disks``   False: they have their machine alone, and look at no disk of it.
+    """
+
+    set_up: object
+    disks: bool = True
+
+
 @dataclass
 class Machine:
-    """One on its way; ``made``: what its first test would make first of all."""
+    """One on its way; ``made``: what its first test would make first of all.
 
-    kind: object
+    ``kind``   of its tests; None: it is given nothing.
+    ``disks``  they have their driver.
+    """
+
+    kind: Kind | None
+    disks: bool = True
     rack: Future[Rack] = field(default_factory=Future)
     made: dict[object, Value] = field(default_factory=dict)
 
-    def serves(self, kind: object) -> bool:
-        """Whether a test of that kind finds on it nothing but what it would have made."""
-        return self.kind in (None, kind)
+    def serves(self, kind: Kind | None) -> bool:
+        """Whether a test of that kind finds on it all that it may look at, and nothing but what it
+        would have made."""
+        spared = kind is not None and not kind.disks
+        return self.kind in (None, kind) and (self.disks or spared)
 
 
 class Spares:
@@ -43,7 +62,7 @@ class Spares:
 
     def __init__(
         self,
-        begin: Callable[[object], Machine],
+        begin: Callable[[Kind | None], Machine],
         end: Callable[[Machine], None],
         holds: Callable[[int], bool] = lambda _: True,
     ) -> None:
@@ -52,20 +71,19 @@ class Spares:
         self._holds = holds
         self._machines: list[Machine] = []  # the one that began first is first
 
-    def take(self, kind: object) -> Machine | None:
+    def take(self, kind: Kind | None) -> Machine | None:
         """One for a test of that kind, which is not a spare any more."""
-        for machine in self._machines:
-            if machine.serves(kind):
-                self._machines.remove(machine)
-                return machine
-        return None
+        found = _best(self._machines, kind)
+        if found is not None:
+            self._machines.remove(found)
+        return found
 
-    def prepare(self, kinds: Sequence[object]) -> None:
+    def prepare(self, kinds: Sequence[Kind | None]) -> None:
         """Have one for each of the next tests, which are of these kinds, and no other."""
         unused, kept = self._machines, []
         missing = []
         for kind in kinds:
-            found = next((each for each in unused if each.serves(kind)), None)
+            found = _best(unused, kind)
             if found is None:
                 missing.append(kind)
             else:
@@ -83,6 +101,12 @@ class Spares:
         """All, none of which is a spare any more."""
         machines, self._machines = self._machines, []
         return machines
+
+
+def _best(machines: Sequence[Machine], kind: Kind | None) -> Machine | None:
+    """The first for a test of that kind; one with disks only if there is none without."""
+    serving = [machine for machine in machines if machine.serves(kind)]
+    return min(serving, key=lambda machine: machine.disks, default=None)
 
 
 def most_at_once(topology: Topology) -> int:

@@ -166,5 +166,8 @@ class RackSource(Protocol):
     def restartable(self) -> bool:
         """A fresh rack can take a dead one's place (not so for a rack that others started)."""
 
-    def start(self, topology: Topology, label: str) -> Rack:
-        """Boot a rack; called from several threads at once. LaunchError, LostError."""
+    def start(self, topology: Topology, label: str, *, disks: bool = True) -> Rack:
+        """Boot a rack; called from several threads at once. LaunchError, LostError.
+
+        :param disks: False: nobody will look at its disks, which need not have their driver.
+        """

@@ -82,7 +82,12 @@ def with_disks(*routes: Route, iommu_mode: str = "") -> Callable[[RackPlan], boo
 
 
 @pytest.fixture
-def arrange(rack: LiveRack, variant: Variant, mutation: Mutation) -> Iterator[Arrange]:
+def arrange(
+    disks: None,  # noqa: ARG001  which it says that it looks at
+    rack: LiveRack,
+    variant: Variant,
+    mutation: Mutation,
+) -> Iterator[Arrange]:
     """``arrange(Needs(...))``: the machine that a requirement needs, or a SKIP that says what the
     rack lacks."""
     made: list[tuple[LiveRack, Machine]] = []

@@ -43,6 +43,7 @@ DEFAULT_STORM_FAULTS = 256
 
 
 pytest_plugins = ["testbed.suites.p2p_fixtures"]
+pytestmark = pytest.mark.without_disks
 
 
 def _can_be_scalable(iommu: Iommu) -> bool:

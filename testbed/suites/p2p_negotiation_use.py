@@ -28,7 +28,7 @@ from testbed.suites.negotiation_steps import (
 )
 
 pytest_plugins = ["testbed.suites.negotiation_fixtures"]
-pytestmark = pytest.mark.boots(when=has_node)
+pytestmark = [pytest.mark.boots(when=has_node), pytest.mark.without_disks]
 
 
 @pytest.mark.requirement("NEG-03")

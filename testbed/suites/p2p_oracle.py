@@ -29,6 +29,7 @@ from testbed.topology.oracle import FIRST_ZEN_FAMILY, Cpu
 from testbed.topology.plan import Function, Role
 
 pytest_plugins = ["testbed.suites.kernel_fixtures", "testbed.suites.p2p_fixtures"]
+pytestmark = pytest.mark.usefixtures("disks")
 
 CLIENT_ROLES = (Role.VRAM, Role.ENGINE, Role.DOORBELL, Role.NVME)
 _SHOWN = 5

@@ -21,6 +21,7 @@ from testbed.topology.oracle import Route
 
 gated = pytest.mark.gated_by("MAP-01")
 pytest_plugins = ["testbed.suites.p2p_fixtures"]
+pytestmark = pytest.mark.without_disks
 
 # Seeds of patterns: each place has one of its own, so that bytes tell where they come from.
 MINE, THEIRS, FRESH = 1, 2, 3

@@ -63,6 +63,7 @@ REFUSED = "load of migration failed"  # QEMU's words (migration/migration.c)
 SIZE_DIGITS = 6  # before the message
 ENTROPY_BYTES = 64
 PAUSE_S = 0.02
+DISKS, WITHOUT_DISKS = b"disks", b"without_disks"  # the message's last word
 
 
 class SnapshotUnfit(HostError):
@@ -256,23 +257,34 @@ def _run(part: Callable[[], str], future: Future[str]) -> None:
 
 
 def resume(
-    rack: Rack, saved: Mapping[str, Saved], keys: Callable[[], RackKeys], timeout_s: float
+    rack: Rack,
+    saved: Mapping[str, Saved],
+    keys: Callable[[], RackKeys],
+    timeout_s: float,
+    *,
+    disks: bool = True,
 ) -> None:
     """Tell the restored machines that they are this rack's nodes; returns when all said hello.
 
     :param keys: asked for while they get there.
+    :param disks: give disks their driver again, as after a boot.
     :raises SnapshotUnfit: one cannot be used, whatever the reason.
     """
 
     def one(node: RackNode) -> None:
         if node.name in saved:
-            _resume(node, saved[node.name].snapshot, keys, timeout_s)
+            _resume(node, saved[node.name].snapshot, keys, timeout_s, disks=disks)
 
     on_all(rack, one)
 
 
 def _resume(
-    node: RackNode, snapshot: Snapshot, keys: Callable[[], RackKeys], timeout_s: float
+    node: RackNode,
+    snapshot: Snapshot,
+    keys: Callable[[], RackKeys],
+    timeout_s: float,
+    *,
+    disks: bool,
 ) -> None:
     from testbed.guest import ship  # noqa: F401, PLC0415  before somebody waits for it
 
@@ -280,7 +292,7 @@ def _resume(
     try:
         saving.await_running(node.folder, node.name, node.watch.check)
         node.watch.control_answered = True
-        node.introduce(_identity(node.name, keys, checking), timeout_s)
+        node.introduce(_identity(node.name, keys, checking, disks=disks), timeout_s)
         checking.wait()  # nobody has heard of it before
     except (LostError, QmpError, HostError) as error:
         if isinstance(error, SnapshotUnfit | RackGone):  # nobody wants it any more
@@ -300,7 +312,9 @@ def _unfit(error: TestbedError, key: str) -> SnapshotUnfit:
     return SnapshotUnfit(error.message, key, is_sound=killed or isinstance(error, HostError))
 
 
-def _identity(name: str, keys: Callable[[], RackKeys], checking: Checking) -> Iterator[bytes]:
+def _identity(
+    name: str, keys: Callable[[], RackKeys], checking: Checking, *, disks: bool
+) -> Iterator[bytes]:
     """The message that ``guest_agent/resume.py`` reads after its hello: while the guest gets there,
     a processor has nothing else to do.
     """
@@ -313,6 +327,7 @@ def _identity(name: str, keys: Callable[[], RackKeys], checking: Checking) -> It
             name.encode(),
             base64.b64encode(own.host_private),
             own.client_public.encode(),
+            DISKS if disks else WITHOUT_DISKS,
         )
     )
     yield f"{len(body):0{SIZE_DIGITS}d}".encode() + body

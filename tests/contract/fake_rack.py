@@ -363,6 +363,7 @@ class FakeRack:
         self.run_dir = run_dir
         self.versions: Mapping[str, Any] = {"qemu": "fake"}
         self.closed = False
+        self.disks = True
         self.nodes = {
             name: FakeNode(plan, topology, run_dir / name, **knobs)
             for name, plan in self.plan.nodes.items()
@@ -386,11 +387,12 @@ class FakeSource:
         self._run_dir = run_dir
         self._knobs: Iterator[dict[str, Any]] = iter(knobs)
 
-    def start(self, topology: Topology, label: str) -> FakeRack:
+    def start(self, topology: Topology, label: str, *, disks: bool = True) -> FakeRack:
         knobs = {} if topology is not self.topology else next(self._knobs, {})
         if "fails" in knobs:
             raise knobs["fails"]
         rack = FakeRack(topology, self._run_dir / label, **knobs)
+        rack.disks = disks
         self.racks.append(rack)
         return rack
 

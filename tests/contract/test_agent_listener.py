@@ -40,7 +40,7 @@ random.seed = lambda: print(f"{os.getpid()} is seeded", flush=True)
 resume.time.clock_settime = lambda _, time_s: print(f"it is {time_s:.1f}", flush=True)
 resume.os.makedirs = lambda *_, **__: None
 resume.write = lambda path, data: print(f"{path}: {data!r}", flush=True)
-for name in ("RANDOM", "HOST_NAME", "NAME_FILE", "HOST_KEY", "AUTHORIZED"):
+for name in ("RANDOM", "HOST_NAME", "NAME_FILE", "HOST_KEY", "AUTHORIZED", "DISKS_FILE"):
     setattr(resume, name, f"{os.environ['TESTED_OWN']}/{name}")
 sys.exit(listener.run("cafe" * 4, sys.argv[4:]))
 """
@@ -149,7 +149,7 @@ def message(text: bytes) -> bytes:
     return b"%06d%s" % (len(text), text)
 
 
-IDENTITY = message(b"ZW50cm9weQ== 1234.5 host7 a2V5 ssh-ed25519 AAAA of a rack")
+IDENTITY = message(b"ZW50cm9weQ== 1234.5 host7 a2V5 ssh-ed25519 AAAA of a rack disks")
 FUNCTION = "0000:02:00.0"
 
 
@@ -185,6 +185,21 @@ def test_its_devices_are_in_place_at_its_hello_and_its_disks_before_its_first_ca
         wire.settimeout(DEADLINE_S)
         (disk / "nvme" / "nvme0" / "nvme0n1").mkdir()
         assert line_of(wire)["result"]["machine"]
+
+
+def test_disks_that_nobody_will_look_at_get_no_driver(
+    started: list[Listener], tmp_path: Path, disk: Path
+) -> None:
+    listener = listen(started, tmp_path / "log", "saved", FUNCTION)
+    listener.await_said("testbed: waiting")
+    told = message(b"ZW50cm9weQ== 1234.5 host7 a2V5 ssh-ed25519 AAAA of a rack without_disks")
+    with listener.wire(listener.agents) as wire:
+        assert line_of(wire)["hello"]
+        wire.sendall(told + b'{"id": 1, "method": "system.info", "params": {}}\n')
+        assert line_of(wire)["result"]["machine"], "it waits for no disk"
+    assert "drivers/nvme/bind" not in listener.log.read_text()
+    assert (listener.own / "DISKS_FILE").read_bytes() == b"without_disks"
+    assert not list((disk / "nvme" / "nvme0").iterdir())
 
 
 def test_another_device_in_its_place_is_not_its_own(tmp_path: Path, disk: Path) -> None:
@@ -235,6 +250,7 @@ def test_a_saved_machine_becomes_what_it_is_told(started: list[Listener], tmp_pa
         "NAME_FILE": b"host7\n",
         "HOST_KEY": b"key",
         "AUTHORIZED": b"ssh-ed25519 AAAA of a rack\n",
+        "DISKS_FILE": b"disks",
     }
     with contextlib.closing(listener.agent()) as ordinary:
         assert ordinary.call("system.info")["machine"]
@@ -258,9 +274,10 @@ def test_others_are_served_after_the_first_agent_has_settled(
     ("said", "why"),
     [
         (message(b""), "ValueError"),
+        (message(b"ZW50cm9weQ== 1 host7 a2V5 key"), "b'key' says nothing of disks"),
         (b"nosize", "ValueError"),
-        (message(b"ZW50cm9weQ== now host7 a2V5 key"), "ValueError"),
-        (message(b"a 1 host7 a2V5 key"), "Error: Invalid base64"),
+        (message(b"ZW50cm9weQ== now host7 a2V5 key disks"), "ValueError"),
+        (message(b"a 1 host7 a2V5 key disks"), "Error: Invalid base64"),
         (IDENTITY[:20], "EOFError: the host went away"),
     ],
 )

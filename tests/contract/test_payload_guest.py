@@ -162,8 +162,8 @@ def test_what_cannot_start_names_what_it_lacks(
 class LocalSource(FakeSource):
     """Racks whose machines are this host's shell."""
 
-    def start(self, *args: Any) -> Any:
-        rack = super().start(*args)
+    def start(self, *args: Any, **words: Any) -> Any:
+        rack = super().start(*args, **words)
         for node in rack.nodes.values():
             assert isinstance(node, FakeNode)
             node.link = LocalLink()

@@ -202,6 +202,55 @@ class TestPristine:
         )
         assert run.verdicts == [PASS] * 5
 
+    DISKS = """
+        def disks_of(rack): return rack.get().disks
+
+        def test_first(rack): assert disks_of(rack)
+        @pytest.mark.pristine
+        @pytest.mark.without_disks
+        @pytest.mark.parametrize("n", range(3))
+        def test_alone(rack, n): assert not disks_of(rack)
+        @pytest.mark.pristine
+        def test_looks(rack, disks): assert disks_of(rack)
+        @pytest.mark.pristine
+        @pytest.mark.without_disks
+        def test_not_alone(rack): assert disks_of(rack)
+        @pytest.mark.without_disks
+        def test_on_the_same(rack): assert disks_of(rack)
+        @pytest.mark.pristine
+        @pytest.mark.without_disks
+        def test_again(rack): assert not disks_of(rack)
+        @pytest.mark.pristine
+        def test_unmarked(rack): assert disks_of(rack)
+        """
+
+    def test_only_who_looks_at_no_disk_and_is_alone_gets_a_machine_without(
+        self, tmp_path: Path
+    ) -> None:
+        run = self.run(tmp_path, self.DISKS, every=False)
+        assert run.verdicts == [PASS] * 9
+
+    def test_who_says_that_it_looks_at_no_disk_and_asks_for_them_does_not_run(
+        self, tmp_path: Path
+    ) -> None:
+        run = self.run(
+            tmp_path,
+            """
+            pytestmark = pytest.mark.without_disks
+
+            @pytest.fixture
+            def looks(disks): pass
+
+            def test_one(rack): fresh(rack)
+            def test_two(rack, looks): assert not seen, "it runs"
+            def test_three(rack): fresh(rack)
+            """,
+        )
+        assert run.verdicts == [PASS, ERROR, PASS]
+        assert run.outcomes["two"].reason == (
+            "TestbedError: it is marked without_disks, and asks for the fixture 'disks'"
+        )
+
     AHEAD = """
         @pytest.fixture
         def made(rack, n):

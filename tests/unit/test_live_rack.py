@@ -11,12 +11,18 @@ import pytest
 from testbed.errors import HostError
 from testbed.harness import racks
 from testbed.harness.racks import LiveRack
+from testbed.harness.spares import Kind
 from tests.contract.fake_rack import FakeSource, quad_gpu
 
 
 @pytest.fixture(autouse=True)
 def _room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(racks, "has_room", lambda *_: True)
+
+
+def kinds(letters: str) -> list[Kind]:
+    """Of tests."""
+    return [Kind(letter) for letter in letters]
 
 
 def test_who_holds_devices_gives_way_to_who_wants_them_next(tmp_path: Path) -> None:
@@ -73,7 +79,7 @@ def test_a_spare_that_nobody_needed_ends_too(tmp_path: Path) -> None:
 def test_all_end_whatever_one_of_them_says(tmp_path: Path) -> None:
     source = FakeSource(quad_gpu(), tmp_path)
     rack = LiveRack(source, source.topology, "rack")
-    rack.set_up("a", "aa")
+    rack.set_up(Kind("a"), kinds("aa"))
     used = rack.get()
     spares = [machine.rack.result() for machine in rack._spares._machines]
 
@@ -92,13 +98,13 @@ def test_a_spare_that_did_not_start_is_the_error_of_the_test_that_waits_for_it(
 ) -> None:
     source = FakeSource(quad_gpu(), tmp_path, {}, {"fails": HostError("no memory")})
     rack = LiveRack(source, source.topology, "rack")
-    rack.set_up("a", "a")
+    rack.set_up(Kind("a"), kinds("a"))
     assert rack.get()
     (spare,) = rack._spares._machines
     concurrent.futures.wait([spare.rack])
     assert rack.once("bench", lambda machine: machine) is source.racks[0]  # not its error
     rack.refresh()
-    rack.set_up("a")
+    rack.set_up(Kind("a"))
     with pytest.raises(HostError, match="no memory"):
         rack.get()
     rack.close()
@@ -108,14 +114,14 @@ def test_a_spare_that_did_not_start_is_the_error_of_the_test_that_waits_for_it(
 def test_a_machine_that_dies_takes_no_spare_with_it(tmp_path: Path) -> None:
     source = FakeSource(quad_gpu(), tmp_path)
     rack = LiveRack(source, source.topology, "rack")
-    rack.set_up("a", "aa")
+    rack.set_up(Kind("a"), kinds("aa"))
     rack.get()
     first, second = (machine.rack.result() for machine in rack._spares._machines)
     rack.lost("a test")
-    rack.set_up("a", "a")
+    rack.set_up(Kind("a"), kinds("a"))
     assert rack.get() is first
     rack.refresh()
-    rack.set_up("a")
+    rack.set_up(Kind("a"))
     assert rack.get() is second
     rack.close()
     assert [made.closed for made in source.racks] == [True] * 3
@@ -136,12 +142,12 @@ class Ahead:
 
         return self.rack.once(name, make, ahead=ahead)
 
-    def test(self, kinds: str, *names: str, ahead: bool = True) -> object:
+    def test(self, letters: str, *names: str, ahead: bool = True) -> object:
         """Set one up that makes these; answers its machine.
 
-        :param kinds: a letter for its own and each of those for which machines get ready.
+        :param letters: one for its own and each of those for which machines get ready.
         """
-        kind, next_kinds = kinds[0], kinds[1:]
+        kind, *next_kinds = kinds(letters)
         self.rack.refresh()
         self.rack.set_up(kind, next_kinds)
         machine = self.rack.get()
@@ -201,15 +207,50 @@ def test_what_cannot_be_made_ahead_is_the_tests_to_meet(tmp_path: Path) -> None:
         return machine
 
     on.rack.refresh()
-    on.rack.set_up("a")
+    on.rack.set_up(Kind("a"))
     on.rack.once("bench", make, ahead=True)
     on.rack.was_set_up()
     fails.append(1)
     on.rack.refresh()
-    on.rack.set_up("a", "a")
+    on.rack.set_up(Kind("a"), kinds("a"))
     on.rack.get()
     (spare,) = on.getting_ready()
     assert spare is on.source.racks[-1]
     assert on.source.racks[-2].closed  # the one that it was tried on
     assert on.rack._spares._machines[0].made == {}
     on.rack.close()
+
+
+def test_a_machine_without_disks_is_begun_for_who_has_it_alone(tmp_path: Path) -> None:
+    spared = Kind("a", disks=False)
+    source = FakeSource(quad_gpu(), tmp_path)
+    rack = LiveRack(source, source.topology, "rack")
+    rack.start()  # before it is known for whom
+    rack.set_up(spared, [spared, None, Kind("b")], alone=True)
+    rack.get()
+    rack.refresh()
+    for machine in rack._spares._machines:
+        machine.rack.result()
+    rack.set_up(spared, alone=True)
+    rack.get()
+    rack.refresh()
+    rack.set_up(spared, alone=True)
+    rack.get()
+    rack.renew()  # nobody expected that
+    rack.get()
+    rack.close()
+    assert sorted(made.disks for made in source.racks) == [False] * 3 + [True] * 3
+    assert source.racks[0].disks
+    assert not source.racks[-1].disks
+
+
+def test_a_rack_of_somebody_else_has_its_disks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeSource, "restartable", False)
+    source = FakeSource(quad_gpu(), tmp_path)
+    rack = LiveRack(source, source.topology, "rack")
+    rack.set_up(Kind("a", disks=False), alone=True)
+    rack.get()
+    rack.close()
+    assert source.racks[0].disks

@@ -6,10 +6,15 @@ from __future__ import annotations
 import pytest
 
 from testbed.harness import spares
-from testbed.harness.spares import Machine, Spares
+from testbed.harness.spares import Kind, Machine, Spares
 from testbed.matrix.needs import OVERHEAD_BYTES, Need, Room
 from testbed.topology.units import GIB, MIB
 from tests.contract.fake_rack import quad_gpu
+
+
+def kind(letter: str) -> Kind:
+    """Of tests; those of x, y and z look at no disk."""
+    return Kind(letter, disks=letter not in "xyz")
 
 
 class Yard:
@@ -20,11 +25,16 @@ class Yard:
         self.ended: list[str] = []
         self.known = ""  # kinds of which it is known what their tests make
         self._names: dict[int, str] = {}
-        self.spares = Spares(self._begin, self._end, lambda racks: racks <= room)
+        self._spares = Spares(self._begin, self._end, lambda racks: racks <= room)
 
-    def _begin(self, kind: object) -> Machine:
-        machine = Machine(kind if str(kind) in self.known else None)
-        name = str(kind).upper() if machine.kind else str(kind)
+    def prepare(self, letters: str) -> None:
+        self._spares.prepare([kind(letter) for letter in letters])
+
+    def _begin(self, wanted: Kind | None) -> Machine:
+        assert wanted
+        name = str(wanted.set_up)
+        machine = Machine(wanted if name in self.known else None, wanted.disks)
+        name = name.upper() if machine.kind else name
         self._names[id(machine)] = name
         self.begun.append(name)
         return machine
@@ -32,21 +42,21 @@ class Yard:
     def _end(self, machine: Machine) -> None:
         self.ended.append(self._names[id(machine)])
 
-    def take(self, kind: str) -> str:
-        machine = self.spares.take(kind)
+    def take(self, letter: str) -> str:
+        machine = self._spares.take(kind(letter))
         return self._names[id(machine)] if machine else ""
 
     def left(self) -> list[str]:
-        return [self._names[id(each)] for each in self.spares.take_all()]
+        return [self._names[id(each)] for each in self._spares.take_all()]
 
 
 def test_one_for_each_test_that_is_to_come() -> None:
     yard = Yard()
-    yard.spares.prepare("aab")
-    yard.spares.prepare("aab")  # they are there
+    yard.prepare("aab")
+    yard.prepare("aab")  # they are there
     assert yard.begun == ["a", "a", "b"]
     assert yard.take("a") == "a"
-    yard.spares.prepare("abc")
+    yard.prepare("abc")
     assert yard.begun == ["a", "a", "b", "c"]
     assert yard.ended == []
     assert yard.left() == ["a", "b", "c"]
@@ -56,7 +66,7 @@ def test_one_for_each_test_that_is_to_come() -> None:
 def test_one_that_was_given_something_serves_its_kind_alone() -> None:
     yard = Yard()
     yard.known = "a"
-    yard.spares.prepare("aab")
+    yard.prepare("aab")
     assert yard.begun == ["A", "A", "b"]
     assert yard.take("b") == "b"
     assert yard.take("b") == ""
@@ -66,29 +76,51 @@ def test_one_that_was_given_something_serves_its_kind_alone() -> None:
 
 def test_one_that_was_given_nothing_serves_any() -> None:
     yard = Yard()
-    yard.spares.prepare("a")
+    yard.prepare("a")
     assert yard.take("b") == "a"
+
+
+def test_one_without_disks_serves_nobody_who_may_look_at_them() -> None:
+    yard = Yard()
+    yard.prepare("xa")
+    assert (yard.take("a"), yard.take("a")) == ("a", "")
+    assert yard.take("y") == "x"
+    yard.prepare("xa")
+    yard.known = "y"
+    yard.prepare("ay")  # what stands between was skipped
+    assert yard.begun == ["x", "a", "x", "a"]
+    assert (yard.take("y"), yard.take("a")) == ("x", "a")
+    yard.prepare("y")
+    assert (yard.take("x"), yard.take("y")) == ("", "Y")
+
+
+def test_one_with_disks_serves_also_who_looks_at_none() -> None:
+    yard = Yard()
+    yard.prepare("a")
+    yard.prepare("x")
+    assert yard.begun == ["a"]
+    assert yard.take("x") == "a"
 
 
 def test_what_none_of_the_next_tests_can_use_ends() -> None:
     yard = Yard()
     yard.known = "a"
-    yard.spares.prepare("aaa")
-    yard.spares.prepare("ba")  # of three tests two were skipped before they had a machine
+    yard.prepare("aaa")
+    yard.prepare("ba")  # of three tests two were skipped before they had a machine
     assert (yard.begun, yard.ended) == (["A", "A", "A", "b"], ["A", "A"])
     assert yard.left() == ["A", "b"]
-    yard.spares.prepare("a")
-    yard.spares.prepare("")
+    yard.prepare("a")
+    yard.prepare("")
     assert yard.ended == ["A", "A", "A"]
     assert yard.left() == []
 
 
 def test_more_than_one_only_where_there_is_room() -> None:
     yard = Yard(room=2)
-    yard.spares.prepare("abcd")
+    yard.prepare("abcd")
     assert yard.begun == ["a", "b"]
     alone = Yard(room=0)
-    alone.spares.prepare("ab")
+    alone.prepare("ab")
     assert alone.begun == ["a"]
 
 

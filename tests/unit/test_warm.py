@@ -317,7 +317,7 @@ def test_a_machine_that_said_hello_is_nobodys_before_its_files_are_found_to_be_w
     )
     keys: Any = SimpleNamespace(host_private=b"private", client_public="public")
     with pytest.raises(restore.SnapshotUnfit, match="not as it was written"):
-        restore._resume(node, found, lambda: keys, 10.0)
+        restore._resume(node, found, lambda: keys, 10.0, disks=True)
     assert told, "it had been told who it is"
 
 
@@ -335,7 +335,7 @@ def test_a_rack_that_was_ended_is_not_booted_instead(
     )
     keys: Any = None
     with pytest.raises(RackGone):
-        restore._resume(node, found, keys, 10.0)
+        restore._resume(node, found, keys, 10.0, disks=True)
 
 
 def test_what_was_found_is_restored_although_it_was_pruned(tmp_path: Path) -> None:

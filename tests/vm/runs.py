@@ -96,10 +96,10 @@ class RestoringSource(TopologySource):
         super().__init__(topology, run_dir, options=options)
         self._main = TopologySource(topology, run_dir, options=replace(options, warm=True))
 
-    def start(self, topology: Topology, label: str) -> Any:
+    def start(self, topology: Topology, label: str, *, disks: bool = True) -> Any:
         if topology is self.topology:
-            return self._main.start(topology, label)
-        return super().start(topology, label)
+            return self._main.start(topology, label, disks=disks)
+        return super().start(topology, label, disks=disks)
 
 
 class Borrowed:
@@ -124,8 +124,10 @@ class BorrowingSource(TopologySource):
         super().__init__(rack.topology, run_dir, options=options)
         self._borrowed = Borrowed(rack)
 
-    def start(self, topology: Topology, label: str) -> Any:
-        return self._borrowed if topology is self.topology else super().start(topology, label)
+    def start(self, topology: Topology, label: str, *, disks: bool = True) -> Any:
+        if topology is self.topology:
+            return self._borrowed
+        return super().start(topology, label, disks=disks)
 
 
 class HandingOver(TopologySource):
@@ -135,7 +137,7 @@ class HandingOver(TopologySource):
         super().__init__(rack.topology, run_dir, options=options)
         self._left = [rack]
 
-    def start(self, topology: Topology, label: str) -> Any:
+    def start(self, topology: Topology, label: str, *, disks: bool = True) -> Any:
         if topology is self.topology and self._left:
             return self._left.pop()
-        return super().start(topology, label)
+        return super().start(topology, label, disks=disks)

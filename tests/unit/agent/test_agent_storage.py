@@ -36,6 +36,27 @@ def test_a_controller_s_namespace_is_found_by_its_address(device: Path, tmp_path
     assert storage.namespaces() == {BDF: {"disk": "/dev/nvme3n1", "size_bytes": 1 << 20}}
 
 
+@pytest.mark.parametrize("word", ["without_disks", "disks"])
+def test_who_said_that_he_looks_at_none_is_told_so(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    monkeypatch.setattr(storage, "DISKS_FILE", str(tmp_path / "disks"))
+    monkeypatch.setattr("guest_agent.modules.is_loaded", lambda _: True)
+    (tmp_path / "disks").write_text(word)
+    region = Region(mmap.mmap(-1, mmap.PAGESIZE))
+    asks = (
+        storage.start,
+        storage.namespaces,
+        lambda: storage.transfer(BDF, region, 0, 512, 0, write=False),
+    )
+    for ask in asks[: 2 if word == "disks" else 3]:
+        if word == "disks":
+            assert not ask()
+        else:
+            with pytest.raises(OSError, match="in a test that is `without_disks`"):
+                ask()
+
+
 def test_a_driver_that_is_a_module_is_loaded_and_its_disks_are_waited_for(
     device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
