@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _begin(words: Sequence[str]) -> None:
     """Start what can be started before the words are understood."""
     if words[:1] and words[0] in _STARTING and _NOT_STARTING.isdisjoint(words):
-        early.begin()
+        early.begin(several=words[0] == "run")
         if words[0] == "up" and "--warm" in words:
             from testbed.machine import ahead  # noqa: PLC0415  slow
 

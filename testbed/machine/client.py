@@ -62,14 +62,15 @@ class Keeper:
         wire: socket.socket,
         *,
         pid: int,
-        child: bool = False,
+        ended: int = -1,
     ) -> None:
+        """``ended``: a pidfd of a keeper that is ours; closed here."""
         self.name = name
         self.folder = folder
         self.run_folder = run_folder
         self.pid = pid
-        self._child = child  # ours to wait for
-        self._owner = child  # our end is the rack's end
+        self._ended = ended
+        self._owner = ended >= 0  # our end is the rack's end
         self._wire = wire
         self._wire.settimeout(None)
         # A keeper that is stopped reads nothing; our lines must not wait for it for ever.
@@ -300,6 +301,7 @@ class Keeper:
                 self._wire.shutdown(socket.SHUT_RDWR)
             self._reader.join()
             self._wire.close()
+            self._forget()
             if self._owner:
                 clean_folder(self.folder)  # a keeper that was killed could not do it
 
@@ -329,11 +331,22 @@ class Keeper:
                 raise HostError(f"rack '{self.name}': its keeper (pid {self.pid}) survived SIGKILL")
 
     def _reap(self) -> None:
+        """See it end: until then it has its hold on the rack's lock."""
+        if self._ended >= 0:
+            poll = select.poll()
+            poll.register(self._ended, select.POLLIN)
+            poll.poll(END_TIMEOUT_S * 1000)
+            self._forget()
+
+    def _forget(self) -> None:
         """A dead child stays in the process table until its parent has asked for its status."""
-        if self._child:
-            self._child = False
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(self.pid, 0)
+        ended, self._ended = self._ended, -1
+        if ended >= 0:
+            try:
+                with contextlib.suppress(ChildProcessError):  # its mother's, not ours
+                    os.waitid(os.P_PIDFD, ended, os.WEXITED | os.WNOHANG)
+            finally:
+                os.close(ended)
 
     def __enter__(self) -> Keeper:
         return self

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keeper: one small process a rack that owns its QEMUs, their shared memory and its lock.
 
-Run by :mod:`testbed.machine.early` as ``python -I -S -c LAUNCHER ROOT [MODULE]``: isolated,
-without site-packages, standard library only and no pathlib: the start of every rack waits for it.
-It may run before its owner knows of any rack, and has a child import MODULE meanwhile
-(:mod:`testbed.machine.nursery`). The owner's first line, ``{"rack": NAME, "folder": FOLDER}``,
-says which rack it keeps, and brings descriptors 2 and 3.
+Made by :mod:`testbed.machine.keeper_main`, in a process of its own: standard library only and no
+pathlib, as the start of every rack waits for its imports.
 
 =========  ========================================================================================
 fd 0       a socket to the owner, the process that started the rack. Until ``detach``, its end is
@@ -52,14 +49,11 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import time
 
 from testbed.machine.children import (
     CallError,
     Process,
-    above,
-    close_fds,
     make_memory,
     open_memory,
     remove_runtime_folder,
@@ -73,7 +67,6 @@ if TYPE_CHECKING:
 SOCKET = "keeper.sock"
 LOCK_FD = 3
 MAX_LINE_BYTES = 16 << 20  # a call
-MAX_RACK_BYTES = 1 << 16  # the line that says which rack
 MAX_UNREAD_BYTES = 4 << 20  # answers and events that a client did not fetch: it is dropped
 REAP_TIMEOUT_S = 10.0  # from SIGKILL to the end of a process that may be deep in the kernel
 READY_PAUSE_S = 0.003  # a machine's start waits half of it, for its models
@@ -400,32 +393,3 @@ def log(text: str) -> None:
     """One line to the run folder's keeper.log; a full disk must not stop the keeper."""
     with contextlib.suppress(OSError):
         os.write(2, f"{time.strftime('%H:%M:%S')} {text}\n".encode())
-
-
-def _await_rack() -> tuple[str, str]:
-    """The rack's name and folder, with its log and lock as descriptors 2 and 3.
-
-    :raises SystemExit: the owner needs no rack.
-    """
-    with socket.socket(fileno=os.dup(0)) as wire:
-        line, fds, _, _ = socket.recv_fds(wire, MAX_RACK_BYTES, 2, socket.MSG_CMSG_CLOEXEC)
-    if not line or len(fds) != 2:
-        sys.exit(0)
-    moved = [above(fd) for fd in fds]  # they may have got number 3 themselves
-    for fd in fds:
-        os.close(fd)
-    os.dup2(moved[0], 2)
-    os.dup2(moved[1], LOCK_FD, inheritable=False)
-    for fd in moved:
-        os.close(fd)
-    rack = json.loads(line)
-    return rack["rack"], rack["folder"]
-
-
-def main() -> None:
-    """Keep a rack to its end; the last word of the command line may be a module to nurse."""
-    os.umask(0o077)
-    close_fds({0, 1, 2})
-    nursling = Nursling(sys.argv[-1]) if len(sys.argv) > 2 else None
-    name, folder = _await_rack()
-    Keeper(name, folder, nursling).run()

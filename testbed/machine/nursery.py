@@ -99,7 +99,7 @@ def _live(module: str, wire: socket.socket, keeper: int) -> NoReturn:
             wanted = dict(zip(message["places"], fds, strict=True))
             wanted[2] = wanted[1]
             descriptors_in_place(wanted | {0: 0})
-            _rename([sys.executable, module, *message["arguments"]])
+            rename([sys.executable, module, *message["arguments"]])
             if problem is not None:
                 raise problem
             status = program.main(message["arguments"])
@@ -111,7 +111,7 @@ def _live(module: str, wire: socket.socket, keeper: int) -> NoReturn:
         os._exit(status)
 
 
-def _rename(words: list[str]) -> None:
+def rename(words: list[str]) -> None:
     """Let `ps` say what this process is, in the room that the keeper's own words take."""
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()

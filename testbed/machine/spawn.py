@@ -126,13 +126,13 @@ def launch(reservation: Reservation, plan: Plan, run_folder: Path) -> Keeper:
     try:
         log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
-            wire, pid = early.take(early.MODELS if nursed else "")
+            started = early.take(early.MODELS if nursed else "")
             rack = {"rack": reservation.name, "folder": str(reservation.folder)}
             line = json.dumps(rack).encode()
             try:
-                socket.send_fds(wire, [line], [log, reservation.lock_fd])
+                socket.send_fds(started.wire, [line], [log, reservation.lock_fd])
             except BaseException:
-                wire.close()
+                started.close()
                 raise
         finally:
             os.close(log)
@@ -140,6 +140,13 @@ def launch(reservation: Reservation, plan: Plan, run_folder: Path) -> Keeper:
         raise HostError(
             f"cannot start the rack's keeper: {error.strerror} ({path} must be writable)"
         ) from error
-    keeper = Keeper(reservation.name, reservation.folder, run_folder, wire, pid=pid, child=True)
+    keeper = Keeper(
+        reservation.name,
+        reservation.folder,
+        run_folder,
+        started.wire,
+        pid=started.pid,
+        ended=started.ended,
+    )
     reservation.hand_over()
     return keeper

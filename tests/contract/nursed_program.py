@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 
@@ -16,7 +17,13 @@ def main(arguments: list[str]) -> int:
     fds = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))  # noqa: PTH208
     with open("/proc/self/cmdline", "rb") as file:  # noqa: PTH123
         words = file.read().rstrip(b"\0").decode().split("\0")
-    said = {"pid": IMPORTED_BY, "cwd": os.getcwd(), "fds": fds, "words": words}  # noqa: PTH109
+    said = {
+        "pid": IMPORTED_BY,
+        "cwd": os.getcwd(),  # noqa: PTH109
+        "fds": fds,
+        "words": words,
+        "random": random.random(),  # noqa: S311 - shall not be another's
+    }
     sys.stdout.write(json.dumps(said) + "\n")
     sys.stdout.flush()
     os.close(os.open(arguments[0], os.O_WRONLY | os.O_CREAT))

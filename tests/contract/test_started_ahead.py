@@ -31,9 +31,10 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for kind in ("CACHE", "STATE", "RUNTIME"):
         monkeypatch.setenv(f"TESTBED_{kind}_DIR", str(tmp_path / kind.lower()))
     # A command that another test ran in this process may have left a keeper that waits.
-    monkeypatch.setattr(early, "_waiting", [])
+    monkeypatch.setattr(early, "_ours", early.Keepers())
     yield
     ahead.end()
+    early._ours.end()
     assert not list_racks(tmp_path / "runtime")
 
 
@@ -97,14 +98,14 @@ def test_a_nursling_that_was_killed_is_executed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(early, "MODELS", PROGRAM)
-    wire, pid = early.take(PROGRAM)
-    children = Path(f"/proc/{pid}/task/{pid}/children")
+    started = early.take(PROGRAM)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
     assert eventually(lambda: children.read_text() != "")
     nursling = int(children.read_text())
     os.kill(nursling, signal.SIGKILL)
     # While it dies it can still be told what to do, and nobody would do it.
     assert eventually(lambda: _is_dead(nursling))
-    monkeypatch.setattr(early, "take", lambda _module: (wire, pid))
+    monkeypatch.setattr(early, "take", lambda _module: started)
     plain = replace(fake_helper("models", touch=[0, "models.sock"]), nursed=("models.sock",))
     keeper = start(tmp_path, plain, fake_qemu())
     try:
@@ -125,11 +126,11 @@ def test_a_nursling_that_nobody_needs_ends(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_keeper_ahead_ends_with_its_command() -> None:
-    wire, pid = early.take(PROGRAM)
-    assert alive(pid)
-    wire.close()
-    assert eventually(lambda: not alive(pid))
-    os.waitpid(pid, 0)
+    started = early.take(PROGRAM)
+    assert alive(started.pid)
+    started.close()
+    assert eventually(lambda: not alive(started.pid))
+    os.waitpid(started.pid, 0)
 
 
 def test_the_same_again_is_there_already(tmp_path: Path) -> None:
