@@ -97,11 +97,13 @@ class Keepers:
 
     def _ask_for_mother(self, module: str) -> Started | None:
         self._several = True
-        if self._mother is None and not self._bereaved and os.getpid() == self._owner:
+        if os.getpid() != self._owner:
+            return None
+        if self._mother is None and not self._bereaved:
             self._mother = _start(MOTHER, module)
             self._mother.wire.settimeout(MOTHER_TIMEOUT_S)
             atexit.register(self.end)
-        return self._mother if os.getpid() == self._owner else None
+        return self._mother
 
     def _bear(self, module: str) -> Started | None:
         """A keeper that the mother forks; None if there is no mother, or she does not answer."""

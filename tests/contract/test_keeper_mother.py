@@ -192,6 +192,7 @@ def test_a_rack_outlives_its_mother(keepers: Keepers, tmp_path: Path) -> None:
         assert runs(keeper)
         keeper.close()
         assert not alive(keeper.pid)
+    assert not Path(f"/proc/{two.pid}").exists()
     assert keepers._mother is None
 
 
