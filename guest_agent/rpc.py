@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Method = Callable[..., Any]
 
 MAX_LINE_BYTES = 64 << 20
-_CHUNK_BYTES = 1 << 18
+_CHUNK_BYTES = 1 << 12  # for more, Python would ask the kernel to map memory, in each call
 _TEXT_LIMIT = 200
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 ROOT = "/sys"
+_PAGE_BYTES = 1 << 12  # no file of /sys is longer
 
 
 def read_bytes(path: str) -> bytes:
@@ -16,7 +17,7 @@ def read_bytes(path: str) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         parts = []
-        while part := os.read(fd, 1 << 16):
+        while part := os.read(fd, _PAGE_BYTES):
             parts.append(part)
     finally:
         os.close(fd)
