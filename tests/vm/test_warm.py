@@ -130,6 +130,45 @@ def test_a_pristine_machine_is_one_that_no_test_has_used(
     assert failed == ({"on_the_same_machine", "on_that_one_again"} if every else set())
 
 
+LOOKS_AT_DISKS = """
+import pytest
+
+def drivers(rack):
+    devices = rack.node().agent.call("pci.tree")["devices"]
+    return [device["driver"] for device in devices if device["class"] == 0x010802]
+
+def test_says_nothing(rack):
+    assert drivers(rack.get()) == ["nvme"]
+
+@pytest.mark.without_disks
+def test_looks_at_none(rack):
+    assert drivers(rack.get()) == [""]
+
+@pytest.mark.without_disks
+def test_looks_all_the_same(rack):
+    rack.get().node().agent.call("nvme.namespaces")
+
+def test_looks(rack, disks):
+    agent = rack.get().node().agent
+    assert len(agent.call("nvme.namespaces")) == len(agent.call("p2pmem.providers")) == 1
+"""
+
+
+def test_disks_have_no_driver_for_who_says_that_it_looks_at_none(
+    options: deploy.StartOptions, tmp_path: Path
+) -> None:
+    suite = tmp_path / "test_disks.py"
+    suite.write_text(LOOKS_AT_DISKS)
+    topology = load.load_text(TOPOLOGY, "warm.yaml", {})
+    source = TopologySource(topology, tmp_path, options=options)
+    ran = run(suite, source, tmp_path, pristine=True)
+    found = {outcome.test: outcome for outcome in ran.outcomes}
+    told = found.pop("looks_all_the_same")
+    assert told.verdict is Verdict.ERROR
+    assert "`without_disks`" in told.reason
+    assert {outcome.verdict for outcome in found.values()} == {Verdict.PASS}
+
+
 def test_its_clock_is_the_hosts_however_that_jumped(
     options: deploy.StartOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
