@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from testbed import cli
 from testbed.machine import early, spawn
 from testbed.machine.client import Keeper
 from testbed.machine.early import Keepers, Started
@@ -122,6 +123,25 @@ def test_who_starts_one_rack_has_no_mother(keepers: Keepers) -> None:
     assert keepers._mother is None
     started.close()
     os.waitpid(started.pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("up rack", [False]),
+        ("run -t rack", [True]),
+        ("run -t rack -j 2", []),  # each of these runs is a command
+        ("run --rack rack", []),
+        ("ps", []),
+    ],
+)
+def test_which_command_says_that_it_starts_several(
+    words: str, told: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[bool] = []
+    monkeypatch.setattr(early, "begin", lambda *, several: began.append(several))
+    cli._begin(words.split())
+    assert began == told
 
 
 def test_further_keepers_are_like_the_first(keepers: Keepers) -> None:
