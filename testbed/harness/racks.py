@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +49,9 @@ class _Maker:
 class LiveRack:
     """A rack that outlives its machines. It is a :class:`testbed.instruments.interface.Rack`.
 
-    Tests of one kind make the same values (:meth:`once`) when they are set up. So a machine that
-    gets ready for a test, while another one runs, is given these before: by the same functions, in
-    the same order. Only those that say that they may be made ``ahead``. And a machine that is begun
+    A fixture makes the same values (:meth:`once`) for each test of which it sets up the same case.
+    So a machine that gets ready for a test, while another one runs, is given these before, by the
+    same functions. Only those that say that they may be made ``ahead``. And a machine that is begun
     for tests that look at no disk need not give disks their driver.
     """
 
@@ -64,11 +64,12 @@ class LiveRack:
         self._future: Future[Rack] | None = None
         self._spares = Spares(
             self._begin,
+            self._give_more,
             lambda machine: self._end_aside(machine.rack, unused=True),
             lambda racks: has_room(topology, racks),
         )
-        self._makers: dict[Kind | None, tuple[_Maker, ...]] = {}  # what tests of a kind make first
-        self._recorded: list[_Maker] = []
+        self._makers: dict[Hashable, dict[object, _Maker]] = {}  # by fixture: what it made
+        self._fixture: Hashable = None  # what sets a test up just now
         self._kind: Kind | None = None  # of a test that wants a fresh machine
         self._ends: list[threading.Thread] = []  # of machines that were in use
         self._why_gone = ""
@@ -97,32 +98,68 @@ class LiveRack:
             others get ready for them.
         :param alone: no other test uses this one's machine, before or after it.
         """
-        self._kind, self._recorded, self._upcoming = kind, [], upcoming
+        self._kind, self._upcoming = kind, upcoming
         self.serves_one_test = alone and self.ours
 
-    def was_set_up(self) -> None:
-        """It was: what it has made so far, others of its kind make too."""
-        if self._kind is not None:
-            self._makers.setdefault(self._kind, tuple(self._recorded))
+    @contextlib.contextmanager
+    def set_up_by(self, fixture: Hashable) -> Iterator[None]:
+        """What is made meanwhile, this fixture makes for each test of a kind that names it."""
+        before, self._fixture = self._fixture, fixture
+        try:
+            yield
+        finally:
+            self._fixture = before
+
+    def _known(self, kind: Kind | None) -> dict[Hashable, list[_Maker]]:
+        """What tests of that kind will make for all that is known, by fixture; for one holder of
+        devices, as another would not get them."""
+        known: dict[Hashable, list[_Maker]] = {}
+        holder = ""
+        for fixture in kind.fixtures if kind is not None else ():
+            for maker in self._makers.get(fixture, {}).values():
+                holder = holder or maker.holds
+                if maker.holds in ("", holder):
+                    known.setdefault(fixture, []).append(maker)
+        return known
 
     def _begin(self, kind: Kind | None, *, ahead: bool = True) -> Machine:
+        machine = Machine(disks=kind is None or kind.disks or not self.ours)
+        self._give(machine, self._known(kind) if ahead else {}, None)
+        return machine
+
+    def _give_more(self, machine: Machine, kind: Kind | None) -> None:
+        """Give a spare that has nothing what has become known of its test since it was begun."""
+        known = {} if machine.givers else self._known(kind)
+        if known:
+            before, machine.rack = machine.rack, Future()
+            self._give(machine, known, before)
+
+    def _give(
+        self,
+        machine: Machine,
+        known: Mapping[Hashable, Sequence[_Maker]],
+        before: Future[Rack] | None,
+    ) -> None:
+        """In the background: start it, unless that was begun ``before``, and make what is known."""
         self._starts += 1
-        makers = self._makers.get(kind, ()) if ahead else ()
-        disks = kind is None or kind.disks or not self.ours
-        machine = Machine(kind if makers else None, disks)
-        future = machine.rack
         label = self._label if self._starts == 1 else f"{self._label}-{self._starts}"
+        machine.givers = frozenset(known)
+        makers = {maker.key: maker for some in known.values() for maker in some}
+        future, disks = machine.rack, machine.disks
+
+        def start(name: str) -> Rack:
+            return self._source.start(self._topology, name, disks=disks)
 
         def boot() -> None:
             try:
-                rack = self._source.start(self._topology, label, disks=disks)
+                rack = before.result() if before is not None else start(label)
                 try:
-                    for maker in makers:
+                    for maker in makers.values():
                         machine.made[maker.key] = maker.value(rack)
                 except Exception:  # the test itself meets it, on a machine that it did not touch
                     machine.made.clear()
                     rack.close()
-                    rack = self._source.start(self._topology, f"{label}-again", disks=disks)
+                    rack = start(f"{label}-again")
                 future.set_result(rack)
             except BaseException as error:  # raised where it is waited for
                 future.set_exception(error)
@@ -130,7 +167,6 @@ class LiveRack:
         # A daemon: after Ctrl-C nobody waits for a boot. The rack's keeper ends the machines
         # when this process does.
         threading.Thread(target=boot, name=f"boot {label}", daemon=True).start()
-        return machine
 
     def get(self) -> Rack:
         """The running rack, booted if need be.
@@ -244,9 +280,9 @@ class LiveRack:
                 for other in [k for k, kept in self._kept.items() if kept[2] not in ("", holds)]:
                     self.drop(other)
             self._kept[key] = (make(rack), close, holds)
-        maker = _Maker(key, make, close, holds)
-        if ahead and all(each.key != key for each in self._recorded):
-            self._recorded.append(maker)
+        if ahead and self._fixture is not None:
+            makers = self._makers.setdefault(self._fixture, {})
+            makers.setdefault(key, _Maker(key, make, close, holds))
         return self._kept[key][0]  # type: ignore[return-value]
 
     def drop(self, key: object) -> None:

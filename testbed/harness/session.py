@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -197,18 +197,30 @@ class ConformanceSession:
         return self._wants_pristine(item) and (nextitem is None or self._wants_pristine(nextitem))
 
     def _kind(self, item: pytest.Item, alone: bool) -> Kind | None:
-        """The same for pristine tests that are set up in the same way; None for others."""
+        """Of a pristine test, what sets it up; None for others."""
         if not self._wants_pristine(item):
             return None
+        case = self._case(item, alone)
+        fixtures = tuple((name, *case) for name in _fixtures(item))
+        return Kind(fixtures, disks=not (alone and _is_without_disks(item)))
+
+    def _case(self, item: pytest.Item, alone: bool) -> tuple[Hashable, ...]:
+        """All that decides what a fixture of that name makes."""
         several = len(self.pool.source.plan.nodes) > 1
         case = item.callspec.id if isinstance(item, pytest.Function) and _has_case(item) else ""
-        set_up = item.path, tuple(_fixtures(item)), item.name if several else case, alone
-        return Kind(set_up, disks=not (alone and _is_without_disks(item)))
+        return item.path, item.name if several else case, alone
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_call(self) -> None:
-        """The test is set up."""
-        self.pool.main.was_set_up()
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
+    ) -> Generator[None, object, object]:
+        """Note which fixture it is that makes something on the rack."""
+        item = request.node  # of a fixture for several tests, what they have in common
+        alone = self.pool.main.serves_one_test
+        mine = isinstance(item, pytest.Item) and self._wants_pristine(item)
+        key = (fixturedef.argname, *self._case(item, alone)) if mine else None
+        with self.pool.main.set_up_by(key):
+            return (yield)
 
     def _wants_pristine(self, item: pytest.Item) -> bool:
         return self._all_pristine or item.get_closest_marker(PRISTINE) is not None

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Machines that get ready for tests to come, while another test runs.
 
-A machine is begun for a test of some kind, in the order of the tests. What it is given before that
-test begins is what tests of that kind make first of all; so it serves tests of its kind alone, and
-one that was given nothing serves any. One whose disks have no driver serves nobody who may look.
+A machine is begun for a test, in the order of the tests. What it is given before that test begins
+is what the fixtures of that test made for tests before it; so it serves tests with these fixtures
+alone, and one that was given nothing serves any. One whose disks have no driver serves nobody who
+may look.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,23 +25,23 @@ Value = tuple[object, Callable[[Any], None], str]  # kept: what, how it is close
 class Kind:
     """What tests have in common that can take each other's machines.
 
-    ``set_up``  equal for those that make the same first of all.
-    ``disks``   False: they have their machine alone, and look at no disk of it.
+    ``fixtures``  what sets them up, each with all that decides what it makes.
+    ``disks``     False: they have their machine alone, and look at no disk of it.
     """
 
-    set_up: object
+    fixtures: tuple[Hashable, ...]
     disks: bool = True
 
 
 @dataclass
 class Machine:
-    """One on its way; ``made``: what its first test would make first of all.
+    """One on its way; ``made``: what it is given, which its first test would make.
 
-    ``kind``   of its tests; None: it is given nothing.
-    ``disks``  they have their driver.
+    ``givers``  the fixtures that would make it.
+    ``disks``   they have their driver.
     """
 
-    kind: Kind | None
+    givers: frozenset[Hashable] = frozenset()
     disks: bool = True
     rack: Future[Rack] = field(default_factory=Future)
     made: dict[object, Value] = field(default_factory=dict)
@@ -48,14 +49,16 @@ class Machine:
     def serves(self, kind: Kind | None) -> bool:
         """Whether a test of that kind finds on it all that it may look at, and nothing but what it
         would have made."""
+        fixtures = kind.fixtures if kind is not None else ()
         spared = kind is not None and not kind.disks
-        return self.kind in (None, kind) and (self.disks or spared)
+        return self.givers.issubset(fixtures) and (self.disks or spared)
 
 
 class Spares:
     """See the module.
 
     :param begin: starts one for a test of some kind, in the background.
+    :param give: gives one that is kept for a test of some kind what that test will make, likewise.
     :param end: ends one that nobody will use, in the background.
     :param holds: whether this host has room for so many at once; asked of more than one.
     """
@@ -63,10 +66,12 @@ class Spares:
     def __init__(
         self,
         begin: Callable[[Kind | None], Machine],
+        give: Callable[[Machine, Kind | None], None],
         end: Callable[[Machine], None],
         holds: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self._begin = begin
+        self._give = give
         self._end = end
         self._holds = holds
         self._machines: list[Machine] = []  # the one that began first is first
@@ -89,6 +94,7 @@ class Spares:
             else:
                 unused.remove(found)
                 kept.append(found)
+                self._give(found, kind)
         self._machines = kept
         for machine in unused:
             self._end(machine)

@@ -21,8 +21,8 @@ def _room_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kinds(letters: str) -> list[Kind]:
-    """Of tests."""
-    return [Kind(letter) for letter in letters]
+    """Of tests with one fixture each."""
+    return [Kind((letter,)) for letter in letters]
 
 
 def test_who_holds_devices_gives_way_to_who_wants_them_next(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_spare_that_nobody_needed_ends_too(tmp_path: Path) -> None:
 def test_all_end_whatever_one_of_them_says(tmp_path: Path) -> None:
     source = FakeSource(quad_gpu(), tmp_path)
     rack = LiveRack(source, source.topology, "rack")
-    rack.set_up(Kind("a"), kinds("aa"))
+    rack.set_up(Kind(("a",)), kinds("aa"))
     used = rack.get()
     spares = [machine.rack.result() for machine in rack._spares._machines]
 
@@ -98,13 +98,13 @@ def test_a_spare_that_did_not_start_is_the_error_of_the_test_that_waits_for_it(
 ) -> None:
     source = FakeSource(quad_gpu(), tmp_path, {}, {"fails": HostError("no memory")})
     rack = LiveRack(source, source.topology, "rack")
-    rack.set_up(Kind("a"), kinds("a"))
+    rack.set_up(Kind(("a",)), kinds("a"))
     assert rack.get()
     (spare,) = rack._spares._machines
     concurrent.futures.wait([spare.rack])
     assert rack.once("bench", lambda machine: machine) is source.racks[0]  # not its error
     rack.refresh()
-    rack.set_up(Kind("a"))
+    rack.set_up(Kind(("a",)))
     with pytest.raises(HostError, match="no memory"):
         rack.get()
     rack.close()
@@ -114,14 +114,14 @@ def test_a_spare_that_did_not_start_is_the_error_of_the_test_that_waits_for_it(
 def test_a_machine_that_dies_takes_no_spare_with_it(tmp_path: Path) -> None:
     source = FakeSource(quad_gpu(), tmp_path)
     rack = LiveRack(source, source.topology, "rack")
-    rack.set_up(Kind("a"), kinds("aa"))
+    rack.set_up(Kind(("a",)), kinds("aa"))
     rack.get()
     first, second = (machine.rack.result() for machine in rack._spares._machines)
     rack.lost("a test")
-    rack.set_up(Kind("a"), kinds("a"))
+    rack.set_up(Kind(("a",)), kinds("a"))
     assert rack.get() is first
     rack.refresh()
-    rack.set_up(Kind("a"))
+    rack.set_up(Kind(("a",)))
     assert rack.get() is second
     rack.close()
     assert [made.closed for made in source.racks] == [True] * 3
@@ -135,12 +135,12 @@ class Ahead:
         self.rack = LiveRack(self.source, self.source.topology, "rack")
         self.made: list[tuple[str, object]] = []
 
-    def make(self, name: str, *, ahead: bool = True) -> object:
+    def make(self, name: str, *, ahead: bool = True, holds: str = "") -> object:
         def make(machine: object) -> object:
             self.made.append((name, machine))
             return machine
 
-        return self.rack.once(name, make, ahead=ahead)
+        return self.rack.once(name, make, ahead=ahead, holds=holds)
 
     def test(self, letters: str, *names: str, ahead: bool = True) -> object:
         """Set one up that makes these; answers its machine.
@@ -151,8 +151,8 @@ class Ahead:
         self.rack.refresh()
         self.rack.set_up(kind, next_kinds)
         machine = self.rack.get()
-        assert all(self.make(name, ahead=ahead) is machine for name in names)
-        self.rack.was_set_up()
+        with self.rack.set_up_by(letters[0]):
+            assert all(self.make(name, ahead=ahead) is machine for name in names)
         self.make("in the test itself")
         return machine
 
@@ -174,6 +174,66 @@ def test_what_tests_of_a_kind_make_is_there_before_the_next(tmp_path: Path) -> N
     assert on.made_for(third) == ["bench", "board", "in the test itself"]
     on.rack.close()
     assert all(made.closed for made in on.source.racks)
+
+
+def test_what_a_fixture_makes_is_made_for_each_test_that_has_it(tmp_path: Path) -> None:
+    on = Ahead(tmp_path)
+    for fixture in ("ground", "board"):
+        on.test(fixture[0], fixture)
+    on.rack.refresh()
+    on.rack.set_up(Kind(()), [Kind(("x", "g")), Kind(("x",))])
+    on.rack.get()
+    with_ground, with_nothing = on.getting_ready()
+    assert on.made_for(with_ground) == ["ground"]
+    assert on.made_for(with_nothing) == []
+    on.rack.refresh()
+    on.rack.set_up(Kind(("g", "y")))  # another test with that fixture
+    assert on.rack.get() is with_ground
+    on.rack.close()
+
+
+def test_a_machine_that_waits_is_given_what_becomes_known(tmp_path: Path) -> None:
+    on = Ahead(tmp_path)
+    on.test("aaa", "bench")
+    begun = on.getting_ready()
+    assert [on.made_for(machine) for machine in begun] == [[], []]
+    assert on.test("aa", "bench") is begun[0]
+    assert on.getting_ready() == [begun[1]]
+    assert on.made_for(begun[1]) == ["bench"]
+    assert on.test("a", "bench") is begun[1]
+    assert on.made_for(begun[1]) == ["bench", "in the test itself"]
+    assert len(on.source.racks) == 3
+    on.rack.close()
+
+
+def test_devices_are_given_to_one_holder_ahead(tmp_path: Path) -> None:
+    on = Ahead(tmp_path)
+    on.rack.refresh()
+    on.rack.set_up(Kind(("a", "b")))
+    for fixture, name, holds in (("a", "bench", "bench"), ("b", "board", "board"), ("b", "c", "")):
+        with on.rack.set_up_by(fixture):
+            on.make(name, holds=holds)
+    on.rack.refresh()
+    on.rack.set_up(Kind(()), [Kind(("a", "b"))])
+    on.rack.get()
+    (spare,) = on.getting_ready()
+    assert on.made_for(spare) == ["bench", "c"]
+    on.rack.close()
+
+
+def test_a_fixture_inside_another_makes_its_own(tmp_path: Path) -> None:
+    on = Ahead(tmp_path)
+    on.rack.set_up(Kind(("outer", "inner")))
+    with on.rack.set_up_by("outer"):
+        with on.rack.set_up_by("inner"):
+            on.make("of the inner")
+        on.make("of the outer")
+    on.rack.refresh()
+    on.rack.set_up(Kind(()), [Kind(("outer",))])
+    on.rack.get()
+    (spare,) = on.getting_ready()
+    assert on.made_for(spare) == ["of the outer"]
+    on.rack.close()
 
 
 def test_a_machine_made_ready_for_another_kind_is_not_used(tmp_path: Path) -> None:
@@ -207,12 +267,12 @@ def test_what_cannot_be_made_ahead_is_the_tests_to_meet(tmp_path: Path) -> None:
         return machine
 
     on.rack.refresh()
-    on.rack.set_up(Kind("a"))
-    on.rack.once("bench", make, ahead=True)
-    on.rack.was_set_up()
+    on.rack.set_up(Kind(("a",)))
+    with on.rack.set_up_by("a"):
+        on.rack.once("bench", make, ahead=True)
     fails.append(1)
     on.rack.refresh()
-    on.rack.set_up(Kind("a"), kinds("a"))
+    on.rack.set_up(Kind(("a",)), kinds("a"))
     on.rack.get()
     (spare,) = on.getting_ready()
     assert spare is on.source.racks[-1]
@@ -222,11 +282,11 @@ def test_what_cannot_be_made_ahead_is_the_tests_to_meet(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_disks_is_begun_for_who_has_it_alone(tmp_path: Path) -> None:
-    spared = Kind("a", disks=False)
+    spared = Kind(("a",), disks=False)
     source = FakeSource(quad_gpu(), tmp_path)
     rack = LiveRack(source, source.topology, "rack")
     rack.start()  # before it is known for whom
-    rack.set_up(spared, [spared, None, Kind("b")], alone=True)
+    rack.set_up(spared, [spared, None, Kind(("b",))], alone=True)
     rack.get()
     rack.refresh()
     for machine in rack._spares._machines:
@@ -250,7 +310,7 @@ def test_a_rack_of_somebody_else_has_its_disks(
     monkeypatch.setattr(FakeSource, "restartable", False)
     source = FakeSource(quad_gpu(), tmp_path)
     rack = LiveRack(source, source.topology, "rack")
-    rack.set_up(Kind("a", disks=False), alone=True)
+    rack.set_up(Kind(("a",), disks=False), alone=True)
     rack.get()
     rack.close()
     assert source.racks[0].disks

@@ -14,7 +14,7 @@ from tests.contract.fake_rack import quad_gpu
 
 def kind(letter: str) -> Kind:
     """Of tests; those of x, y and z look at no disk."""
-    return Kind(letter, disks=letter not in "xyz")
+    return Kind((letter,), disks=letter not in "xyz")
 
 
 class Yard:
@@ -23,21 +23,27 @@ class Yard:
     def __init__(self, *, room: int = 99) -> None:
         self.begun: list[str] = []
         self.ended: list[str] = []
+        self.kept: list[str] = []  # each with the kind of its test
         self.known = ""  # kinds of which it is known what their tests make
         self._names: dict[int, str] = {}
-        self._spares = Spares(self._begin, self._end, lambda racks: racks <= room)
+        self._spares = Spares(self._begin, self._give, self._end, lambda racks: racks <= room)
 
     def prepare(self, letters: str) -> None:
         self._spares.prepare([kind(letter) for letter in letters])
 
     def _begin(self, wanted: Kind | None) -> Machine:
         assert wanted
-        name = str(wanted.set_up)
-        machine = Machine(wanted if name in self.known else None, wanted.disks)
-        name = name.upper() if machine.kind else name
+        (fixture,) = wanted.fixtures
+        name = str(fixture)
+        machine = Machine(frozenset(name) if name in self.known else frozenset(), wanted.disks)
+        name = name.upper() if machine.givers else name
         self._names[id(machine)] = name
         self.begun.append(name)
         return machine
+
+    def _give(self, machine: Machine, wanted: Kind | None) -> None:
+        assert wanted
+        self.kept.append(self._names[id(machine)] + "".join(map(str, wanted.fixtures)))
 
     def _end(self, machine: Machine) -> None:
         self.ended.append(self._names[id(machine)])
@@ -59,6 +65,7 @@ def test_one_for_each_test_that_is_to_come() -> None:
     yard.prepare("abc")
     assert yard.begun == ["a", "a", "b", "c"]
     assert yard.ended == []
+    assert yard.kept == ["aa", "aa", "bb", "aa", "bb"]
     assert yard.left() == ["a", "b", "c"]
     assert yard.left() == []
 
