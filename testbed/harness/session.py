@@ -8,9 +8,8 @@ SKIP; any other exception is ERROR. The phases of a test combine to the worst. N
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,8 @@ import pytest
 
 from testbed.errors import CapabilityMissing, LostError, ModuleStays, TestbedError
 from testbed.harness import early
+from testbed.harness.fresh import WITHOUT_DISKS, FreshMachines, fixtures_of, is_without_disks
 from testbed.harness.racks import RackPool
-from testbed.harness.spares import Kind, most_at_once
 from testbed.instruments.interface import RackSource
 from testbed.instruments.mutations import Mutation
 from testbed.instruments.observer import Observer
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
 REQUIREMENT = "requirement"
 GATED_BY = "gated_by"
-PRISTINE = "pristine"
-WITHOUT_DISKS = "without_disks"
 DISKS = "disks"  # the fixture of who looks at them
 VARIANTS_HOOK = "rack_variants"  # a module's function: topology → {name: topology}
 
@@ -90,7 +87,7 @@ class ConformanceSession:
         pristine: bool = False,
     ) -> None:
         self.pool = RackPool(source)
-        self._all_pristine = pristine
+        self._fresh = FreshMachines(self.pool, all_tests=pristine)
         self.payload = payload
         self.report_options = report_options
         self.reports: list[ReportRecord] = []  # bug reports among the tests
@@ -101,7 +98,6 @@ class ConformanceSession:
         self.interrupted = False
         self._planned = False
         self._waited_s = 0.0
-        self._spares: int | None = None  # at once; asked when it is needed
         self._on_plan = on_plan
         self._on_outcome = on_outcome
         self._on_parts = on_parts
@@ -123,6 +119,7 @@ class ConformanceSession:
     def pytest_configure(self, config: pytest.Config) -> None:
         """Be found by the fixtures."""
         config.stash[SESSION] = self
+        config.pluginmanager.register(self._fresh)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_collection_modifyitems(
@@ -148,7 +145,7 @@ class ConformanceSession:
             self.pool.main.start()
         made: dict[object, dict[str, Topology]] = {}  # by hook, which several modules can share
         for item in session.items:
-            if "variant" in _fixtures(item) and isinstance(item, pytest.Function):
+            if "variant" in fixtures_of(item) and isinstance(item, pytest.Function):
                 hook = getattr(item.module, VARIANTS_HOOK, None)
                 if hook not in made:
                     made[hook] = hook(self.pool.source.topology) if hook else {}
@@ -168,71 +165,13 @@ class ConformanceSession:
     # Running
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> None:
-        """Fresh machines for a test that wants them; others get ready while this one runs."""
-        if self._wants_pristine(item):
-            for rack in self.pool.all():
-                rack.refresh()
-        alone = self._is_alone(item, nextitem)
-        self.pool.main.set_up(self._kind(item, alone), self._upcoming(nextitem), alone=alone)
-
-    def _upcoming(self, nextitem: pytest.Item | None) -> list[Kind | None]:
-        """The kinds of the tests whose machines shall get ready while one runs."""
-        if nextitem is None:
-            return []
-        if self._spares is None:
-            self._spares = most_at_once(self.pool.source.topology)
-        items = nextitem.session.items
-        begin = items.index(nextitem)
-        following = items[begin : begin + self._spares + 1]
-        pairs = zip(following, [*following[1:], None], strict=True)
-        return [
-            self._kind(item, self._is_alone(item, after))
-            for item, after in itertools.islice(pairs, self._spares)
-            if self._wants_pristine(item)
-        ]
-
-    def _is_alone(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
-        """On its machine: none was there before, and the next test has another."""
-        return self._wants_pristine(item) and (nextitem is None or self._wants_pristine(nextitem))
-
-    def _kind(self, item: pytest.Item, alone: bool) -> Kind | None:
-        """Of a pristine test, what sets it up; None for others."""
-        if not self._wants_pristine(item):
-            return None
-        case = self._case(item, alone)
-        fixtures = tuple((name, *case) for name in _fixtures(item))
-        return Kind(fixtures, disks=not (alone and _is_without_disks(item)))
-
-    def _case(self, item: pytest.Item, alone: bool) -> tuple[Hashable, ...]:
-        """All that decides what a fixture of that name makes."""
-        several = len(self.pool.source.plan.nodes) > 1
-        case = item.callspec.id if isinstance(item, pytest.Function) and _has_case(item) else ""
-        return item.path, item.name if several else case, alone
-
-    @pytest.hookimpl(wrapper=True)
-    def pytest_fixture_setup(
-        self, fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest
-    ) -> Generator[None, object, object]:
-        """Note which fixture it is that makes something on the rack."""
-        item = request.node  # of a fixture for several tests, what they have in common
-        alone = self.pool.main.serves_one_test
-        mine = isinstance(item, pytest.Item) and self._wants_pristine(item)
-        key = (fixturedef.argname, *self._case(item, alone)) if mine else None
-        with self.pool.main.set_up_by(key):
-            return (yield)
-
-    def _wants_pristine(self, item: pytest.Item) -> bool:
-        return self._all_pristine or item.get_closest_marker(PRISTINE) is not None
-
-    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Hold back what a gate forbids. CapabilityMissing: SKIP.
 
         :raises TestbedError: it says that it looks at no disk, and has a fixture that does.
         """
         item.stash[_BEGAN] = (time.time(), self._console_sizes())
-        if _is_without_disks(item) and DISKS in _fixtures(item):
+        if is_without_disks(item) and DISKS in fixtures_of(item):
             raise TestbedError(f"it is marked {WITHOUT_DISKS}, and asks for the fixture '{DISKS}'")
         for gate in _marked(item, GATED_BY):
             self._check_gate(gate)
@@ -414,18 +353,6 @@ def _marked(item: pytest.Item, name: str) -> tuple[str, ...]:
     """The identifiers given to the marker, nearest first, each once."""
     words = (str(word) for marker in item.iter_markers(name) for word in marker.args)
     return tuple(dict.fromkeys(words))
-
-
-def _is_without_disks(item: pytest.Item) -> bool:
-    return item.get_closest_marker(WITHOUT_DISKS) is not None
-
-
-def _has_case(item: pytest.Function) -> bool:
-    return hasattr(item, "callspec")  # pytest gives it only to who has parameters
-
-
-def _fixtures(item: pytest.Item) -> list[str]:
-    return list(getattr(item, "fixturenames", ()))
 
 
 def _test_name(item: pytest.Item) -> str:

@@ -171,7 +171,7 @@ class TestPristine:
 
     @pytest.fixture(autouse=True)
     def _two_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("testbed.harness.session.most_at_once", lambda _: 2)
+        monkeypatch.setattr("testbed.harness.fresh.most_at_once", lambda _: 2)
         monkeypatch.setattr("testbed.harness.racks.has_room", lambda *_: True)
 
     @staticmethod
