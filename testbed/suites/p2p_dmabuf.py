@@ -44,7 +44,7 @@ from testbed.topology.model import Topology, with_overrides
 from testbed.topology.oracle import Route
 
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
-pytestmark = pytest.mark.boots(when=has_buffers)
+pytestmark = [pytest.mark.boots(when=has_buffers), pytest.mark.without_disks]
 
 GIB = 1 << 30
 LARGE_VRAM = "16G"  # memory that is not used costs nothing

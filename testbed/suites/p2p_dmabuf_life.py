@@ -27,7 +27,7 @@ from testbed.suites.dmabuf_fixtures import THROUGH_HOST_BRIDGE, ArrangeBuffers, 
 from testbed.suites.p2p_dmabuf import both_ends, imported
 
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
-pytestmark = pytest.mark.boots(when=has_buffers)
+pytestmark = [pytest.mark.boots(when=has_buffers), pytest.mark.without_disks]
 
 STUBBORN = (*REVOCABLE, "stubborn")
 FENCE_MS, UNMAP_MS = 400, 500

@@ -23,7 +23,7 @@ from testbed.suites.p2p_dmabuf_life import revoked
 from testbed.suites.p2p_kernel_life import log_mark, no_trouble
 
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
-pytestmark = pytest.mark.boots(when=has_buffers)
+pytestmark = [pytest.mark.boots(when=has_buffers), pytest.mark.without_disks]
 
 UNDER_WAY_S = 1.0  # from the doorbell until the card is pulled out
 

@@ -32,7 +32,7 @@ from testbed.suites.p2p_dmabuf import both_ends, imported, rack_variants
 
 __all__ = ["rack_variants"]
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
-pytestmark = pytest.mark.boots(when=has_buffers)
+pytestmark = [pytest.mark.boots(when=has_buffers), pytest.mark.without_disks]
 
 TIMEOUT_MS = 2000
 COPY_MS = 1000  # many calls of the agent: what comes meanwhile comes before the copy

@@ -36,7 +36,7 @@ from testbed.suites.dmabuf_fixtures import ArrangeBuffers, has_buffers
 from testbed.suites.p2p_dmabuf import both_ends, imported, two_ranges_are_mapped
 
 pytest_plugins = ["testbed.suites.dmabuf_fixtures"]
-pytestmark = pytest.mark.boots(when=has_buffers)
+pytestmark = [pytest.mark.boots(when=has_buffers), pytest.mark.without_disks]
 
 
 @dataclass

@@ -33,7 +33,7 @@ from testbed.suites.hmm_fixtures import ArrangePrivate
 from testbed.topology.oracle import Route
 
 pytest_plugins = ["testbed.suites.hmm_fixtures"]
-pytestmark = pytest.mark.boots(when=has_buffers)
+pytestmark = [pytest.mark.boots(when=has_buffers), pytest.mark.without_disks]
 
 LAST = PAGES - 1
 
