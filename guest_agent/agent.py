@@ -72,6 +72,10 @@ class Agent(KernelMethods):
         """Answer calls until ``read_fd`` ends."""
         rpc.serve(registry, self, read_fd, write_fd)
 
+    def read_log(self) -> None:
+        """Read what the kernel has said so far; a call then has only what is new to read."""
+        self._log.mark()
+
     def release(self) -> list[str]:
         """Give everything back, whatever fails on the way; returns what failed."""
         problems: list[str] = []

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
 
+    from guest_agent.agent import Agent
+
 PROTOCOL_VERSION = 1
 
 
@@ -56,7 +58,11 @@ def get_ready(agent_hash: str) -> bytes:
 
 
 def serve(
-    reading: int, writing: int, hello: bytes, before_serving: Callable[[], None] = lambda: None
+    reading: int,
+    writing: int,
+    hello: bytes,
+    before_serving: Callable[[], None] = lambda: None,
+    agent: Agent | None = None,
 ) -> int:
     """Serve until ``reading`` ends, nobody reads what is written, or a signal comes.
 
@@ -64,15 +70,16 @@ def serve(
 
     :param hello: from :func:`get_ready`.
     :param before_serving: called after the hello; calls wait for its end.
+    :param agent: if it is made already.
     :returns: the process's exit status.
     """
-    agent = None
     try:
         os.write(writing, hello)
         before_serving()
-        from guest_agent.agent import Agent  # noqa: PLC0415  loaded after the hello
+        if agent is None:
+            from guest_agent.agent import Agent  # noqa: PLC0415  loaded after the hello
 
-        agent = Agent()
+            agent = Agent()
         agent.serve(reading, writing)
     except ConnectionError:
         pass  # nobody reads the answers any more: as good as the end of what is read

@@ -49,9 +49,7 @@ def run(agent_hash: str, words: list[str]) -> int:
         resume.get_ready(words[1:])
         became = _first_agent(agents, shells, agent_hash)
         resume.wait()
-        if not os.read(became, 1):  # it could not: nobody shall take it for another
-            _say(resume.UNFIT)
-            os._exit(1)
+        _await(became)
         os.close(became)
         resume.reseed()
     _say(READY)
@@ -64,7 +62,7 @@ def _first_agent(agents: _socket.socket, shells: _socket.socket, agent_hash: str
     What it does after that connection is new to the restored machine's QEMU, which has to translate
     it: so it does all else before.
 
-    :returns: what can be read when this machine is that.
+    :returns: what can be read when this machine is that; it waits for its connection.
     """
     from guest_agent import resume  # noqa: PLC0415
 
@@ -72,12 +70,15 @@ def _first_agent(agents: _socket.socket, shells: _socket.socket, agent_hash: str
     if os.fork():
         os.close(says)
         resume.let_go()
+        _await(became)  # nothing of what it does before is left for the restored machine
         return became
     status = 1
     try:
         os.close(became)
         shells.close()
         hello = _become_agent(agent_hash)
+        agent = resume.first_agent()
+        os.write(says, b"\n")
         wire = _accept(agents)
         agents.close()
         if not resume.answer(wire):
@@ -91,9 +92,18 @@ def _first_agent(agents: _socket.socket, shells: _socket.socket, agent_hash: str
                 os.write(says, b"\n")
                 os.close(says)
 
-            status = channel.serve(wire, wire, hello, before_serving)
+            status = channel.serve(wire, wire, hello, before_serving, agent)
     finally:
         _end(status)
+
+
+def _await(became: int) -> None:
+    """Until the first agent is one step further; a machine where it is gone is no other's."""
+    if not os.read(became, 1):
+        from guest_agent import resume  # noqa: PLC0415
+
+        _say(resume.UNFIT)
+        os._exit(1)
 
 
 def _listen(port: int) -> _socket.socket:

@@ -26,6 +26,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from guest_agent.agent import Agent
     from guest_agent.hw.config_state import Kept
 
 SIZE_DIGITS = 6  # testbed/warm/restore.py writes them
@@ -238,6 +239,16 @@ def get_ready(functions: Sequence[str]) -> None:
     except Exception as error:
         os.write(1, f"{UNFIT}: {type(error).__name__}: {error}\n".encode())
         raise
+
+
+def first_agent() -> Agent:
+    """The agent, which has read the hundreds of lines that a kernel says while it boots."""
+    from guest_agent.agent import Agent  # noqa: PLC0415  after load_agent
+
+    agent = Agent()
+    with contextlib.suppress(OSError):  # a call that wants it meets that again
+        agent.read_log()
+    return agent
 
 
 def wait() -> None:

@@ -42,6 +42,14 @@ resume.os.makedirs = lambda *_, **__: None
 resume.write = lambda path, data: print(f"{path}: {data!r}", flush=True)
 for name in ("RANDOM", "HOST_NAME", "NAME_FILE", "HOST_KEY", "AUTHORIZED", "DISKS_FILE"):
     setattr(resume, name, f"{os.environ['TESTED_OWN']}/{name}")
+first_agent = resume.first_agent
+def slowly():
+    resume.time.sleep(0.2)
+    print("the first agent is made", flush=True)
+    if "TESTED_DEATH" in os.environ:
+        os._exit(3)
+    return first_agent()
+resume.first_agent = slowly
 sys.exit(listener.run("cafe" * 4, sys.argv[4:]))
 """
 
@@ -200,6 +208,25 @@ def test_disks_that_nobody_will_look_at_get_no_driver(
     assert "drivers/nvme/bind" not in listener.log.read_text()
     assert (listener.own / "DISKS_FILE").read_bytes() == b"without_disks"
     assert not list((disk / "nvme" / "nvme0").iterdir())
+
+
+def test_a_machine_waits_when_its_first_agent_does(started: list[Listener], tmp_path: Path) -> None:
+    listener = listen(started, tmp_path / "log", "saved")
+    listener.await_said("testbed: waiting")
+    said = listener.log.read_text()
+    assert said.index("the first agent is made") < said.index("testbed: waiting")
+    with listener.wire(listener.agents) as wire:
+        wire.sendall(IDENTITY)
+        listener.await_said("testbed: ready")
+
+
+def test_a_machine_whose_first_agent_is_gone_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TESTED_DEATH", "1")
+    listener = Listener(tmp_path / "log", "saved")  # it ends by itself
+    listener.await_said("testbed: unfit")
+    assert "waiting" not in listener.log.read_text()
 
 
 def test_another_device_in_its_place_is_not_its_own(tmp_path: Path, disk: Path) -> None:
