@@ -13,6 +13,7 @@ from testbed.harness.spares import Kind, most_at_once
 
 PRISTINE = "pristine"
 WITHOUT_DISKS = "without_disks"
+VARIANT = "variant"  # the fixture of who wants another rack
 
 
 class FreshMachines:
@@ -43,7 +44,7 @@ class FreshMachines:
         item = request.node  # of a fixture for several tests, what they have in common
         alone = self._pool.main.serves_one_test
         mine = isinstance(item, pytest.Item) and self._wants_one(item)
-        key = (fixturedef.argname, *self._case(item, alone)) if mine else None
+        key = self._key(fixturedef.argname, item, alone) if mine else None
         with self._pool.main.set_up_by(key):
             return (yield)
 
@@ -61,6 +62,7 @@ class FreshMachines:
             self._kind(item, self._is_alone(item, after))
             for item, after in itertools.islice(pairs, self._at_once)
             if self._wants_one(item)
+            and VARIANT not in fixtures_of(item)  # it has a rack of its own
         ]
 
     def _is_alone(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool:
@@ -71,15 +73,14 @@ class FreshMachines:
         """Of a test that wants a fresh machine, what sets it up; None for others."""
         if not self._wants_one(item):
             return None
-        case = self._case(item, alone)
-        fixtures = tuple((name, *case) for name in fixtures_of(item))
+        fixtures = tuple(self._key(name, item, alone) for name in fixtures_of(item))
         return Kind(fixtures, disks=not (alone and is_without_disks(item)))
 
-    def _case(self, item: pytest.Item, alone: bool) -> tuple[Hashable, ...]:
+    def _key(self, name: str, item: pytest.Item, alone: bool) -> Hashable:
         """All that decides what a fixture of that name makes."""
         several = len(self._pool.source.plan.nodes) > 1
         case = item.callspec.id if isinstance(item, pytest.Function) and _has_case(item) else ""
-        return item.path, item.name if several else case, alone
+        return name, _where(name, item), item.name if several else case, alone
 
     def _wants_one(self, item: pytest.Item) -> bool:
         return self._all_tests or item.get_closest_marker(PRISTINE) is not None
@@ -93,6 +94,14 @@ def is_without_disks(item: pytest.Item) -> bool:
 def fixtures_of(item: pytest.Item) -> list[str]:
     """The names of all that set it up, in their order."""
     return list(getattr(item, "fixturenames", ()))
+
+
+def _where(name: str, item: pytest.Item) -> Hashable:
+    """Equal for tests whose fixtures of that name are the same."""
+    module = getattr(item, "module", None)
+    if module is None or name in vars(module):
+        return item.path
+    return item.path.parent, tuple(getattr(module, "pytest_plugins", ()))
 
 
 def _has_case(item: pytest.Function) -> bool:

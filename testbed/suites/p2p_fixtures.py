@@ -102,27 +102,34 @@ def node_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def ground(
-    rack: LiveRack, pair: Pair, mutation: Mutation, request: pytest.FixtureRequest
-) -> Iterator[Ground]:
-    """The node's first pair, ready, on a bench that all tests share."""
-    yield from _ground(rack, pair, mutation, request)
+def pair_bench(
+    rack: LiveRack, mutation: Mutation, request: pytest.FixtureRequest
+) -> Iterator[Bench]:
+    """The bench that all tests share, of the node on which the test has a pair."""
+    of_the_test = request.node.callspec.params.values()
+    used = [case for case in of_the_test if isinstance(case, Pair | Doorbell)]
+    shared = shared_bench(rack, used[0].node, mutation, *used)
+    yield shared
+    if rack.is_running and not rack.serves_one_test:
+        shared.clean()
 
 
 @pytest.fixture
-def each_ground(
-    rack: LiveRack, each_pair: Pair, mutation: Mutation, request: pytest.FixtureRequest
-) -> Iterator[Ground]:
+def ground(pair: Pair, pair_bench: Bench) -> Ground:
+    """The node's first pair, ready."""
+    return Ground.of(pair_bench, pair)
+
+
+@pytest.fixture
+def each_ground(each_pair: Pair, pair_bench: Bench) -> Ground:
     """As ``ground``, once for each kind of path."""
-    yield from _ground(rack, each_pair, mutation, request)
+    return Ground.of(pair_bench, each_pair)
 
 
 @pytest.fixture
-def switched_ground(
-    rack: LiveRack, switched_pair: Pair, mutation: Mutation, request: pytest.FixtureRequest
-) -> Iterator[Ground]:
+def switched_ground(switched_pair: Pair, pair_bench: Bench) -> Ground:
     """As ``ground``, for each kind of pair with a switch in common."""
-    yield from _ground(rack, switched_pair, mutation, request)
+    return Ground.of(pair_bench, switched_pair)
 
 
 @pytest.fixture
@@ -131,17 +138,6 @@ def reasons(rack: LiveRack, request: pytest.FixtureRequest) -> Reasons:
     names = ("each_pair", "switched_pair", "pair")
     chosen = next(name for name in names if name in request.fixturenames)
     return reasons_of(rack.topology.nodes[request.getfixturevalue(chosen).node].iommu)
-
-
-def _ground(
-    rack: LiveRack, pair: Pair, mutation: Mutation, request: pytest.FixtureRequest
-) -> Iterator[Ground]:
-    of_the_test = request.node.callspec.params.values()
-    used = [case for case in of_the_test if isinstance(case, Pair | Doorbell)]
-    bench = shared_bench(rack, pair.node, mutation, *used)
-    yield Ground.of(bench, pair)
-    if rack.is_running and not rack.serves_one_test:
-        bench.clean()
 
 
 def _given(request: pytest.FixtureRequest, kind: type[T], what: str) -> T:

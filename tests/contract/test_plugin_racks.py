@@ -186,6 +186,18 @@ class TestPristine:
         assert run.verdicts == [PASS] * 5
         assert [rack.closed for rack in run.source.racks] == [True] * 5
 
+    def test_who_wants_another_rack_has_no_spare(self, tmp_path: Path) -> None:
+        run = self.run(
+            tmp_path,
+            """
+            def test_one(rack): fresh(rack)
+            def test_other(rack, variant): variant("no-such").nodes
+            def test_two(rack): fresh(rack)
+            """,
+        )
+        assert run.verdicts == [PASS, SKIP, PASS]
+        assert [rack.closed for rack in run.source.racks] == [True] * 2
+
     def test_who_is_alone_on_its_machine_knows(self, tmp_path: Path) -> None:
         run = self.run(
             tmp_path,
