@@ -168,11 +168,11 @@ def test_pruned_by_another_process_while_it_is_restored(
     )
     act = getattr(restore, moment)
 
-    def pruned(*words: Any) -> Any:
+    def pruned(*words: Any, **more: Any) -> Any:
         command = [sys.executable, "-c", program, str(entry.parent)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert done.stdout == "1\n"
-        return act(*words)
+        return act(*words, **more)
 
     monkeypatch.setattr(restore, moment, pruned)
     with start() as rack:
